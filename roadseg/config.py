@@ -1,0 +1,369 @@
+"""The configuration: one pydantic section a concern, read from YAML and overridden by flags.
+
+Fields marked `_OUT` change where or how fast something is made, never what: they stay out of keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from roadseg.errors import ConfigError
+
+_OUT: dict[str, Any] = {"in_key": False}
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def key_fields(self) -> dict[str, Any]:
+        """The fields that change a result, JSON-ready."""
+        kept: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("in_key") is False:
+                continue
+            value = getattr(self, name)
+            kept[name] = value.key_fields() if isinstance(value, Section) else self.model_dump(mode="json")[name]
+        return kept
+
+
+class Town(Section):
+    """The rendered town."""
+
+    seed: int = Field(0, description="seed of every scene")
+    train: Positive = Field(200, description="frames in train")
+    val: Positive = Field(50, description="frames in val")
+    test: Annotated[int, Field(ge=0)] = Field(0, description="frames in test")
+    width_px: Annotated[int, Field(ge=64, le=8192)] = Field(512, description="frame width")
+    height_px: Annotated[int, Field(ge=32, le=4096)] = Field(256, description="frame height")
+    weather: Literal["clear", "night", "fog", "rain"] = Field("clear", description="light and weather")
+
+
+class Data(Section):
+    """What is learned and scored: a source, where it lies, which parts."""
+
+    source: Literal["town", "cityscapes", "camvid", "folder"] = Field("town", description="the data set's form")
+    root: Path | None = Field(None, description="where the data set lies; the town needs none", json_schema_extra=_OUT)
+    labels: Path | None = Field(
+        None, description="YAML of classes and folders, for source folder", json_schema_extra=_OUT
+    )
+    split: str = Field("val", description="the split that evaluation scores", json_schema_extra=_OUT)
+    holdout_sequences: tuple[str, ...] = Field(
+        (), description="sequences taken out of train into the split 'holdout', scored beside data.split"
+    )
+    town: Town = Field(Town(), description="the rendered town")
+    max_image_pixels: Positive = Field(64_000_000, description="larger images are refused before decoding")
+    max_file_bytes: Positive = Field(256_000_000, description="larger files are refused before reading")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="processes that check and convert; 0: one a core", json_schema_extra=_OUT
+    )
+
+    @model_validator(mode="after")
+    def _root_given(self) -> Data:
+        if self.source == "folder" and self.labels is None:
+            raise ValueError("source 'folder' needs data.labels, a YAML of its classes and folders")
+        return self
+
+
+class Transform(Section):
+    """Shards: train-ready copies of the frames."""
+
+    shard_frames: Positive = Field(64, description="frames in a shard")
+
+
+class Model(Section):
+    """DeepLabv3+ with selective-kernel fusion."""
+
+    backbone: str = Field("mobilenetv2_100", description="any timm backbone with features_only")
+    backbone_weights: str = Field(
+        "imagenet", description="'imagenet' (timm's own), 'none', or a .safetensors file", json_schema_extra=_OUT
+    )
+    output_stride: Literal[8, 16, 32] = Field(16, description="stride of the backbone's last feature")
+    fusion: Literal["skfusion", "sknet", "dense", "concat"] = Field(
+        "skfusion", description="how branches are joined in the ASPP and the decoder"
+    )
+    head: Literal["separable", "dense"] = Field("dense", description="3x3 convolutions of ASPP and decoder")
+    channels: Positive = Field(128, description="channels of ASPP and decoder")
+    atrous_rates: tuple[Positive, Positive, Positive] = Field((6, 12, 18), description="dilations of the ASPP")
+    low_levels: tuple[Positive, ...] = Field((8, 4), description="strides that the decoder fuses, coarse to fine")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="before the classifier")
+
+
+class Augment(Section):
+    """What is drawn for every training sample."""
+
+    scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
+    flip: Fraction = Field(0.5, description="chance of a left-right flip")
+    brightness: Fraction = Field(0.4, description="brightness factor drawn from 1 - b .. 1 + b")
+    contrast: Fraction = Field(0.4, description="contrast factor drawn from 1 - c .. 1 + c")
+    saturation: Fraction = Field(0.4, description="saturation factor drawn from 1 - s .. 1 + s")
+    blur: Fraction = Field(0.0, description="chance of a Gaussian blur, sigma 0.1 .. 1.5 px")
+
+    @model_validator(mode="after")
+    def _scale_ordered(self) -> Augment:
+        low, high = self.scale
+        if not 0.05 <= low <= high <= 20:
+            raise ValueError(f"scale is {low}..{high}; expected 0.05 <= low <= high <= 20")
+        return self
+
+
+class Training(Section):
+    """Optimisation. Length is epochs or steps, one of the two; neither means 60 epochs."""
+
+    epochs: Positive | None = Field(None, description="passes over train (60 when steps is not given either)")
+    steps: Positive | None = Field(None, description="optimizer steps, instead of epochs")
+    batch_size: Positive = Field(8, description="samples a step")
+    crop_px: tuple[Positive, Positive] = Field((512, 512), description="height and width of a training crop")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="optimizer")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(0.001, description="peak learning rate")
+    backbone_lr_factor: Annotated[float, Field(ge=0)] = Field(1.0, description="times learning_rate, for the backbone")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="on weights only, not on biases or norms")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
+    scheduler: Literal["poly", "cosine", "constant"] = Field("poly", description="learning rate over steps")
+    poly_power: Annotated[float, Field(gt=0)] = Field(0.9, description="exponent of poly")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up; at most half the run is used")
+    class_weights: Literal["none", "enet"] = Field("none", description="class weights of the loss")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the cross-entropy")
+    auxiliary_weight: Annotated[float, Field(ge=0)] = Field(
+        0.4, description="weight of each auxiliary head's loss; 0: no auxiliary heads"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="of the averaged weights that are reported and shipped; 0: the raw weights"
+    )
+    clip_norm: Annotated[float, Field(ge=0)] = Field(5.0, description="gradient norm limit; 0: none")
+    augment: Augment = Field(Augment(), description="random draws")
+    seed: int = Field(0, description="of initial weights, order and draws")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
+    init_from: str = Field(
+        "", description="start from this release (digest, path or s3://) instead", json_schema_extra=_OUT
+    )
+    validate_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: ten a run")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between checkpoints; 0: every 60 s and at validations", json_schema_extra=_OUT
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=_OUT)
+    workers: Annotated[int, Field(ge=-1)] = Field(
+        -1, description="loader processes; 0: none, -1: chosen by the machine", json_schema_extra=_OUT
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs ({self.epochs}) and steps ({self.steps}) are both set; set one to null")
+        return self
+
+
+class Evaluation(Section):
+    """Scoring and the report."""
+
+    scenes: Annotated[int, Field(ge=0, le=50)] = Field(4, description="best and worst scenes shown, of each")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the runtime; 0: one a core", json_schema_extra=_OUT)
+
+
+class Push(Section):
+    """The gate."""
+
+    min_gain: Annotated[float, Field(ge=-1, le=1)] = Field(
+        0.002, description="mIoU (0..1) by which a candidate must beat the champion"
+    )
+
+
+class StoreSection(Section):
+    """Where releases live."""
+
+    url: str = Field("", description="a folder or s3://bucket/prefix; empty: WORKSPACE/store")
+
+
+class Serve(Section):
+    """The server."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8080, description="port; 0: a free one")
+    max_body_bytes: Positive = Field(25_000_000, description="larger requests get 413")
+    max_pixels: Positive = Field(16_777_216, description="larger images get 413")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the runtime; 0: one a core")
+    max_queue: Positive = Field(16, description="requests waiting; more get 503")
+
+
+class Aws(Section):
+    """SageMaker."""
+
+    region: str = Field("", description="AWS region; empty: the environment's")
+    endpoint_url: str = Field("", description="another address for all AWS calls, for tests")
+    role_arn: str = Field("", description="role that the endpoint runs under")
+    image_uri: str = Field("", description="the serving image in ECR")
+    endpoint_name: str = Field("roadseg", description="the endpoint")
+    instance_type: str = Field("ml.c7i.xlarge", description="of the endpoint")
+    instance_count: Positive = Field(1, description="at first")
+    max_instance_count: Positive = Field(4, description="autoscaling limit")
+    capture_percent: Annotated[int, Field(ge=0, le=100)] = Field(0, description="of requests captured to S3")
+
+
+class Config(Section):
+    """Everything a run needs."""
+
+    data: Data = Data()
+    transform: Transform = Transform()
+    model: Model = Model()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    push: Push = Push()
+    store: StoreSection = StoreSection()
+    serve: Serve = Serve()
+    aws: Aws = Aws()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping. Raises ConfigError."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", where=str(path), todo="check the path given to --config") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"not readable as YAML ({e})", where=str(path)) from e
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"holds a {type(value).__name__}", expected="sections such as data:, training:", where=str(path)
+        )
+    return value
+
+
+def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """The config of a YAML file with nested `overrides` laid over it.
+
+    Raises ConfigError that lists every wrong value and unknown key by its path.
+    """
+    return _validated(merge(read_yaml(path) if path else {}, overrides or {}), str(path) if path else "the config")
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(under)
+    for key, value in over.items():
+        below = out.get(key)
+        out[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return out
+
+
+def describe(error: ValidationError, where: str) -> str:
+    """One line an error: the key's path, what was found, what was expected, a near name if unknown."""
+    lines = []
+    for e in error.errors():
+        key = ".".join(str(part) for part in e["loc"])
+        if e["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(e["loc"][-1]), _names_at(e["loc"][:-1]), n=1)
+            hint = f"; perhaps you meant {near[0]}" if near else ""
+            lines.append(f"  {key}: unknown key{hint}")
+        else:
+            text = e["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(e["input"], dict | BaseModel) else f" (found {e['input']!r})"
+            lines.append(f"  {key}: {text[:1].lower()}{text[1:]}{found}")
+    count = f"{len(lines)} wrong value{'s' if len(lines) > 1 else ''}"
+    return f"{count} in {where}:\n" + "\n".join(lines)
+
+
+def _names_at(loc: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in loc:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description: str) -> Config:
+    """The config of a YAML file, overridden by flags such as `--training.batch-size 4`.
+
+    Wrong values of file and flags are reported together. `--help` prints every flag with the
+    file's values as defaults, and exits.
+    """
+    import tyro  # 0.2 s that a server need not spend
+
+    raw = read_yaml(path) if path else {}
+    base = _valid_part(raw)
+    parsed = tyro.cli(
+        _mirror(Config),
+        args=list(flags),
+        default=_as_mirror(base),
+        prog=prog,
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+    changed = _difference(dataclasses.asdict(parsed), _as_dict(base))
+    return _validated(merge(raw, changed), str(path) if path else "the flags")
+
+
+def _validated(raw: dict[str, Any], where: str) -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as e:
+        raise ConfigError(describe(e, where)) from None
+
+
+def _valid_part(raw: dict[str, Any]) -> Config:
+    """The config with every wrong value of `raw` left at its default, for the flags to build on."""
+    for _ in range(100):
+        try:
+            return Config.model_validate(raw)
+        except ValidationError as e:
+            for error in e.errors():
+                raw = _without(raw, [str(part) for part in error["loc"]])
+    return Config()
+
+
+def _without(raw: dict[str, Any], loc: list[str]) -> dict[str, Any]:
+    out = dict(raw)
+    below = out.get(loc[0])
+    if len(loc) > 1 and isinstance(below, dict) and loc[1] in below:
+        out[loc[0]] = _without(below, loc[1:])
+    else:
+        out.pop(loc[0], None)
+    return out
+
+
+_mirrors: dict[type[BaseModel], type] = {}
+
+
+def _mirror(model: type[BaseModel]) -> type:
+    """A plain dataclass with the model's fields and no checks: tyro parses, pydantic judges."""
+    import tyro
+
+    if model not in _mirrors:
+        fields = []
+        for name, field in model.model_fields.items():
+            kind: Any = field.annotation
+            if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
+                kind = _mirror(kind)
+            fields.append((name, Annotated[kind, tyro.conf.arg(help=field.description)]))
+        _mirrors[model] = dataclasses.make_dataclass(model.__name__, fields)
+        _mirrors[model].__doc__ = model.__doc__
+    return _mirrors[model]
+
+
+def _as_dict(section: BaseModel) -> dict[str, Any]:
+    pairs = ((name, getattr(section, name)) for name in type(section).model_fields)
+    return {name: _as_dict(v) if isinstance(v, BaseModel) else v for name, v in pairs}
+
+
+def _as_mirror(section: BaseModel) -> Any:
+    pairs = ((name, getattr(section, name)) for name in type(section).model_fields)
+    return _mirror(type(section))(**{n: _as_mirror(v) if isinstance(v, BaseModel) else v for n, v in pairs})
+
+
+def _difference(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in new.items():
+        if isinstance(value, dict):
+            if inner := _difference(value, old[name]):
+                out[name] = inner
+        elif value != old[name]:
+            out[name] = value
+    return out

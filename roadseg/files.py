@@ -1,0 +1,106 @@
+"""Files that are whole or absent: atomic writes, digests, locks."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from roadseg.errors import Busy
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one JSON spelling that digests are taken of: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds the old bytes or the new ones, also after a power cut."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def members(folder: Path, leave_out: tuple[str, ...] = ()) -> list[Path]:
+    """Every file below `folder`, as sorted relative paths, without the top-level names left out."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        relative = Path(root).relative_to(folder)
+        if relative == Path("."):
+            folders[:] = [d for d in folders if d not in leave_out]
+            names = [n for n in names if n not in leave_out]
+        found += [relative / n for n in names]
+    return sorted(found, key=lambda p: p.as_posix())
+
+
+def content_digest(folder: Path, leave_out: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the sorted (name, SHA-256) of the members."""
+    rows = [(p.as_posix(), sha256_file(folder / p)) for p in members(folder, leave_out)]
+    return sha256_bytes(json_bytes(rows))
+
+
+@contextmanager
+def lock(path: Path, what: str, *, wait: bool, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Hold `path` as an exclusive flock; the kernel frees it with its owner.
+
+    Raises Busy, naming the owner, if another process holds it and `wait` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            owner = f.read().strip() or "another process"
+            if not wait:
+                raise Busy(
+                    f"{what} is being made by {owner}",
+                    todo="wait for it, or run again without --no-wait",
+                ) from None
+            say(f"waiting for {what}, which is being made by {owner}")
+            fcntl.flock(f, fcntl.LOCK_EX)
+        f.seek(0)
+        f.truncate()
+        f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        f.flush()
+        yield

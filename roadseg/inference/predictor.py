@@ -1,0 +1,53 @@
+"""Label maps from a release, by onnxruntime; needs neither torch nor a stage.
+
+Shapes: B images, K classes, h w the network's output, H W the image.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import onnxruntime as ort
+
+from roadseg.errors import ArchiveError
+from roadseg.inference.upsample import upsample_argmax
+from roadseg.labels import LabelSet
+from roadseg.release.archive import Release
+
+
+class Predictor:
+    """Scores images with a release. Safe to call from several threads.
+
+    threads: of the runtime, 0 for one a core. Raises ArchiveError when the runtime refuses the graph.
+    """
+
+    def __init__(self, release: Release, threads: int = 0) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or os.cpu_count() or 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(release.onnx, options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # onnxruntime raises its own bare exceptions, none of them importable
+            raise ArchiveError(f"onnxruntime refuses the graph ({e})", where=release.digest) from e
+        self.release = release
+
+    @property
+    def label_set(self) -> LabelSet:
+        return self.release.label_set
+
+    @property
+    def runtime(self) -> str:
+        return f"onnxruntime {ort.__version__} CPU"
+
+    def logits(self, image: np.ndarray) -> np.ndarray:
+        """float32 [K, h, w] of one uint8 RGB image [H, W, 3]."""
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, "uint8 RGB [H, W, 3]"
+        batch_B3HW = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
+        return self._session.run(["logits"], {"image": batch_B3HW})[0][0]
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Train ids, uint8 [H, W], of one uint8 RGB image [H, W, 3] of any size."""
+        height, width = image.shape[:2]
+        return upsample_argmax(self.logits(image), height, width)

@@ -1,0 +1,212 @@
+"""Where releases live: immutable releases, one pointer to the champion, and what was champion.
+
+The pointer holds everything that must agree (digest, mIoU, data fingerprint, what it replaced) and
+changes only by compare-and-swap: whoever read an older pointer loses and decides again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from roadseg.errors import PointerMoved, StoreError
+from roadseg.files import lock, sha256_bytes, sha256_file, write_atomic
+
+ARCHIVE, EVALUATION, CARD, DECISION = "model.tar.gz", "evaluation.json", "card.md", "decision.json"
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The pointer. serial: 1 for the first champion, and one more for each after it. previous: digest.
+
+    version: identifies the read it came from, and is never stored.
+    """
+
+    digest: str
+    miou: float
+    data_fingerprint: str
+    serial: int
+    previous: str = ""
+    promoted_at: str = ""
+    version: str = ""
+
+
+class Store(Protocol):
+    """A model store. Every method raises StoreError when the store can't be read or written."""
+
+    @property
+    def address(self) -> str: ...
+
+    def champion(self) -> Champion | None:
+        """The pointer, or None when there never was a champion. StoreError if it is unreadable."""
+        ...
+
+    def promote(self, champion: Champion, replacing: Champion | None) -> None:
+        """Point to `champion` and add it to the history, if the pointer is still `replacing`.
+
+        Raises PointerMoved otherwise; nothing has changed then.
+        """
+        ...
+
+    def publish(self, archive: Path, documents: dict[str, bytes]) -> str:
+        """Store an archive (named by its SHA-256, returned) and documents beside it.
+
+        What is there already is left as it is: a release is immutable.
+        """
+        ...
+
+    def fetch(self, digest: str, cache: Path) -> Path:
+        """A verified local file of the release's archive; remote ones are copied below `cache`."""
+        ...
+
+    def document(self, digest: str, name: str) -> bytes | None:
+        """evaluation.json, card.md or decision.json of a release; None if it has none."""
+        ...
+
+    def releases(self) -> list[str]:
+        """Digests of all releases, sorted."""
+        ...
+
+    def history(self) -> list[Champion]:
+        """All champions, oldest first."""
+        ...
+
+
+def parse_champion(data: bytes, where: str, version: str) -> Champion:
+    try:
+        fields = json.loads(data)
+        champion = Champion(**{**fields, "version": version})
+        numbers = isinstance(champion.miou, float | int) and isinstance(champion.serial, int)
+        if not numbers or not isinstance(champion.digest, str) or len(champion.digest) != 64:
+            raise ValueError("digest, miou or serial is not one")
+        return champion
+    except (ValueError, TypeError) as e:
+        raise StoreError(
+            f"the champion pointer is not readable ({type(e).__name__})",
+            expected="JSON with digest, miou, data_fingerprint",
+            where=where,
+            todo="restore it from the history beside it; nothing was overwritten",
+        ) from e
+
+
+def champion_bytes(champion: Champion) -> bytes:
+    fields = {k: v for k, v in asdict(champion).items() if k != "version"}
+    return json.dumps(fields, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def stamp() -> str:
+    """UTC time that sorts, for the history."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class FolderStore:
+    """A store in a folder: releases/<sha256>/..., champion.json, history/<n>.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def address(self) -> str:
+        return str(self.folder)
+
+    @property
+    def _pointer(self) -> Path:
+        return self.folder / "champion.json"
+
+    def champion(self) -> Champion | None:
+        try:
+            data = self._pointer.read_bytes()
+        except FileNotFoundError:
+            if any((self.folder / "history").glob("*.json")):
+                raise StoreError(
+                    "the champion pointer is gone, but there is a history",
+                    where=str(self._pointer),
+                    todo="restore it from the newest file in history/",
+                ) from None
+            return None
+        except OSError as e:
+            raise StoreError(f"can't be read ({e.strerror})", where=str(self._pointer)) from e
+        return parse_champion(data, str(self._pointer), sha256_bytes(data))
+
+    def promote(self, champion: Champion, replacing: Champion | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock(self.folder / ".lock", "the store's pointer", wait=True):
+            now = self.champion()
+            if (now.version if now else "") != (replacing.version if replacing else ""):
+                raise PointerMoved("the champion changed since it was read", where=self.address)
+            if now:  # a kill may have come between these two lines the last time
+                self._remember(now)
+            write_atomic(self._pointer, champion_bytes(champion))
+            self._remember(champion)
+
+    def _remember(self, champion: Champion) -> None:
+        history = self.folder / "history"
+        history.mkdir(exist_ok=True)
+        write_atomic(history / f"{champion.serial:06d}.json", champion_bytes(champion))
+
+    def publish(self, archive: Path, documents: dict[str, bytes]) -> str:
+        digest = sha256_file(archive)
+        folder = self.folder / "releases" / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in {ARCHIVE: archive.read_bytes(), **documents}.items():
+            if not (folder / name).exists():
+                write_atomic(folder / name, data)
+        return digest
+
+    def fetch(self, digest: str, cache: Path) -> Path:
+        path = self.folder / "releases" / digest / ARCHIVE
+        if not path.exists():
+            raise StoreError(f"no release {digest}", where=self.address, todo="see `roadseg releases`")
+        if sha256_file(path) != digest:
+            raise StoreError(
+                f"release {digest} is damaged: its archive has another SHA-256",
+                where=str(path),
+                todo="restore the file, or remove the folder and push again",
+            )
+        return path
+
+    def document(self, digest: str, name: str) -> bytes | None:
+        path = self.folder / "releases" / digest / name
+        return path.read_bytes() if path.exists() else None
+
+    def releases(self) -> list[str]:
+        return sorted(p.parent.name for p in self.folder.glob(f"releases/*/{ARCHIVE}"))
+
+    def history(self) -> list[Champion]:
+        files = sorted((self.folder / "history").glob("*.json"))
+        past = {c.serial: c for c in (parse_champion(p.read_bytes(), str(p), "") for p in files)}
+        if now := self.champion():
+            past[now.serial] = now
+        return [past[n] for n in sorted(past)]
+
+
+def open_store(url: str, default: Path, *, region: str = "", endpoint_url: str = "") -> Store:
+    """The store at a folder or s3://bucket/prefix; `default` when `url` is empty."""
+    if url.startswith("s3://"):
+        from roadseg.release.store_s3 import S3Store  # boto3 is an extra
+
+        return S3Store(url, region=region, endpoint_url=endpoint_url)
+    return FolderStore(Path(url) if url else default)
+
+
+def resolve(reference: str, store: Store, cache: Path) -> Path:
+    """The local archive of `champion`, a digest or its prefix (8 characters at least), or a path."""
+    if reference == "champion":
+        champion = store.champion()
+        if champion is None:
+            raise StoreError("there is no champion yet", where=store.address, todo="run `roadseg run` first")
+        return store.fetch(champion.digest, cache)
+    if Path(reference).exists():
+        return Path(reference)
+    matches = [d for d in store.releases() if d.startswith(reference)] if len(reference) >= 8 else []
+    if len(matches) != 1:
+        raise StoreError(
+            f"{len(matches)} releases match {reference!r}",
+            expected="champion, a digest, 8 or more of its first characters, or the path of a model.tar.gz",
+            where=store.address,
+            todo="see `roadseg releases`",
+        )
+    return store.fetch(matches[0], cache)
