@@ -1,0 +1,361 @@
+"""The commands; the one place that turns an error into a message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import roadseg
+from roadseg.config import Config, parse_flags
+from roadseg.errors import RoadsegError, UsageError
+
+log = logging.getLogger("roadseg")
+
+
+@dataclass(frozen=True)
+class Command:
+    """about: one line for the list. add: its own arguments. call: (arguments, config) -> exit code."""
+
+    about: str
+    call: Callable[[argparse.Namespace, Config], int]
+    add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; see roadseg/errors.py for their meaning."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"roadseg {roadseg.__version__}")
+        return 0
+    try:
+        return _dispatch(argv[0], argv[1:])
+    except RoadsegError as e:
+        print(f"roadseg {argv[0]}: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print(f"roadseg {argv[0]}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"roadseg {argv[0]}: {where}{e.strerror or e}", file=sys.stderr)
+        return 1
+    except Exception as e:
+        if os.environ.get("ROADSEG_DEBUG"):
+            raise
+        print(
+            f"roadseg {argv[0]}: unexpected {type(e).__name__}: {e}; this is a fault of roadseg: "
+            "run again with ROADSEG_DEBUG=1 for the traceback and report it",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def usage() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return (
+        "usage: roadseg COMMAND [arguments] [--section.key value ...]\n\n"
+        + "\n".join(lines)
+        + ("\n\nroadseg COMMAND --help tells a command's arguments and every config key.")
+    )
+
+
+def _dispatch(name: str, rest: list[str]) -> int:
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UsageError(
+            f"no command {name!r}" + (f", perhaps you meant {near[0]}" if near else ""), expected=", ".join(COMMANDS)
+        )
+    command = COMMANDS[name]
+    own, flags = _split(rest)
+    parser = argparse.ArgumentParser(f"roadseg {name}", description=command.about, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with sections data, training, ...")
+    parser.add_argument("--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="default ./workspace")
+    command.add(parser)
+    if "-h" in own or "--help" in own:
+        print(parser.format_help())
+        flags = ["--help"]
+        parse_flags(_peek_config(own), flags, f"roadseg {name}", "The config's own keys:")
+    parsed = parser.parse_args(own)
+    config = parse_flags(parsed.config, flags, f"roadseg {name}", command.about)
+    _log_to(sys.stderr)
+    return command.call(parsed, config)
+
+
+def _split(tokens: list[str]) -> tuple[list[str], list[str]]:
+    """(the command's own arguments, config flags such as --training.epochs with their values)."""
+    own: list[str] = []
+    flags: list[str] = []
+    target = own
+    for token in tokens:
+        if token.startswith("--"):
+            target = flags if "." in token.split("=")[0] else own
+        target.append(token)
+    return own, flags
+
+
+def _peek_config(own: list[str]) -> Path | None:
+    return next((Path(b) for a, b in zip(own, own[1:], strict=False) if a == "--config"), None)
+
+
+def _log_to(stream: Any) -> None:
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class _JsonLines(logging.Handler):
+    """runs/<name>/log.jsonl: one object a line with time, level, logger and message."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        row = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        with open(self._path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# ---- the stages -----------------------------------------------------------------------------
+
+
+def _stage_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default="default", help="the run's name: WORKSPACE/runs/NAME")
+    parser.add_argument("--no-wait", action="store_true", help="exit 5 if another run makes what is needed")
+
+
+def _stage(until: str) -> Callable[[argparse.Namespace, Config], int]:
+    def call(a: argparse.Namespace, config: Config) -> int:
+        from roadseg.pipeline import run
+
+        folder = a.workspace / "runs" / a.name
+        folder.mkdir(parents=True, exist_ok=True)
+        log.addHandler(_JsonLines(folder / "log.jsonl"))
+        result = run(config, until, workspace=a.workspace, name=a.name, wait=not a.no_wait)  # type: ignore[arg-type]
+        for stage, output in result.outputs.items():
+            print(f"{stage:<9} {output.folder}")
+        if result.evaluation:
+            _print_scores(result.evaluation)
+            print(f"{'report':<9} {result.folder / 'report.html'}")
+        if result.decision:
+            print(
+                f"{'release':<9} {result.decision.candidate[:12]} {result.decision.outcome}: {result.decision.reason}"
+            )
+        return 0
+
+    return call
+
+
+def _print_scores(evaluation: dict[str, Any]) -> None:
+    def percent(value: float | None) -> str:
+        return "none" if value is None else f"{100 * value:.2f} %"
+
+    print(
+        f"{'scores':<9} {evaluation['source']} {evaluation['split']}: mIoU {percent(evaluation['miou'])}, "
+        f"pixel accuracy {percent(evaluation['pixel_accuracy'])} on {evaluation['images']} images"
+    )
+    for split, other in evaluation["other_splits"].items():
+        print(f"{'':<9} {evaluation['source']} {split}: mIoU {percent(other['miou'])} on {other['images']} images")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _stage_arguments(parser)
+    parser.add_argument(
+        "--release", metavar="R", help="champion, a digest or a path: score it instead of the candidate"
+    )
+
+
+def _evaluate(a: argparse.Namespace, config: Config) -> int:
+    if a.release is None:
+        return _stage("evaluate")(a, config)
+    from roadseg.pipeline import evaluate_release
+
+    evaluation, folder = evaluate_release(config, a.release, workspace=a.workspace, wait=not a.no_wait)
+    _print_scores(evaluation)
+    print(f"{'metrics':<9} {folder / 'metrics.json'}")
+    print(f"{'report':<9} {folder / 'report.html'}")
+    return 0
+
+
+# ---- using releases -------------------------------------------------------------------------
+
+
+def _release_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--release", default="champion", metavar="R", help="champion (default), a digest or a path")
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="images and folders of images")
+    _release_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where label maps and overlays go")
+    parser.add_argument("--ids", choices=("trainIds", "labelIds"), default="trainIds", help="what label maps hold")
+    parser.add_argument("--no-overlay", action="store_true", help="write label maps only")
+
+
+def _predict(a: argparse.Namespace, config: Config) -> int:
+    from roadseg.images import Limits
+    from roadseg.inference.predict import predict
+    from roadseg.inference.predictor import Predictor
+
+    predictor = Predictor(_load(a.release, a.workspace, config), config.evaluation.threads)
+    limits = Limits(config.data.max_file_bytes, config.data.max_image_pixels)
+    done = predict(predictor, a.inputs, a.out, ids=a.ids, overlay=not a.no_overlay, limits=limits)
+    print(f"{'written':<9} {len(done.written)} files below {a.out}")
+    if done.failed:
+        print(
+            f"{'skipped':<9} {len(done.failed)} unusable images:",
+            *(f"  {reason}" for _, reason in done.failed),
+            sep="\n",
+        )
+    return 1 if done.failed else 0
+
+
+def _load(reference: str, workspace: Path, config: Config) -> Any:
+    from roadseg.pipeline import store_of
+    from roadseg.release.archive import load_release
+    from roadseg.release.store import resolve
+
+    return load_release(resolve(reference, store_of(config, workspace), workspace / "cache"))
+
+
+def _releases(a: argparse.Namespace, config: Config) -> int:
+    from roadseg.pipeline import store_of
+
+    store = store_of(config, a.workspace)
+    champion, past = store.champion(), store.history()
+    mious = {c.digest: c.miou for c in past}
+    for digest in store.releases():
+        mark = "champion" if champion and champion.digest == digest else ""
+        miou = f"mIoU {100 * mious[digest]:.2f} %" if digest in mious else ""
+        print(f"{digest[:16]}  {mark:<8}  {miou}")
+    print(f"\nhistory of {store.address}:" if past else f"no champion yet in {store.address}")
+    for c in past:
+        print(f"{c.serial:>4}  {c.promoted_at}  {c.digest[:16]}  mIoU {100 * c.miou:.2f} %")
+    return 0
+
+
+def _promote(a: argparse.Namespace, config: Config) -> int:
+    from roadseg.pipeline import store_of
+    from roadseg.push.stage import promote_by_hand
+
+    store = store_of(config, a.workspace)
+    champion = promote_by_hand(store, getattr(a, "release", None), a.workspace / "cache")
+    print(
+        f"{'champion':<9} {champion.digest[:16]} (mIoU {100 * champion.miou:.2f} %), was {champion.previous[:16] or 'none'}"
+    )
+    return 0
+
+
+def _serve(a: argparse.Namespace, config: Config) -> int:
+    from roadseg.pipeline import store_of
+    from roadseg.release.store import resolve
+    from roadseg.serve.app import container_release, serve
+
+    if a.release is None and (unpacked := container_release()):
+        return serve(unpacked, config.serve, labels=a.ids)
+    archive = resolve(a.release or "champion", store_of(config, a.workspace), a.workspace / "cache")
+    return serve(archive, config.serve, labels=a.ids)
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--release", metavar="R", help="champion (default; in a container what lies in /opt/ml/model)")
+    parser.add_argument("--ids", choices=("trainIds", "labelIds"), default="trainIds", help="what answers hold")
+
+
+def _deploy_arguments(parser: argparse.ArgumentParser) -> None:
+    _release_argument(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the requests and send none")
+
+
+def _deploy(a: argparse.Namespace, config: Config) -> int:
+    from roadseg.pipeline import store_of
+    from roadseg.push.sagemaker import deploy
+
+    deploy(a.release, store_of(config, a.workspace), config.aws, dry_run=a.dry_run, say=print)
+    return 0
+
+
+# ---- the house ------------------------------------------------------------------------------
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("show", "schema"), help="the resolved config as YAML, or its JSON schema")
+
+
+def _config(a: argparse.Namespace, config: Config) -> int:
+    if a.what == "schema":
+        print(json.dumps(Config.model_json_schema(), indent=1))
+    else:
+        import yaml
+
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+    return 0
+
+
+def _clean_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--remove", action="store_true", help="remove what is listed")
+
+
+def _clean(a: argparse.Namespace, config: Config) -> int:
+    from roadseg.workspace import leftovers, remove
+
+    found = leftovers(a.workspace)
+    for leftover in found:
+        print(f"{leftover.size_bytes / 1e6:>10.1f} MB  {leftover.path}  ({leftover.why})")
+        if a.remove:
+            remove(leftover)
+    total = sum(leftover.size_bytes for leftover in found) / 1e6
+    if not found:
+        print(f"nothing to remove in {a.workspace}")
+    else:
+        print(f"{total:>10.1f} MB  {'removed' if a.remove else 'can be removed: run again with --remove'}")
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command("the five stages, cached", _stage("push"), _stage_arguments),
+    "ingest": Command("check a data set and list its frames", _stage("ingest"), _stage_arguments),
+    "transform": Command("... and make train-ready shards of it", _stage("transform"), _stage_arguments),
+    "train": Command("... and train and export a candidate", _stage("train"), _stage_arguments),
+    "evaluate": Command("... and score it; or score any release on any data", _evaluate, _evaluate_arguments),
+    "push": Command("... and promote it if it beats the champion", _stage("push"), _stage_arguments),
+    "predict": Command("label maps and overlays for images and folders", _predict, _predict_arguments),
+    "serve": Command("answer GET /ping and POST /invocations", _serve, _serve_arguments),
+    "deploy": Command("put a release on a SageMaker endpoint", _deploy, _deploy_arguments),
+    "releases": Command("what is and was champion", _releases),
+    "promote": Command(
+        "make a release champion by hand", _promote,
+        lambda p: p.add_argument("release", metavar="R", help="a digest or its prefix") and None,
+    ),
+    "rollback": Command("make the previous champion champion again", _promote),
+    "config": Command("show the resolved config or its JSON schema", _config, _config_arguments),
+    "clean": Command("list, and with --remove remove, what no run needs", _clean, _clean_arguments),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

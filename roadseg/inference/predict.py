@@ -1,0 +1,111 @@
+"""Label maps and overlays for files and folders of images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from roadseg.errors import ImageError, UsageError
+from roadseg.files import write_atomic
+from roadseg.images import Limits, encode_jpeg, encode_label_png, read_image
+from roadseg.inference.predictor import Predictor
+from roadseg.labels import LabelSet
+from roadseg.progress import progress
+
+log = logging.getLogger(__name__)
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What `predict` did. failed: (path, reason) of every image that could not be read."""
+
+    written: list[Path]
+    failed: list[tuple[Path, str]]
+
+
+def predict(
+    predictor: Predictor,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    ids: str = "trainIds",
+    overlay: bool = True,
+    limits: Limits = Limits(),
+) -> Predicted:
+    """Write <stem>_labelTrainIds.png (or _labelIds.png) and <stem>_overlay.jpg for every image.
+
+    inputs: files, or folders whose images keep their relative paths below `out`. ids: trainIds or
+    labelIds. A file that is no usable image is named, skipped and listed in `failed`.
+    Raises UsageError for inputs that don't exist, hold no image, or would write the same file.
+    """
+    jobs = list(_jobs(inputs))
+    _refuse_clashes(jobs)
+    written: list[Path] = []
+    failed: list[tuple[Path, str]] = []
+    with progress(len(jobs), "predict", "image") as bar:
+        for path, relative in jobs:
+            try:
+                image = read_image(path, limits)
+            except (ImageError, OSError) as e:
+                reason = str(e) if isinstance(e, ImageError) else f"{path}: can't be read ({e.strerror})"
+                log.warning("skipped %s", reason)
+                failed.append((path, reason))
+                bar.update()
+                continue
+            label = predictor(image)
+            written += _write(image, label, predictor.label_set, out / relative, ids, overlay)
+            bar.update()
+    return Predicted(written, failed)
+
+
+def blend(image: np.ndarray, label: np.ndarray, label_set: LabelSet, opacity: float = 0.5) -> np.ndarray:
+    """uint8 [H, W, 3]: the image [H, W, 3] under its label map's colours [H, W]."""
+    mixed = image * (1 - opacity) + label_set.palette[label] * opacity
+    return mixed.round().astype(np.uint8)
+
+
+def _jobs(inputs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """(image, its path below the output folder without suffix)."""
+    for given in inputs:
+        if given.is_dir():
+            found = sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not found:
+                raise UsageError("no image in this folder", expected=", ".join(sorted(SUFFIXES)), where=str(given))
+            yield from ((p, p.relative_to(given).with_suffix("")) for p in found)
+        elif given.is_file():
+            yield given, Path(given.stem)
+        else:
+            raise UsageError("no such file or folder", where=str(given), todo="check the path")
+
+
+def _refuse_clashes(jobs: Sequence[tuple[Path, Path]]) -> None:
+    seen: dict[Path, Path] = {}
+    for path, relative in jobs:
+        if relative in seen:
+            raise UsageError(
+                f"{seen[relative]} and {path} would write the same file",
+                expected="one image for each relative path and stem",
+                todo="rename one, or predict them into different folders",
+            )
+        seen[relative] = path
+
+
+def _write(
+    image: np.ndarray, label: np.ndarray, label_set: LabelSet, stem: Path, ids: str, overlay: bool
+) -> list[Path]:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if ids == "labelIds":
+        label_path, values = stem.with_name(f"{stem.name}_labelIds.png"), label_set.train_to_id[label]
+    else:
+        label_path, values = stem.with_name(f"{stem.name}_labelTrainIds.png"), label
+    write_atomic(label_path, encode_label_png(values))
+    if not overlay:
+        return [label_path]
+    overlay_path = stem.with_name(f"{stem.name}_overlay.jpg")
+    write_atomic(overlay_path, encode_jpeg(blend(image, label, label_set)))
+    return [label_path, overlay_path]

@@ -1,0 +1,286 @@
+"""The five stages in order: keys, cache, the run record. The only place that knows all stages.
+
+Stages are imported where they run, so that a command that needs no torch does not load it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from roadseg.config import Config
+from roadseg.errors import ConfigError, DataError, GateRefused, UsageError
+from roadseg.files import read_json, sha256_file, write_atomic, write_json
+from roadseg.release.archive import Release, load_release
+from roadseg.release.store import Store, open_store, resolve
+from roadseg.workspace import Output, Workspace
+
+if TYPE_CHECKING:
+    from roadseg.data.manifest import Manifest
+    from roadseg.images import Limits
+    from roadseg.push.gate import Decision
+
+log = logging.getLogger(__name__)
+Stage = Literal["ingest", "transform", "train", "evaluate", "push"]
+STAGES: tuple[Stage, ...] = ("ingest", "transform", "train", "evaluate", "push")
+HOLDOUT = "holdout"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ended with. outputs: by stage; evaluation: content of metrics.json."""
+
+    outputs: dict[str, Output]
+    folder: Path
+    evaluation: dict[str, Any] | None = None
+    decision: Decision | None = None
+    release: Path | None = None
+
+
+@dataclass
+class _Run:
+    """One run in the making; each stage's method needs those before it."""
+
+    config: Config
+    workspace: Workspace
+    outputs: dict[str, Output] = field(default_factory=dict)
+
+    def ingest(self, only_splits: tuple[str, ...] = ()) -> Output:
+        from roadseg.ingest.stage import VERSION, ingest, source_digest
+
+        data = self.config.data
+        fields = {**data.key_fields(), "only_splits": only_splits}
+        if data.source != "town":
+            del fields["town"]
+        inputs = {"source": source_digest(data, _given_root(self.config))}
+        output = self.workspace.make(
+            "ingest", VERSION, fields, inputs, lambda work: ingest(data, _given_root(self.config), work, only_splits)
+        )
+        self.outputs["ingest"] = output
+        return output
+
+    def manifest(self, only_splits: tuple[str, ...] = ()) -> tuple[Manifest, Path, Limits]:
+        """The checked frames, the root of their paths, and the limits under which they are read."""
+        from roadseg.data.manifest import Manifest
+        from roadseg.images import Limits
+
+        folder = (self.outputs.get("ingest") or self.ingest(only_splits)).folder
+        root = folder / "tree" if self.config.data.source == "town" else _given_root(self.config)
+        limits = Limits(self.config.data.max_file_bytes, self.config.data.max_image_pixels)
+        return Manifest.load(folder), root, limits
+
+    def transform(self) -> Output:
+        from roadseg.transform.stage import VERSION, transform
+
+        manifest, root, limits = self.manifest()
+        settings = self.config.transform
+        output = self.workspace.make(
+            "transform",
+            VERSION,
+            settings.key_fields(),
+            {"ingest": self.outputs["ingest"].content},
+            lambda work: transform(settings, manifest, root, work, limits, self.config.data.workers),
+        )
+        self.outputs["transform"] = output
+        return output
+
+    def train(self) -> Output:
+        from roadseg.train.stage import VERSION, train_candidate
+
+        shards_output = self.transform()
+        init = self._init_release()
+        c = self.config
+        output = self.workspace.make(
+            "train",
+            VERSION,
+            {"model": c.model.key_fields(), "training": c.training.key_fields()},
+            {"transform": shards_output.content, "weights": _weights(c), "init_from": init.digest if init else ""},
+            lambda work: train_candidate(c, self._whole_shards(shards_output), work, init),
+            resumes=True,
+        )
+        self.outputs["train"] = output
+        return output
+
+    def _whole_shards(self, output: Output) -> Any:
+        """The shards, after those that fail their digest were made again."""
+        from roadseg.data.shards import Shards
+        from roadseg.transform.stage import rebuild
+
+        shards = Shards.load(output.folder)
+        if damaged := shards.damaged():
+            manifest, root, limits = self.manifest()
+            rebuild(damaged, self.config.transform, manifest, root, shards, limits)
+        return shards
+
+    def _init_release(self) -> Release | None:
+        reference = self.config.training.init_from
+        return load_release(resolve(reference, self.store(), self.cache)) if reference else None
+
+    def evaluate(self) -> Output:
+        candidate = load_release(self.train().folder / "model.tar.gz")
+        self.outputs["evaluate"] = self.evaluation_of(candidate)
+        return self.outputs["evaluate"]
+
+    def evaluation_of(self, release: Release, only_splits: tuple[str, ...] = ()) -> Output:
+        """The Evaluation of any release on this config's data."""
+        from roadseg.evaluate.stage import VERSION, Images, evaluate
+        from roadseg.inference.predictor import Predictor
+
+        manifest, root, limits = self.manifest(only_splits)
+        splits = self._scored_splits(manifest.splits)
+        settings = self.config.evaluation
+        predictor = Predictor(release, settings.threads)
+        return self.workspace.make(
+            "evaluate",
+            VERSION,
+            {**settings.key_fields(), "splits": splits, "runtime": predictor.runtime},
+            {"release": release.digest, **{split: manifest.fingerprint(split) for split in splits}},
+            lambda work: evaluate(predictor, Images(manifest, root, limits), splits, settings.scenes, work),
+        )
+
+    def _scored_splits(self, present: Sequence[str]) -> list[str]:
+        split = self.config.data.split
+        if split not in present:
+            raise DataError(
+                f"the data set has no split {split!r}",
+                expected=f"one of {', '.join(present)}",
+                where="data.split",
+                todo="set data.split",
+            )
+        return [split] + [s for s in present if s == HOLDOUT and s != split]
+
+    def push(self) -> Decision:
+        from roadseg.push.stage import push
+
+        output = self.evaluate()
+        archive = self.outputs["train"].folder / "model.tar.gz"
+
+        def evaluate_champion(digest: str) -> dict[str, Any]:
+            champion = load_release(self.store().fetch(digest, self.cache), digest)
+            evaluation: dict[str, Any] = read_json(self.evaluation_of(champion).folder / "metrics.json")
+            return evaluation
+
+        evaluation = read_json(output.folder / "metrics.json")
+        candidate = load_release(archive)
+        return push(candidate, archive, evaluation, evaluate_champion, self.store(), self.config.push.min_gain)
+
+    def store(self) -> Store:
+        return store_of(self.config, self.workspace.path)
+
+    @property
+    def cache(self) -> Path:
+        return self.workspace.path / "cache"
+
+
+def run(
+    config: Config,
+    until: Stage = "push",
+    *,
+    workspace: Path = Path("workspace"),
+    name: str = "default",
+    wait: bool = True,
+) -> RunResult:
+    """Run the stages up to `until`; what is there already is not made again.
+
+    Writes runs/<name>/run.json, and report.html once there is an Evaluation. Raises the exceptions
+    of roadseg.errors; GateRefused, after everything is written, when the champion stays.
+    """
+    if until not in STAGES:
+        raise UsageError(f"no stage {until!r}", expected=", ".join(STAGES))
+    this = _Run(config, Workspace(workspace, wait))
+    folder = workspace / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    steps: dict[str, Callable[[], Any]] = {s: getattr(this, s) for s in STAGES}
+    try:
+        result = steps[until]()
+    finally:
+        _record(this, folder)
+    decision = result if until == "push" else None
+    evaluation = None
+    if "evaluate" in this.outputs:
+        evaluation = read_json(this.outputs["evaluate"].folder / "metrics.json")
+        _report(this, folder, evaluation, decision)
+    release = this.outputs["train"].folder / "model.tar.gz" if "train" in this.outputs else None
+    finished = RunResult(this.outputs, folder, evaluation, decision, release)
+    if decision is not None and decision.outcome == "refused":
+        from roadseg.push.gate import table
+
+        raise GateRefused(
+            f"the champion {(decision.champion or '')[:12]} stays: {decision.reason}\n{table(decision)}",
+            todo=f"see {folder / 'report.html'}",
+        )
+    return finished
+
+
+def evaluate_release(
+    config: Config, reference: str = "champion", *, workspace: Path = Path("workspace"), wait: bool = True
+) -> tuple[dict[str, Any], Path]:
+    """Score any release on the config's data; only `data.split` needs to be there.
+
+    Returns the content of metrics.json and the folder that holds it and report.html.
+    """
+    this = _Run(config, Workspace(workspace, wait))
+    release = load_release(resolve(reference, this.store(), this.cache))
+    output = this.evaluation_of(release, only_splits=(config.data.split,))
+    return read_json(output.folder / "metrics.json"), output.folder
+
+
+def store_of(config: Config, workspace: Path) -> Store:
+    a = config.aws
+    return open_store(config.store.url, workspace / "store", region=a.region, endpoint_url=a.endpoint_url)
+
+
+def _given_root(config: Config) -> Path:
+    data = config.data
+    if data.root is None:
+        if data.source in ("town", "folder"):
+            return Path()  # the town is rendered; a folder's YAML may name its folders itself
+        raise ConfigError(
+            f"source {data.source} needs the folder it lies in", where="data.root", todo="pass --data.root FOLDER"
+        )
+    return data.root
+
+
+def _weights(config: Config) -> str:
+    """What the backbone starts from, by content: none, imagenet, or a file's SHA-256."""
+    weights = config.model.backbone_weights
+    if weights in ("none", "imagenet"):
+        return weights
+    if not Path(weights).is_file():
+        raise ConfigError(
+            f"no file {weights!r}", expected="none, imagenet or a .safetensors file", where="model.backbone_weights"
+        )
+    return sha256_file(Path(weights))
+
+
+def _record(this: _Run, folder: Path) -> None:
+    outputs = {
+        stage: {"stage": o.stage, "key": o.key, "content": o.content, "cached": o.cached}
+        for stage, o in this.outputs.items()
+    }
+    write_json(folder / "run.json", {"outputs": outputs, "config": this.config.model_dump(mode="json")})
+
+
+def _report(this: _Run, folder: Path, evaluation: dict[str, Any], decision: Decision | None) -> None:
+    """The run's report: the Evaluation with the training curves, augmented samples and decision."""
+    from roadseg.evaluate.report import render
+    from roadseg.evaluate.stage import read_scenes
+    from roadseg.files import read_json_lines
+
+    best, worst = read_scenes(this.outputs["evaluate"].folder)
+    train = this.outputs["train"].folder
+    html = render(
+        evaluation,
+        best,
+        worst,
+        history=read_json_lines(train / "history.jsonl"),
+        contact_sheet=(train / "contact_sheet.jpg").read_bytes(),
+        decision=decision.to_json() if decision else None,
+        title=f"roadseg run on {evaluation['source']}",
+    )
+    write_atomic(folder / "report.html", html.encode())
+    if decision:
+        write_json(folder / "decision.json", decision.to_json())

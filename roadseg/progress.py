@@ -1,0 +1,35 @@
+"""Progress with rate and time left: a bar for people, a plain line every ten seconds for a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class _Lines:
+    """A stream on which each redraw of the bar becomes a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = "ascii"
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            self._stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def progress(total: int, what: str, unit: str, initial: int = 0) -> tqdm[Any]:
+    """A bar on stderr that shows itself only if it lasts over two seconds."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=what, unit=unit, initial=initial, delay=2, dynamic_ncols=True)
+    form = "{desc} {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left {postfix}"
+    lines: Any = _Lines(sys.stderr)
+    return tqdm(
+        total=total, desc=what, unit=unit, initial=initial, delay=2, mininterval=10, maxinterval=30,
+        bar_format=form, file=lines, leave=False,
+    )  # fmt: skip

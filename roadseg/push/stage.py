@@ -1,0 +1,117 @@
+"""Stage 5: put the candidate beside the champion, decide, and move the pointer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from roadseg.errors import ArchiveError, GateRefused, PointerMoved, StoreError
+from roadseg.files import sha256_file
+from roadseg.push.gate import Decision, decide
+from roadseg.release.archive import Release
+from roadseg.release.card import card
+from roadseg.release.store import CARD, DECISION, EVALUATION, Champion, Store, resolve, stamp
+
+ATTEMPTS = 20
+
+
+def push(
+    candidate: Release,
+    archive: Path,
+    evaluation: dict[str, Any],
+    evaluate_champion: Callable[[str], dict[str, Any]],
+    store: Store,
+    min_gain: float,
+) -> Decision:
+    """Promote the candidate if the gate lets it through; the champion is evaluated, never believed.
+
+    evaluate_champion(digest): its Evaluation on the candidate's data. If another push moves the
+    pointer in between, everything is decided again. A refused candidate is not put in the store.
+    Raises GateRefused when the champion can't be read or compared, StoreError when the store fails.
+    """
+    for _ in range(ATTEMPTS):
+        champion = _read_champion(store)
+        if champion and champion.digest == candidate.digest:
+            decision = decide(evaluation, evaluation, min_gain)
+            _complete(store, archive, candidate, evaluation, champion, min_gain)
+            return decision
+        decision = decide(evaluation, _evaluate(champion, evaluate_champion), min_gain)
+        if decision.outcome == "refused":
+            return decision
+        store.publish(archive, _documents(candidate, evaluation))
+        try:
+            store.promote(_successor(candidate.digest, evaluation, champion), champion)
+        except PointerMoved:
+            continue
+        store.publish(archive, {DECISION: _json(decision.to_json())})
+        return decision
+    raise StoreError(f"the champion changed {ATTEMPTS} times while deciding", where=store.address, todo="push again")
+
+
+def _read_champion(store: Store) -> Champion | None:
+    try:
+        return store.champion()
+    except StoreError as e:
+        raise GateRefused(
+            f"the champion can't be read ({e})", todo="mend the store first; nothing was overwritten"
+        ) from e
+
+
+def _evaluate(champion: Champion | None, evaluate_champion: Callable[[str], dict[str, Any]]) -> dict[str, Any] | None:
+    if champion is None:
+        return None
+    try:
+        return evaluate_champion(champion.digest)
+    except (StoreError, ArchiveError) as e:
+        raise GateRefused(
+            f"the champion {champion.digest[:12]} can't be evaluated ({e})",
+            todo="mend or roll back the champion first; nothing was overwritten",
+        ) from e
+
+
+def _complete(
+    store: Store, archive: Path, candidate: Release, evaluation: dict[str, Any], champion: Champion, min_gain: float
+) -> None:
+    """Add what a push that was killed right after moving the pointer did not write any more."""
+    if store.document(candidate.digest, DECISION) is None:
+        late = decide(evaluation, None, min_gain)
+        reason = f"promoted at {champion.promoted_at} by a push that was stopped before it wrote its decision"
+        documents = _documents(candidate, evaluation) | {DECISION: _json(replace(late, reason=reason).to_json())}
+        store.publish(archive, documents)
+
+
+def _successor(digest: str, evaluation: dict[str, Any], champion: Champion | None) -> Champion:
+    serial, previous = (champion.serial + 1, champion.digest) if champion else (1, "")
+    return Champion(digest, evaluation["miou"], evaluation["data_fingerprint"], serial, previous, stamp())
+
+
+def _documents(candidate: Release, evaluation: dict[str, Any]) -> dict[str, bytes]:
+    return {EVALUATION: _json(evaluation), CARD: card(candidate, evaluation).encode()}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def promote_by_hand(store: Store, reference: str | None, cache: Path) -> Champion:
+    """Point to a release without the gate: `reference`, or the champion before this one if None.
+
+    Its mIoU is the one its evaluation.json in the store says. Raises StoreError when there is no
+    such release or nothing to go back to.
+    """
+    now = store.champion()
+    if reference is None:
+        if now is None or not now.previous:
+            raise StoreError("there is no champion before this one", where=store.address, todo="see `roadseg releases`")
+        reference = now.previous
+    digest = sha256_file(resolve(reference, store, cache))
+    document = store.document(digest, EVALUATION)
+    if document is None:
+        raise StoreError(f"release {digest[:12]} has no {EVALUATION}", where=store.address, todo="push it first")
+    evaluation = json.loads(document)
+    champion = _successor(digest, evaluation, now)
+    store.promote(champion, now)
+    return champion

@@ -1,0 +1,57 @@
+"""The card of a release: what it is, what it was trained on, how good it is and where it is weak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from roadseg.release.archive import TERMS, Release
+
+
+def card(release: Release, evaluation: dict[str, Any]) -> str:
+    """Markdown, from model.json and an Evaluation of the release."""
+    model, a = release.model, release.model["architecture"]
+    trained = model["training"]
+    rows = [
+        f"| {c['name']} | {_percent(evaluation['class_iou'][c['name']])} | {100 * (c['train_frequency'] or 0):.2f} |"
+        for c in evaluation["classes"]
+    ]
+    scored = sorted((iou, name) for name, iou in evaluation["class_iou"].items() if iou is not None)
+    weakest = ", ".join(f"{name} ({100 * iou:.1f} %)" for iou, name in scored[:3])
+    lines = [
+        f"# roadseg release {release.digest[:12]}",
+        "",
+        f"Semantic segmentation of road scenes into {len(evaluation['classes'])} classes: "
+        f"DeepLabv3+ with a {a['backbone']} backbone at output stride {a['output_stride']}, "
+        f"fusion {a['fusion']}, {model['parameters'] / 1e6:.2f} M parameters.",
+        "",
+        f"- SHA-256 of the archive: `{release.digest}`",
+        f"- Trained on: {trained['source']}, {trained['steps']} steps, "
+        f"data fingerprint `{trained['data_fingerprints'].get('train', '')}`",
+        f"- Made by roadseg {model['package_version']}" + (f", commit `{c}`" if (c := model["code_commit"]) else ""),
+        f"- Preprocessing: {model['preprocessing']['input']}; normalisation {model['preprocessing']['normalisation']}",
+        "",
+        f"## Scores on {evaluation['source']} {evaluation['split']} ({evaluation['images']} images)",
+        "",
+        f"mIoU **{_percent(evaluation['miou'])} %**, pixel accuracy {_percent(evaluation['pixel_accuracy'])} %, "
+        f"mean accuracy {_percent(evaluation['mean_accuracy'])} %; full resolution, void ignored, absent classes "
+        f"excluded; {evaluation['runtime']}; data fingerprint `{evaluation['data_fingerprint']}`.",
+        "",
+        "| class | IoU % | share of training pixels % |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "## Limits",
+        "",
+        f"Weakest classes here: {weakest}. The figures hold for scenes like those scored; other cameras, "
+        "cities, weather and light were not measured and are likely worse.",
+        "",
+        "## Data terms",
+        "",
+        release.members[TERMS].decode(errors="replace").strip() or "none recorded",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "absent" if value is None else f"{100 * value:.2f}"

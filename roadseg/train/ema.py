@@ -1,0 +1,41 @@
+"""Exponential moving average of the weights: what is validated, reported and shipped."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Averages all floating-point state of a network, batch norm's running statistics included.
+
+    The decay grows as (1 + step) / (10 + step) up to `decay`, so that a short run is not an average
+    of its initial weights. decay 0 follows the network exactly.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self._pairs = _floats(self.network, network)
+        self._counters = [
+            (mine, theirs)
+            for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True)
+            if not mine.is_floating_point()
+        ]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the network's weights after 0-based `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        mine, theirs = self._pairs
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
+        for counter, source in self._counters:
+            counter.copy_(source)
+
+
+def _floats(a: nn.Module, b: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    state_a = [*a.parameters(), *(t for t in a.buffers() if t.is_floating_point())]
+    state_b = [*b.parameters(), *(t for t in b.buffers() if t.is_floating_point())]
+    return state_a, state_b

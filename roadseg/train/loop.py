@@ -1,0 +1,259 @@
+"""The training loop: one process, one device, from a step to the last.
+
+Shapes: B samples, H W the crop, K classes. Every draw is a function of (seed, epoch, sample) or
+(seed, step), so a run that was stopped goes on bit for bit where its checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roadseg.data.augment import generator
+from roadseg.data.loader import Batch
+from roadseg.data.shards import Split
+from roadseg.errors import Interrupted, NonFiniteLoss
+from roadseg.files import read_json_lines
+from roadseg.labels import IGNORE
+from roadseg.metrics.iou import scores
+from roadseg.progress import progress
+from roadseg.train import checkpoint
+from roadseg.train.ema import EMA
+from roadseg.train.losses import cross_entropy
+from roadseg.train.schedule import lr_factor
+
+log = logging.getLogger(__name__)
+CHECKPOINT_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop itself needs to know; meanings as in the config's training section."""
+
+    steps: int
+    optimizer: str
+    learning_rate: float
+    backbone_lr_factor: float
+    weight_decay: float
+    momentum: float
+    scheduler: str
+    poly_power: float
+    warmup_steps: int
+    label_smoothing: float
+    auxiliary_weight: float
+    ema_decay: float
+    clip_norm: float
+    seed: int
+    bf16: bool
+    validate_every: int
+    checkpoint_every: int = 0
+
+
+def make_optimizer(network: nn.Module, s: Settings) -> torch.optim.Optimizer:
+    """Four groups: backbone or not, decayed (weights of two dimensions and more) or not."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in network.named_parameters():
+        groups.setdefault((name.startswith("backbone."), p.ndim > 1), []).append(p)
+    parameters = [
+        {
+            "params": params,
+            "peak_lr": s.learning_rate * (s.backbone_lr_factor if backbone else 1.0),
+            "weight_decay": s.weight_decay if decayed else 0.0,
+        }
+        for (backbone, decayed), params in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    fused = next(network.parameters()).is_cuda
+    if s.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=s.learning_rate, momentum=s.momentum, nesterov=s.momentum > 0)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[s.optimizer]
+    return kind(parameters, lr=s.learning_rate, fused=fused)
+
+
+def batch_loss(output: Any, label_BHW: Tensor, class_weights: Tensor | None, s: Settings) -> Tensor:
+    heads = [output] if isinstance(output, Tensor) else [output.logits, *output.auxiliary]
+    losses = [cross_entropy(head, label_BHW, class_weights, s.label_smoothing) for head in heads]
+    return losses[0] + s.auxiliary_weight * sum(losses[1:], start=torch.zeros_like(losses[0]))
+
+
+@torch.inference_mode()
+def validate(network: nn.Module, split: Split, num_classes: int, device: torch.device, bf16: bool) -> Tensor:
+    """int64 [K, K] confusion (rows truth) of whole frames, one at a time, on the CPU."""
+    matrix = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    for index in range(len(split)):
+        image, label = split.read(index)
+        image_BHWC, label_HW = (
+            torch.from_numpy(image.copy())[None].to(device),
+            torch.from_numpy(label.copy()).to(device),
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = network(image_BHWC.permute(0, 3, 1, 2))
+        prediction_HW = F.interpolate(logits.float(), label.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+        valid = label_HW != IGNORE
+        joint = label_HW[valid].long() * num_classes + prediction_HW[valid]
+        matrix += torch.bincount(joint, minlength=len(matrix))
+    return matrix.reshape(num_classes, num_classes).cpu()
+
+
+class History:
+    """history.jsonl: a row a step and a row a validation; no times, so that it is the same for every run."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Go on after `step`: rows of later steps, written by a run that was killed, are dropped."""
+        kept = [row for row in read_json_lines(path) if row["step"] <= step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the loop runs
+
+    def add(self, **row: Any) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Inside, SIGTERM and SIGINT are only noted; the yielded function returns the signal, or 0."""
+    caught: list[int] = []
+    old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: caught[0] if caught else 0
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def train(
+    network: nn.Module,
+    batches: Callable[[int], Iterator[Batch]],
+    validation: dict[str, Split],
+    label_set: Any,
+    class_weights: Sequence[float] | None,
+    s: Settings,
+    device: torch.device,
+    work: Path,
+) -> nn.Module:
+    """Train `network` in place and return its average (EMA), on `device`.
+
+    batches(step): the batches from 0-based `step` on. validation: splits scored every
+    `s.validate_every` steps. Checkpoints and history.jsonl lie in `work`; what is there is gone on
+    from. Raises NonFiniteLoss before the step that would spoil the weights, Interrupted after a
+    signal, with a checkpoint saved.
+    """
+    network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    average = EMA(network, s.ema_decay)
+    optimizer = make_optimizer(network, s)
+    folder = work / "checkpoints"
+    start = 0
+    if found := checkpoint.newest(folder) if folder.exists() else None:
+        start, tensors = found
+        checkpoint.restore(tensors, network, average.network, optimizer)
+        log.info("going on after step %d of %d", start, s.steps)
+    history = History(work / "history.jsonl", start)
+    weights = torch.tensor(class_weights, device=device) if class_weights else None
+    timing = _Timing(work / "log")
+
+    def save(step: int) -> None:
+        history.flush()
+        checkpoint.save(folder, step, network, average.network, optimizer)
+
+    last_save = time.monotonic()
+    with stop_signals() as stopped, progress(s.steps, "train", "step", initial=start) as bar:
+        source = batches(start)
+        for step in range(start, s.steps):
+            waited = time.monotonic()
+            batch = next(source)
+            waited = time.monotonic() - waited
+            torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
+            factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            image = batch.image_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            label = batch.label_BHW.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.bf16):
+                output = network(image)
+            loss = batch_loss(output, label, weights, s)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
+            loss_value, norm_value = torch.stack([loss.detach(), norm.detach()]).tolist()
+            if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+                save(step)
+                raise _non_finite(loss_value, norm_value, step, batch)
+            optimizer.step()
+            average.update(step)
+            history.add(step=step + 1, loss=round(loss_value, 6), learning_rate=s.learning_rate * factor)
+            done = step + 1
+            bar.update()
+            timing.step(done, waited, len(label), bar)
+            validated = done % s.validate_every == 0 or done == s.steps
+            if validated:
+                for split, frames in validation.items():
+                    result = scores(
+                        validate(average.network, frames, label_set.num_classes, device, s.bf16).numpy(), label_set
+                    )
+                    history.add(step=done, split=split, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
+                    log.info("step %d: %s mIoU %.4f", done, split, result["miou"] or 0.0)
+            due = (
+                done % s.checkpoint_every == 0
+                if s.checkpoint_every
+                else time.monotonic() - last_save > CHECKPOINT_EVERY_S
+            )
+            if due or validated or stopped():
+                save(done)
+                last_save = time.monotonic()
+            if stopped() and done < s.steps:
+                name = signal.Signals(stopped()).name
+                raise Interrupted(f"stopped by {name} after step {done}; run again to go on", signal_number=stopped())
+    history.flush()
+    checkpoint.prune(folder, 1)
+    return average.network
+
+
+def _non_finite(loss: float, norm: float, step: int, batch: Batch) -> NonFiniteLoss:
+    rows = ", ".join(f"{index} (epoch {epoch})" for epoch, index in batch.samples)
+    return NonFiniteLoss(
+        f"loss {loss}, gradient norm {norm} at step {step + 1}; the weights were left as before it",
+        expected="finite numbers",
+        where=f"train samples {rows}",
+        todo="look at these samples; a lower training.learning_rate, a longer training.warmup_steps or "
+        "training.precision fp32 often helps",
+    )
+
+
+class _Timing:
+    """log/timing.jsonl: images/s and the share of time spent waiting for data, every ten seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._path = folder / "timing.jsonl"
+        self._since, self._images, self._waited = time.monotonic(), 0, 0.0
+
+    def step(self, step: int, waited_s: float, images: int, bar: Any) -> None:
+        self._images += images
+        self._waited += waited_s
+        took = time.monotonic() - self._since
+        if took < 10:
+            return
+        row = {
+            "step": step,
+            "images_per_s": round(self._images / took, 1),
+            "waiting_share": round(self._waited / took, 3),
+        }
+        bar.set_postfix_str(
+            f"{row['images_per_s']} images/s, {row['waiting_share']:.0%} waiting for data", refresh=False
+        )
+        with open(self._path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        self._since, self._images, self._waited = time.monotonic(), 0, 0.0

@@ -1,0 +1,191 @@
+"""Stage 3: from shards to a candidate archive."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+import roadseg
+from roadseg.config import Config, Model, Training
+from roadseg.data.augment import Augmentation
+from roadseg.data.loader import Batch, Crops, loader
+from roadseg.data.sampler import Batches
+from roadseg.data.shards import Shards, Split
+from roadseg.errors import ConfigError
+from roadseg.images import encode_jpeg
+from roadseg.labels import IGNORE, LabelSet
+from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus, build
+from roadseg.release.archive import WEIGHTS, Release, write_archive
+from roadseg.release.export import check_export, export_onnx
+from roadseg.train.loop import Settings, train
+from roadseg.train.losses import enet_weights
+from roadseg.train.temperature import fit_temperature
+
+VERSION = 1
+CHECKED_FRAMES = 8  # real frames on which the exported graph is compared with the network
+log = logging.getLogger(__name__)
+
+
+def train_candidate(config: Config, shards: Shards, work: Path, init: Release | None = None) -> None:
+    """Train, export, check and pack; or go on with a run that left its checkpoints in `work`.
+
+    Leaves model.tar.gz, history.jsonl, contact_sheet.jpg and the last checkpoint. `init`: the
+    release to start from. Raises ConfigError for what can't be trained, ExportError if the exported
+    graph is not the network.
+    """
+    t = config.training
+    device = choose_device(t.device)
+    frames = shards.split("train") if "train" in shards.shards else None
+    if not frames or not len(frames):
+        raise ConfigError("the data set has no train split", where="data", todo="evaluate a release on it instead")
+    steps = t.steps or -(-(t.epochs or 60) * len(frames) // t.batch_size)
+    network = _network(config.model, t, shards, init)
+    crops = Crops(frames, _augmentation(t), t.seed, _fill(shards))
+    write_contact_sheet(crops, shards.label_set, work / "contact_sheet.jpg")
+    workers = t.workers if t.workers >= 0 else (min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0)
+
+    def batches(step: int) -> Iterator[Batch]:
+        order = Batches(len(frames), t.batch_size, t.seed, step, steps)
+        return iter(loader(crops, order, workers, pin=device.type == "cuda"))
+
+    validation = {name: shards.split(name) for name in shards.shards if name != "train"}
+    weights = enet_weights(shards.class_pixels["train"][:-1]) if t.class_weights == "enet" else None
+    average = train(network, batches, validation, shards.label_set, weights, _settings(t, steps, device), device, work)
+    assert isinstance(average, DeepLabV3Plus)
+    _pack(config, shards, average.inference_network().cpu(), steps, validation or {"train": frames}, work)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU. Raises ConfigError if a named one is not there."""
+    if name == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise ConfigError(
+            f"device {name!r} is not available here", expected="auto, cpu, cuda, cuda:N or mps", where="training.device"
+        ) from e
+
+
+def _settings(t: Training, steps: int, device: torch.device) -> Settings:
+    same = {k: getattr(t, k) for k in Settings.__dataclass_fields__ if k in Training.model_fields}
+    bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
+    every = t.validate_every or max(1, -(-steps // 10))
+    return Settings(**{**same, "steps": steps, "bf16": bf16, "validate_every": every})
+
+
+def _augmentation(t: Training) -> Augmentation:
+    return Augmentation(t.crop_px, **{k: getattr(t.augment, k) for k in type(t.augment).model_fields})
+
+
+def _fill(shards: Shards) -> tuple[int, int, int]:
+    r, g, b = (round(m) for m in shards.mean)
+    return r, g, b
+
+
+def _network(m: Model, t: Training, shards: Shards, init: Release | None) -> DeepLabV3Plus:
+    """The network to train: seeded, then ImageNet's, a file's or a release's weights over it."""
+    architecture = Architecture(
+        shards.label_set.num_classes,
+        m.backbone,
+        m.output_stride,
+        m.fusion,
+        m.head,
+        m.channels,
+        m.atrous_rates,
+        m.low_levels,
+        t.auxiliary_weight > 0,
+        m.dropout,
+    )
+    from_scratch = m.backbone_weights == "none"
+    mean, std = (shards.mean, shards.std) if from_scratch else (IMAGENET_MEAN, IMAGENET_STD)
+    if init is None:
+        return build(architecture, seed=t.seed, weights=m.backbone_weights, mean=mean, std=std)
+    network = build(architecture, seed=t.seed, mean=mean, std=std)
+    state = load_tensors(init.members[WEIGHTS])
+    own = network.state_dict()
+    wrong = [k for k in own if not k.startswith("auxiliary_heads.") and k not in state]
+    wrong += [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
+    if wrong:
+        raise ConfigError(
+            f"release {init.digest[:12]} has another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
+            where="training.init_from",
+            todo="set the model section to that release's architecture, see `roadseg releases`",
+        )
+    network.load_state_dict(state, strict=False)
+    return network
+
+
+def write_contact_sheet(crops: Crops, label_set: LabelSet, path: Path, samples: int = 12) -> None:
+    """A JPEG of the first augmented samples of epoch 0, image over coloured label, at 240 px width."""
+    tiles = []
+    for index in range(min(samples, len(crops.split))):
+        _, image, label = crops[0, index]
+        width = 240
+        size = (width, max(1, round(label.shape[0] * width / label.shape[1])))
+        coloured = np.where(label[..., None] == IGNORE, 40, label_set.palette[label]).astype(np.uint8)
+        pair = [cv2.resize(a, size, interpolation=cv2.INTER_AREA) for a in (image, coloured)]
+        tiles.append(np.vstack(pair))
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 4)
+    rows = [np.hstack(tiles[i : i + 4]) for i in range(0, len(tiles), 4)]
+    path.write_bytes(encode_jpeg(np.vstack(rows), 85))
+
+
+def _pack(
+    config: Config, shards: Shards, network: DeepLabV3Plus, steps: int, validation: dict[str, Split], work: Path
+) -> None:
+    """Export the averaged network, prove the graph equal to it on real frames, and write model.tar.gz."""
+    split = next(iter(validation.values()))
+    chosen = np.linspace(0, len(split) - 1, min(CHECKED_FRAMES, len(split))).astype(int)
+    samples = [split.read(int(i))[0].copy() for i in chosen]
+    onnx_path = work / "model.onnx"
+    export_onnx(network, onnx_path)
+    agreement = check_export(onnx_path, network, samples)
+    tensors = {k: v.contiguous() for k, v in network.state_dict().items()}
+    model: dict[str, Any] = {
+        "label_set": shards.label_set.to_json(),
+        "preprocessing": {
+            "input": "image: uint8 [B, 3, H, W], RGB, any size",
+            "output": "logits: float32 [B, K, h, w]; upsample bilinearly (align_corners=False) to H x W, then argmax",
+            "normalisation": "inside the graph",
+            "mean": network.mean.flatten().tolist(),
+            "std": network.std.flatten().tolist(),
+        },
+        "temperature": fit_temperature(network, split, chosen),
+        "architecture": network.architecture.to_json(),
+        "parameters": network.count_parameters(),
+        "config": {k: config.key_fields()[k] for k in ("model", "training")},
+        "training": {"source": shards.source, "steps": steps, "data_fingerprints": shards.fingerprints},
+        "train_class_pixels": shards.class_pixels["train"],
+        "export_agreement": agreement,
+        "package_version": roadseg.__version__,
+        "code_commit": _commit(),
+    }
+    write_archive(work / "model.tar.gz", model, onnx_path.read_bytes(), save_tensors(tensors), shards.label_set.terms)
+    onnx_path.unlink()
+    log.info("exported graph agrees with the network on %.4f %% of pixels", 100 * agreement)
+
+
+def _commit() -> str:
+    """The commit of the checkout this package runs from, or "" when it was installed."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

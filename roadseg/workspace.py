@@ -1,0 +1,143 @@
+"""The workspace: immutable stage outputs by key, made once, whole or not at all.
+
+stages/<stage>/<key>/          finished: stage.json says how it was made and what came out
+stages/<stage>/<key>.partial/  being made, or left by a run that was killed
+stages/<stage>/<key>.lock      held by whoever makes it
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import roadseg
+from roadseg.files import content_digest, json_bytes, lock, read_json, sha256_bytes, write_json
+
+log = logging.getLogger(__name__)
+RECORD = "stage.json"
+LEAVE_OUT = (RECORD, "log")  # what differs between two runs that made the same: times, hosts
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished stage output. key: its name before it was made; content: digest of what came out."""
+
+    stage: str
+    key: str
+    content: str
+    folder: Path
+    cached: bool
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """wait: whether to wait for another run that is making what is needed, or raise Busy."""
+
+    path: Path
+    wait: bool = True
+
+    def make(
+        self,
+        stage: str,
+        version: int,
+        fields: dict[str, Any],
+        inputs: dict[str, str],
+        build: Callable[[Path], Any],
+        resumes: bool = False,
+    ) -> Output:
+        """The output of this key, made by `build(folder)` unless it is there.
+
+        fields: what of the config changes the result. inputs: content digests by name. resumes:
+        whether `build` goes on with what a killed run left; otherwise it gets an empty folder.
+        """
+        named = {"stage": stage, "version": version, "fields": fields, "inputs": inputs}
+        key = sha256_bytes(json_bytes(named))[:16]
+        folder = self.path / "stages" / stage / key
+        if (folder / RECORD).exists():
+            return self._found(stage, key, folder)
+        with lock(folder.with_suffix(".lock"), f"{stage} {key}", wait=self.wait, say=log.warning):
+            if (folder / RECORD).exists():
+                return self._found(stage, key, folder)
+            log.info("%-9s making   %s", stage, folder)
+            partial = folder.with_suffix(".partial")
+            if partial.exists() and not resumes:
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
+            started = time.monotonic()
+            build(partial)
+            seconds = time.monotonic() - started
+            content = content_digest(partial, LEAVE_OUT)
+            about = {
+                **named,
+                "key": key,
+                "content": content,
+                "seconds": round(seconds, 1),
+                "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "host": socket.gethostname(),
+                "package_version": roadseg.__version__,
+            }
+            write_json(partial / RECORD, about)
+            os.sync()  # the name must not reach the disk before the bytes
+            os.replace(partial, folder)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+        log.info("%-9s made     %s in %.1f s", stage, folder, seconds)
+        return Output(stage, key, content, folder, cached=False)
+
+    def _found(self, stage: str, key: str, folder: Path) -> Output:
+        log.info("%-9s found    %s", stage, folder)
+        return Output(stage, key, read_json(folder / RECORD)["content"], folder, cached=True)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something in the workspace that no run needs."""
+
+    path: Path
+    size_bytes: int
+    why: str
+
+
+def leftovers(workspace: Path) -> list[Leftover]:
+    """Stage outputs that no run record names, and partial ones that nobody is making."""
+    needed = set()
+    for record in workspace.glob("runs/*/run.json"):
+        for output in read_json(record).get("outputs", {}).values():
+            needed.add((output["stage"], output["key"]))
+    found = []
+    for path in sorted(workspace.glob("stages/*/*")):
+        if path.suffix == ".lock":
+            continue
+        if path.suffix == ".partial":
+            if not _held(path.with_suffix(".lock")):
+                found.append(Leftover(path, _size(path), "left by a run that was stopped"))
+        elif (path.parent.name, path.name) not in needed:
+            found.append(Leftover(path, _size(path), "no run needs it"))
+    return found
+
+
+def remove(leftover: Leftover) -> None:
+    shutil.rmtree(leftover.path)
+    leftover.path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _held(path: Path) -> bool:
+    from roadseg.errors import Busy
+
+    if not path.exists():
+        return False
+    try:
+        with lock(path, "", wait=False):
+            return False
+    except Busy:
+        return True
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
