@@ -1,0 +1,83 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import scene
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roadseg.data.augment import Augmentation, augment, colour_matrix, generator
+from roadseg.labels import IGNORE
+
+PLAIN = Augmentation((48, 96), (1.0, 1.0), 0.0, 0.0, 0.0, 0.0)
+FILL = (1, 2, 3)
+
+
+def test_nothing_drawn_changes_nothing() -> None:
+    image, label = scene(0)
+    got_image, got_label = augment(image, label, PLAIN, generator(0), FILL)
+    np.testing.assert_array_equal(got_image, image)
+    np.testing.assert_array_equal(got_label, label)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index() -> None:
+    image, label = scene(0)
+    a = Augmentation((32, 40), blur=0.5)
+    one = augment(image, label, a, generator(5, 2, 3, 4), FILL)
+    again = augment(image, label, a, generator(5, 2, 3, 4), FILL)
+    other = augment(image, label, a, generator(5, 2, 3, 5), FILL)
+    np.testing.assert_array_equal(one[0], again[0])
+    assert not np.array_equal(one[0], other[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 70), width=st.integers(1, 70), crop_h=st.integers(1, 60), crop_w=st.integers(1, 60),
+    seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_any_frame_gives_a_crop_of_the_asked_size(height: int, width: int, crop_h: int, crop_w: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    label = rng.integers(0, 3, (height, width), dtype=np.uint8)
+    got_image, got_label = augment(image, label, Augmentation((crop_h, crop_w), blur=0.5), generator(seed), FILL)
+    assert got_image.shape == (crop_h, crop_w, 3) and got_image.dtype == np.uint8
+    assert got_label.shape == (crop_h, crop_w)
+    assert set(np.unique(got_label)) <= {0, 1, 2, IGNORE}
+
+
+def test_image_and_label_stay_together() -> None:
+    """Where colours follow the label, they still do after scale, crop and flip, edges aside."""
+    rng = np.random.default_rng(0)
+    label = np.kron(rng.integers(0, 3, (6, 12)), np.ones((16, 16), int)).astype(np.uint8)
+    image = np.repeat((label * 100)[..., None], 3, axis=2)
+    for seed in range(30):
+        a = replace(PLAIN, crop_px=(64, 96), scale=(0.6, 1.8), flip=0.5)
+        got_image, got_label = augment(image, label, a, generator(seed), FILL)
+        valid = got_label != IGNORE
+        agree = np.abs(got_image[..., 0].astype(int) - got_label * 100)[valid] <= 50
+        assert agree.mean() > 0.97
+
+
+def test_void_fills_what_the_frame_does_not_cover() -> None:
+    image, label = scene(0)
+    got_image, got_label = augment(image, label, replace(PLAIN, crop_px=(60, 120)), generator(3), FILL)
+    assert (got_label == IGNORE).sum() >= 60 * 120 - 48 * 96
+    assert (got_image.reshape(-1, 3) == FILL).all(axis=1).sum() >= 60 * 120 - 48 * 96
+
+
+def test_the_matrix_is_brightness_contrast_and_saturation() -> None:
+    a = Augmentation((1, 1))
+    matrix = colour_matrix(generator(1), a)
+    rng = generator(1)
+    b, c, s = (rng.uniform(0.6, 1.4) for _ in range(3))
+    rgb = np.array([10.0, 200.0, 90.0])
+    grey = rgb @ [0.299, 0.587, 0.114]
+    expected = (s * rgb + (1 - s) * grey) * b * c + 127.5 * (1 - c)
+    np.testing.assert_allclose(matrix @ np.append(rgb, 1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_flip_is_a_mirror(flip: float) -> None:
+    image, label = scene(0)
+    got, _ = augment(image, label, replace(PLAIN, flip=flip), generator(0), FILL)
+    np.testing.assert_array_equal(got, image[:, ::-1] if flip else image)

@@ -1,0 +1,298 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import cv2
+import numpy as np
+import pytest
+
+from roadseg.errors import UsageError
+from roadseg.evaluate import charts
+from roadseg.evaluate.report import Scene, panels, percent, picture, points, render, scene
+from roadseg.labels import CAMVID, CITYSCAPES, IGNORE
+from roadseg.metrics.iou import scores
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&</title><script>alert(1)</script>"
+VOID_TAGS = {"meta", "img", "input", "br", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """Every start tag with its attributes, the text, and whether all tags were closed in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.open, self.text, self.balanced = [], [], "", True
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        self.balanced &= bool(self.open) and self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+    def named(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def evaluation(label_set=CITYSCAPES, absent=16, seed=0):
+    k = label_set.num_classes
+    rng = np.random.default_rng(seed)
+    table = rng.integers(0, 3000, (k, k)) + np.diag(rng.integers(10_000, 900_000, k))
+    if absent is not None:
+        table[absent] = 0
+    return {
+        "schema_version": 1,
+        "release": "ab12" * 16,
+        "runtime": "onnxruntime",
+        "source": "town",
+        "split": "val",
+        "images": 40,
+        "data_fingerprint": "cd34" * 16,
+        **scores(table, label_set),
+        "confusion": table.tolist(),
+        "classes": [{"name": c.name, "color": list(c.color), "train_frequency": 1 / k} for c in label_set.trained],
+        "model": {"backbone": "mobilenetv2_100", "fusion": "dense", "parameters": 3_583_412},
+    }
+
+
+def history(steps=15_000):
+    rows = []
+    for step in range(1, steps + 1):
+        rows.append({"step": step, "loss": 1 / step, "learning_rate": 1e-3 * (1 - step / steps)})
+        if step % 1000 == 0:
+            rows.append({"step": step, "split": "val", "miou": step / 30_000, "pixel_accuracy": 0.9})
+    return rows
+
+
+def scenes(name, count=2):
+    rng = np.random.default_rng(5)
+    image = rng.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    label, prediction = rng.integers(0, 19, (2, 24, 40), dtype=np.uint8)
+    return [scene(f"{name}{i}", 0.5, image, label, prediction, CITYSCAPES.palette) for i in range(count)]
+
+
+def decision(outcome="refused"):
+    rows = [{"name": "road", "champion": 0.9, "candidate": 0.85, "gain": -0.05}]
+    rows.append({"name": "train", "champion": None, "candidate": None, "gain": None})
+    reason = "gains 0.1 points where 0.2 are asked for"
+    figures = {"candidate": "ab12" * 16, "champion": "ef56" * 16, "miou_gain": 0.001, "min_gain": 0.002}
+    return {"outcome": outcome, "reason": reason, "classes": rows, **figures}
+
+
+def everything(name="town/val/a", title="roadseg"):
+    other = {"train": {"images": 300, "miou": 0.7, "pixel_accuracy": 0.9, "class_iou": {"road": 0.99, "train": None}}}
+    whole = {**evaluation(), "per_image": {"median": 0.61, "p10": 0.4}, "other_splits": other}
+    sheet = picture(np.zeros((8, 8, 3), np.uint8))
+    return render(whole, scenes(name), scenes(name), history(), sheet, decision(), title)
+
+
+def test_is_one_balanced_page_that_loads_and_runs_nothing():
+    html = everything()
+    page = Page(html)
+    assert page.balanced and not page.open
+    policy = [m["content"] for m in page.named("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "action"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/")), (tag, attributes)
+    assert "@import" not in html and "url(" not in html and "http://" not in html and "https://" not in html
+
+
+def test_links_headings_and_pictures_are_accessible():
+    page = Page(everything())
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids)) and {a["href"][1:] for a in page.named("a")} == set(ids)
+    assert len(page.named("h1")) == 1 and page.named("html") == [{"lang": "en"}]
+    assert all(image["alt"] for image in page.named("img"))
+    assert len(page.named("img")) == 4 * 4 + 1
+    assert all("scope" in th for th in page.named("th"))
+    assert all(svg.get("aria-hidden") == "true" or svg.get("aria-label") for svg in page.named("svg"))
+
+
+def test_shows_the_figures():
+    whole = evaluation()
+    text = Page(render(whole, [], [])).text
+    for shown in (percent(whole["miou"], 2), "3.58 M", "mean of 18 of 19 classes", whole["release"], "mobilenetv2_100"):
+        assert shown in text
+    for name, value in whole["class_iou"].items():
+        assert name in text and (value is None or percent(value) in text)
+    assert "absent, though predicted at" in text and "vehicle" in text
+    matrix = np.array(whole["confusion"])
+    assert f"road: {100 * matrix[0, 0] / matrix[0].sum():.2f}% ({matrix[0, 0]:,} pixels)" in text
+
+
+def test_the_largest_confusion_comes_first():
+    whole = evaluation()
+    whole["confusion"][13][14] = 50_000_000
+    html = render(whole, [], [])
+    row = re.findall(r"<tr>.*?</tr>", html[html.index("The largest confusions") :], re.DOTALL)[1]
+    assert re.findall(r"<bdi>(.*?)</bdi>", row) == ["car", "truck"]
+
+
+@pytest.mark.parametrize("outcome", ["promoted", "refused", "unchanged"])
+def test_the_decision_is_told_with_its_table(outcome):
+    html = render(evaluation(), [], [], decision=decision(outcome))
+    text = Page(html).text
+    assert f"{outcome.capitalize()}. gains 0.1 points" in text and f'class="verdict {outcome}"' in html
+    assert "−5.00" in text and "+0.10 points" in text and "ef56" * 16 in text
+
+
+def test_hostile_names_are_inert():
+    whole = evaluation()
+    whole["classes"][3]["name"] = HOSTILE
+    whole["class_iou"][HOSTILE] = whole["class_iou"]["wall"]
+    whole["category_iou"][HOSTILE] = 0.5
+    whole |= {"source": HOSTILE, "split": HOSTILE, "runtime": HOSTILE, "release": HOSTILE}
+    whole |= {"per_image": {HOSTILE: 0.5}, "other_splits": {HOSTILE: {"images": 1, "miou": 0.1}}}
+    whole["model"] = {HOSTILE: HOSTILE, "nested": {HOSTILE: [HOSTILE]}}
+    rows = [{"step": s, "split": HOSTILE, "miou": 0.1} for s in (1, 2)]
+    told = {**decision(), "outcome": HOSTILE, "reason": HOSTILE, "candidate": HOSTILE, "champion": HOSTILE}
+    told["classes"][0]["name"] = HOSTILE
+    html = render(whole, scenes(HOSTILE), scenes(HOSTILE), rows, None, told, HOSTILE)
+    page = Page(html)
+    assert page.balanced and not page.open and not page.named("script")
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.named("img"))
+    assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
+    assert "<img src=x" not in html and page.text.count("<img src=x onerror=alert(1)>") >= 10
+
+
+def test_names_that_are_no_text_can_still_be_written():
+    html = render(evaluation(), scenes(b"caf\xe9.png".decode("utf-8", "surrogateescape")), [])
+    assert "caf?.png" in html and html.encode()
+
+
+def test_the_same_input_gives_the_same_bytes():
+    assert everything() == everything()
+
+
+def test_whatever_is_missing_is_left_out():
+    whole = evaluation(CAMVID, absent=None)
+    for key in whole:
+        page = Page(render({k: v for k, v in whole.items() if k != key}, [], []))
+        assert page.balanced and not page.open, key
+    bare = Page(render({}, [], []))
+    assert bare.balanced and {a["href"] for a in bare.named("a")} == set() and "None" not in bare.text
+    nothing = {**whole, "miou": None, "pixel_accuracy": float("nan"), "per_image": None, "other_splits": None}
+    nothing |= {"class_iou": dict.fromkeys(whole["class_iou"]), "category_iou": {}, "model": None}
+    nothing["confusion"] = np.zeros((11, 11), int).tolist()
+    text = Page(render(nothing, [], [])).text
+    assert "nan" not in text.lower().split() and "no pixel of it in the truth" in text
+    assert "Category" not in text
+
+
+def test_survives_a_round_trip_through_json_with_sorted_keys():
+    whole = evaluation()
+    names = re.findall(
+        r'<tr><th scope="row">.*?<bdi>(.*?)</bdi>', render(json.loads(json.dumps(whole, sort_keys=True)), [], [])
+    )
+    assert names[:19] == list(CITYSCAPES.names)  # by train id, not by letter
+
+
+def test_size_without_pictures_is_bounded():
+    whole = {**evaluation(), "other_splits": {"train": evaluation(seed=1)}}
+    assert len(render(whole, [], [], history(), None, decision()).encode()) < 200_000
+
+
+def test_seventy_classes():
+    rng = np.random.default_rng(0)
+    names = [f"class {i}" for i in range(70)]
+    table = (rng.integers(0, 900, (70, 70)) + np.diag(rng.integers(0, 9000, 70))).tolist()
+    classes = [{"name": n, "color": [i, 2 * i, 3 * i]} for i, n in enumerate(names)]
+    html = render({"confusion": table, "classes": classes, "class_iou": dict.fromkeys(names, 0.5)}, [], [])
+    assert Page(html).balanced and len(html) < 1_000_000
+    assert html.count("<title>class ") == sum(n / sum(row) >= 0.0005 for row in table for n in row)
+
+
+def test_long_histories_are_binned_by_mean():
+    rows = [{"step": s, "loss": float(s % 2), "learning_rate": 0.1} for s in range(1, 14_001)]
+    html = render({}, [], [], rows)
+    paths = re.findall(r'<path class="line s0" stroke-dasharray="" d="(M[^"]*)"', html)
+    assert len(paths) == 2
+    heights = {p.split(" ")[1] for p in re.split("[ML]", paths[0]) if p}
+    assert paths[0].count("L") < 300 and len(heights) < 8  # around 0.5, no longer between 0 and 1
+    assert "means of up to 47 steps" in html
+
+
+def test_values_that_are_not_finite_draw_nothing():
+    rows = [{"step": 1, "loss": float("nan"), "learning_rate": None}, {"step": 2, "split": "val", "miou": None}]
+    assert "<h2>Training</h2>" not in render({}, [], [], rows)
+    assert Page(render({}, [], [], [*rows, {"step": 3, "loss": 2.0, "learning_rate": 0.0}])).balanced
+
+
+def test_other_pictures_are_refused():
+    with pytest.raises(UsageError, match="JPEG or PNG"):
+        render({}, [Scene("a", 0.1, b"<svg/>", b"", b"", b"")], [])
+
+
+def test_png_pictures_are_shown_as_such():
+    png = cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1].tobytes()
+    assert render({}, [Scene("a", 0.1, png, png, png, png)], []).count('src="data:image/png;base64,') == 4
+
+
+def test_panels():
+    image = np.full((32, 64, 3), 200, np.uint8)
+    label = np.zeros((32, 64), np.uint8)
+    label[:, 32:] = IGNORE
+    prediction = np.zeros_like(label)
+    prediction[:16, :] = 13
+    same, truth, overlay, error = panels(image, label, prediction, CITYSCAPES.palette)
+    assert same is image and all(p.shape == image.shape and p.dtype == np.uint8 for p in (truth, overlay, error))
+    assert (truth[:, :32] == CITYSCAPES.palette[0]).all()
+    assert set(np.unique(truth[:, 32:])) == {14, 74} and (error[:, 32:] == truth[:, 32:]).all()  # hatched, no error
+    assert (error[:16, :32] == (255, 68, 51)).all()
+    assert (error[16:, :32] == 108).all()
+    want = np.rint(0.35 * 200 + 0.65 * CITYSCAPES.palette[13].astype(float))
+    assert np.abs(overlay[:16].astype(float) - want).max() <= 1
+
+
+def test_pictures_are_shrunk_and_the_same_each_time():
+    image = np.random.default_rng(0).integers(0, 256, (60, 200, 3), dtype=np.uint8)
+    small = picture(image, max_width=50)
+    assert small == picture(image.copy(), max_width=50)
+    assert cv2.imdecode(np.frombuffer(small, np.uint8), cv2.IMREAD_COLOR).shape == (15, 50, 3)
+    red = cv2.imdecode(np.frombuffer(picture(np.full((8, 8, 3), (250, 0, 0), np.uint8)), np.uint8), cv2.IMREAD_COLOR)
+    assert red[4, 4, 2] > 200 > 60 > red[4, 4, 0]  # BGR of OpenCV: red stayed red
+    assert cv2.imdecode(np.frombuffer(picture(image), np.uint8), cv2.IMREAD_COLOR).shape == image.shape
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 0.00037), (1, 5000), (-3, 7), (99.9, 100.1)])
+def test_ticks_are_round_and_cover(low, high):
+    ticks = charts.ticks(low, high)
+    steps = np.diff(ticks)
+    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9 and 3 <= len(ticks) <= 9
+    assert np.allclose(steps, steps[0])
+    lead = steps[0] / 10 ** np.floor(np.log10(steps[0] * 1.0001))
+    assert min(abs(lead - m) for m in (1, 2, 5)) < 1e-6
+
+
+def test_lines_put_points_where_the_axes_say():
+    chart = charts.lines([charts.Line("a", [(0, 0.0), (100, 1.0)])], label="a", x_label="step", percent=True)
+    (left, bottom), (right, top) = (
+        map(float, p.split()) for p in re.search(r'd="M([\d. L]+)"/></svg>', chart)[1].split("L")
+    )
+    tick_y = {t: float(y) for y, t in re.findall(r'y="([\d.]+)" dy="4" text-anchor="end">(\d+%)', chart)}
+    assert (bottom, top) == (tick_y["0%"], tick_y["100%"]) and bottom > top  # y grows downwards
+    tick_x = {t: float(x) for x, t in re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="middle">(\d+)<', chart)}
+    assert (left, right) == (tick_x["0"], tick_x["100"]) and left < right
+
+
+def test_one_point_and_no_point():
+    assert "dot s0" in charts.lines([charts.Line("a", [(5, 2.0)])], label="a", x_label="step")
+    assert charts.lines([charts.Line("a", [])], label="a", x_label="step") == ""
+
+
+def test_percent_and_points():
+    assert (percent(0.71325), percent(None), percent(float("inf")), percent(True)) == ("71.3%", "–", "–", "–")
+    assert (points(0.0031), points(-0.05), points(None)) == ("+0.31", "−5.00", "–")

@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+from roadseg.errors import ConfigError
+from roadseg.model import Architecture, build
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_classes", 0),
+        ("num_classes", 256),
+        ("output_stride", 4),
+        ("fusion", "attention"),
+        ("head", "wide"),
+        ("channels", 0),
+        ("atrous_rates", ()),
+        ("atrous_rates", (6, 0)),
+        ("low_levels", ()),
+        ("low_levels", (16, 4)),
+        ("low_levels", (4, 8)),
+        ("low_levels", (4, 4)),
+        ("dropout", 1.0),
+    ],
+)
+def test_wrong_values_name_their_key(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Architecture(**{"num_classes": 19, key: value})
+    assert caught.value.where == f"model.{key}"
+    assert repr(value) in str(caught.value) and caught.value.expected
+
+
+def test_low_levels_must_be_finer_than_output_stride_8() -> None:
+    with pytest.raises(ConfigError, match=r"finer than output_stride 8, such as \[4\]"):
+        Architecture(19, output_stride=8)
+
+
+def test_low_level_that_the_backbone_lacks() -> None:
+    with pytest.raises(ConfigError, match="no map at stride 3"):
+        build(Architecture(19, backbone="mobilenetv2_035", low_levels=(8, 3)), seed=0)
+
+
+def test_json_round_trip() -> None:
+    a = Architecture(11, "resnet18", 32, "sknet", "separable", 64, (3, 6, 9), (16, 4), True, 0.0)
+    assert Architecture.from_json(json.loads(json.dumps(a.to_json()))) == a
+
+
+@pytest.mark.parametrize("change", [{"num_classes": "19"}, {"extra": 1}, {"low_levels": 4}, {"channels": None}])
+def test_json_of_another_form_is_refused(change: dict) -> None:
+    with pytest.raises(ConfigError):
+        Architecture.from_json(Architecture(19).to_json() | change)
+    shorter = Architecture(19).to_json()
+    del shorter["fusion"]
+    with pytest.raises(ConfigError):
+        Architecture.from_json(shorter)

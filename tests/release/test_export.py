@@ -1,0 +1,127 @@
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from roadseg.errors import ExportError
+from roadseg.model import Architecture, DeepLabV3Plus, build
+from roadseg.model.sk_fusion import FUSIONS
+from roadseg.release.export import check_export, export_onnx
+
+SIZES = [(64, 96), (33, 65), (1, 1), (2, 3), (97, 131), (180, 240)]  # the first is the traced one
+
+
+@dataclass(frozen=True)
+class Exported:
+    network: DeepLabV3Plus
+    path: Path
+
+
+@pytest.fixture(scope="module", params=FUSIONS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    fusion = request.param
+    head = "dense" if fusion in ("skfusion", "sknet") else "separable"
+    a = Architecture(7, backbone="mobilenetv2_035", channels=16, fusion=fusion, head=head, auxiliary=True)
+    network = build(a, seed=2).train().to(memory_format=torch.channels_last)
+    _settle(network)
+    path = tmp_path_factory.mktemp(fusion) / "model.onnx"
+    export_onnx(network, path)
+    assert network.training  # left as it was
+    return Exported(network, path)
+
+
+def _settle(network: DeepLabV3Plus) -> None:
+    """Classes that differ from pixel to pixel: real batch statistics and a classifier that is not near zero."""
+    with torch.no_grad():
+        network.decoder.classifier.weight.mul_(50)
+        for step in range(3):
+            network(torch.from_numpy(scene(65, 97, step).transpose(2, 0, 1)[None].repeat(2, 0)))
+
+
+def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """uint8 [height, width, 3]: smooth blobs with noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / 40.0
+    waves = [np.sin(x * rng.uniform(0.5, 2) + rng.uniform(0, 6)) * np.cos(y * rng.uniform(0.5, 2)) for _ in range(3)]
+    return np.clip(128 + 90 * np.stack(waves, -1) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def test_agrees_with_pytorch_at_other_sizes_than_the_traced(exported: Exported) -> None:
+    samples = [scene(*size, seed) for seed, size in enumerate(SIZES)]
+    assert check_export(exported.path, exported.network, samples) >= 0.9999
+    with torch.inference_mode():
+        logits = exported.network.inference_network()(torch.from_numpy(samples[-1].transpose(2, 0, 1)[None].copy()))
+    assert len(logits.argmax(1).unique()) > 2  # agreement on a constant would prove nothing
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits_of_a_batch_are_pytorchs(exported: Exported, batch: int) -> None:
+    images = np.stack([scene(50, 75, seed).transpose(2, 0, 1) for seed in range(batch)])
+    session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"image": images})
+    with torch.inference_mode():
+        expected = exported.network.inference_network()(torch.from_numpy(images)).numpy()
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_file_is_whole_named_and_silent_about_the_machine(exported: Exported) -> None:
+    model = onnx.load(exported.path, load_external_data=False)
+    assert [p.name for p in exported.path.parent.iterdir()] == ["model.onnx"]
+    assert not any(t.external_data for t in model.graph.initializer)
+    (image,), (logits,) = model.graph.input, model.graph.output
+    assert (image.name, image.type.tensor_type.elem_type) == ("image", onnx.TensorProto.UINT8)
+    assert (logits.name, logits.type.tensor_type.elem_type) == ("logits", onnx.TensorProto.FLOAT)
+    image_dims, logits_dims = (
+        [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (image, logits)
+    )
+    assert image_dims == ["batch", 3, "height", "width"]
+    assert logits_dims[:2] == ["batch", 7] and all(isinstance(d, str) for d in logits_dims[2:])
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    data = exported.path.read_bytes()
+    for word in (os.getcwd(), str(Path(torch.__file__).parents[1]), "site-packages", ".py", socket.gethostname()):
+        assert word.encode() not in data
+    assert b"auxiliary" not in data
+
+
+def test_same_network_same_bytes(exported: Exported, tmp_path: Path) -> None:
+    if exported.network.architecture.fusion != "skfusion":
+        pytest.skip("each export takes seconds; one form is enough")
+    export_onnx(exported.network.inference_network(), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == exported.path.read_bytes()
+
+
+def test_another_network_is_refused_with_the_figure(exported: Exported) -> None:
+    other = build(exported.network.architecture, seed=9)
+    with pytest.raises(ExportError, match=r"agree on 0\.\d+ of 4375 pixels, worst 0\.\d+ on an image of 65x35"):
+        check_export(exported.path, other, [scene(35, 65), scene(35, 60)])
+
+
+def test_logits_that_are_not_finite_are_refused(exported: Exported) -> None:
+    broken = exported.network.inference_network()
+    with torch.no_grad():
+        broken.decoder.classifier.bias[0] = float("nan")
+    with pytest.raises(ExportError, match="not finite"):
+        check_export(exported.path, broken, [scene(32, 32)])
+
+
+def test_no_samples_prove_nothing(exported: Exported) -> None:
+    with pytest.raises(ExportError, match="no sample"):
+        check_export(exported.path, exported.network, [])
+
+
+class Undecided(torch.nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.float() if image.sum() > 0 else -image.float()
+
+
+def test_network_that_cannot_be_exported_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="exporter refuses"):
+        export_onnx(Undecided(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []

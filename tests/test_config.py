@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from roadseg.config import Config, load_config, parse_flags
+from roadseg.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def wrong(tmp_path: Path, text: str, flags: list[str] = []) -> str:  # noqa: B006
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(path, flags, "roadseg run", "")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    assert load_config(path).data.source in path.stem
+
+
+def test_baseline_is_the_reference_recipe() -> None:
+    t = load_config(next(p for p in CONFIGS if p.stem == "cityscapes-baseline")).training
+    assert (t.epochs, t.batch_size, t.learning_rate, t.optimizer, t.scheduler) == (60, 8, 0.001, "adam", "poly")
+
+
+def test_all_errors_of_file_and_flags_are_told_at_once_by_path(tmp_path: Path) -> None:
+    text = wrong(
+        tmp_path,
+        "training: {epochs: many, batch_size: 0, lerning_rate: 3}\nmodel: {fusion: foo}\ndat: 3\n",
+        ["--training.learning-rate", "-1"],
+    )
+    for line in (
+        "training.epochs: ",
+        "training.batch_size: ",
+        "training.lerning_rate: unknown key; perhaps you meant learning_rate",
+        "model.fusion: ",
+        "dat: unknown key; perhaps you meant data",
+        "training.learning_rate: ",
+    ):
+        assert line in text
+    assert text.startswith("6 wrong values")
+
+
+def test_flags_override_the_file_with_dashes_and_underscores(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("training: {batch_size: 3, epochs: 2}\n")
+    flags = ["--training.batch-size", "4", "--training.learning_rate", "0.5", "--data.holdout-sequences", "a", "b"]
+    config = parse_flags(path, flags, "roadseg run", "")
+    assert (config.training.batch_size, config.training.epochs, config.training.learning_rate) == (4, 2, 0.5)
+    assert config.data.holdout_sequences == ("a", "b")
+
+
+def test_length_is_epochs_or_steps_not_both(tmp_path: Path) -> None:
+    assert "epochs (2) and steps (3) are both set" in wrong(tmp_path, "training: {epochs: 2, steps: 3}")
+
+
+def test_folder_needs_its_labels(tmp_path: Path) -> None:
+    assert "data.labels" in wrong(tmp_path, "data: {source: folder}")
+
+
+def test_an_unreadable_file_is_one_sentence(tmp_path: Path) -> None:
+    assert "not readable as YAML" in wrong(tmp_path, "a: [")
+    assert "holds a list" in wrong(tmp_path, "- 1")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_help_exits_with_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(None, ["--help"], "roadseg run", "")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--training.learning-rate" in text and "peak learning rate" in text
+
+
+def test_places_and_speed_stay_out_of_keys() -> None:
+    here = load_config(None, {"data": {"root": "/a", "workers": 1}, "training": {"device": "cpu", "workers": 3}})
+    there = load_config(None, {"data": {"root": "/b", "workers": 2}, "training": {"device": "cuda"}})
+    assert here.key_fields() == there.key_fields()
+    other = load_config(None, {"training": {"seed": 1}})
+    assert other.key_fields() != here.key_fields()
+    json.dumps(here.key_fields())
+
+
+def test_the_schema_knows_every_section() -> None:
+    assert set(Config.model_json_schema()["properties"]) == set(Config.model_fields)
+
+
+def test_show_is_a_config_again() -> None:
+    config = load_config(CONFIGS[0])
+    assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config

@@ -1,0 +1,420 @@
+"""The image zoo: a documented result for every odd file, and nothing but ImageError for any bytes."""
+
+import io
+import os
+import random
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from roadseg.errors import ImageError
+from roadseg.images import Limits, encode_jpeg, encode_label_png, probe, read_image, read_label
+from roadseg.labels import CITYSCAPES
+
+RNG = np.random.default_rng(0)
+PHOTO = cv2.GaussianBlur(RNG.integers(0, 256, (41, 67, 3), dtype=np.uint8), (9, 9), 0)
+IDS = RNG.integers(0, 34, (41, 67), dtype=np.uint8)
+
+
+def saved(image: Image.Image, format_: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format_, **options)
+    return out.getvalue()
+
+
+def photo(format_: str, mode: str = "RGB", **options: object) -> bytes:
+    return saved(Image.fromarray(PHOTO).convert(mode), format_, **options)
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, depth: int, color_type: int, raw: bytes, *extra: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+    body = [png_chunk(b"IHDR", header), *extra, png_chunk(b"IDAT", zlib.compress(raw)), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def assert_same(pixels: np.ndarray, expected: np.ndarray) -> None:
+    assert pixels.dtype == expected.dtype and pixels.flags.writeable and pixels.flags.c_contiguous
+    np.testing.assert_array_equal(pixels, expected)
+
+
+LOSSLESS = {
+    "png": photo("PNG"),
+    "bmp": photo("BMP"),
+    "tiff": photo("TIFF"),
+    "tiff-lzw": photo("TIFF", compression="tiff_lzw"),
+    "tiff-deflate": photo("TIFF", compression="tiff_deflate"),
+    "webp": photo("WEBP", lossless=True),
+}
+LOSSY = {
+    "jpeg": photo("JPEG", quality=95),
+    "jpeg-progressive": photo("JPEG", quality=95, progressive=True),
+    "webp-lossy": photo("WEBP", quality=95),
+    "cmyk": photo("JPEG", "CMYK", quality=95),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_lossless_formats_give_the_exact_pixels_from_bytes_and_from_a_wrongly_named_file(kind, tmp_path):
+    assert_same(read_image(LOSSLESS[kind]), PHOTO)
+    (tmp_path / "picture.jpg").write_bytes(LOSSLESS[kind])
+    assert_same(read_image(tmp_path / "picture.jpg"), PHOTO)
+    assert probe(LOSSLESS[kind]) == (kind.partition("-")[0], 67, 41)
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_lossy_formats_stay_close(kind):
+    pixels = read_image(LOSSY[kind])
+    assert pixels.shape == PHOTO.shape
+    assert np.abs(pixels.astype(int) - PHOTO).mean() < 4
+    assert probe(LOSSY[kind])[1:] == (67, 41)
+
+
+def test_modes_of_photographs():
+    grey = np.array(Image.fromarray(PHOTO).convert("L"))
+    grey3 = np.repeat(grey[..., None], 3, 2)
+    assert_same(read_image(photo("PNG", "L")), grey3)
+    assert_same(read_image(photo("TIFF", "L")), grey3)
+    with_alpha = np.dstack([grey, IDS])
+    assert_same(read_image(saved(Image.fromarray(with_alpha, "LA"), "PNG")), grey3)
+    rgba = np.dstack([PHOTO, np.zeros_like(grey)])  # fully transparent, and still there
+    for format_ in ("PNG", "TIFF"):
+        assert_same(read_image(saved(Image.fromarray(rgba, "RGBA"), format_)), PHOTO)
+    bits = Image.fromarray(PHOTO).convert("1")
+    assert_same(read_image(saved(bits, "PNG")), np.repeat(np.array(bits)[..., None].astype(np.uint8) * 255, 3, 2))
+
+
+def test_palette_with_transparency_gives_the_palettes_colours():
+    image = Image.fromarray(IDS, "P")
+    image.putpalette(CITYSCAPES.palette.tobytes())
+    expected = CITYSCAPES.palette[IDS]
+    assert_same(read_image(saved(image, "PNG", transparency=bytes(range(0, 255, 8)))), expected)
+    assert_same(read_image(saved(image, "BMP")), expected)
+    assert_same(read_image(saved(image, "TIFF")), expected)
+
+
+@pytest.mark.parametrize("extension", [".png", ".tiff"])
+def test_sixteen_bits_keep_the_high_byte(extension):
+    deep = RNG.integers(0, 65536, (9, 11, 3), dtype=np.uint16)
+
+    def encoded(array: np.ndarray) -> bytes:
+        return cv2.imencode(extension, array)[1].tobytes()
+
+    high = (deep >> 8).astype(np.uint8)
+    assert_same(read_image(encoded(deep)), high[..., ::-1])
+    assert_same(read_image(encoded(deep[..., 0])), np.repeat(high[..., :1], 3, 2))
+    assert_same(read_image(encoded(np.dstack([deep, deep[..., :1]]))), high[..., ::-1])
+
+
+def test_cmyk_is_inverted_only_for_adobe():
+    cyan = saved(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=100)
+    assert np.abs(read_image(cyan).astype(int) - (0, 255, 255)).max() <= 2
+    at = cyan.find(b"\xff\xee")
+    plain = cyan[:at] + cyan[at + 2 + struct.unpack_from(">H", cyan, at + 2)[0] :]
+    # The same samples without Adobe's marker mean their complement: full magenta, yellow and black.
+    assert np.abs(read_image(plain).astype(int)).max() <= 2
+
+
+def turned(orientation: int) -> np.ndarray:
+    """What has to be stored so that a viewer, applying the tag, shows PHOTO; by the standard's table."""
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: np.rot90(a, 2),
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),  # shown after 90 degrees clockwise
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }
+    return np.ascontiguousarray(undo[orientation](PHOTO))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format_", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_exif_orientation_is_applied_to_photographs(format_, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format_ == "WEBP" else {"quality": 100} if format_ == "JPEG" else {}
+    data = saved(Image.fromarray(turned(orientation)), format_, exif=exif, **options)
+    pixels = read_image(data)
+    assert pixels.shape == PHOTO.shape and pixels.flags.c_contiguous
+    assert np.abs(pixels.astype(int) - PHOTO).mean() < (3 if format_ == "JPEG" else 1e-9)
+
+
+@pytest.mark.parametrize("format_", ["PNG", "TIFF"])
+def test_exif_orientation_is_never_applied_to_labels(format_):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert_same(read_label(saved(Image.fromarray(IDS), format_, exif=exif)), IDS)
+
+
+@pytest.mark.parametrize("format_", ["PNG", "WEBP", "TIFF"])
+def test_animations_give_the_first_frame(format_):
+    frames = [Image.fromarray(PHOTO), Image.fromarray(255 - PHOTO)]
+    options = {"lossless": True} if format_ == "WEBP" else {}
+    assert_same(read_image(saved(frames[0], format_, save_all=True, append_images=frames[1:], **options)), PHOTO)
+
+
+def test_labels_are_ids_as_stored():
+    assert_same(read_label(saved(Image.fromarray(IDS), "PNG")), IDS)
+    for format_ in ("PNG", "BMP", "TIFF"):
+        palette = Image.fromarray(IDS, "P")
+        palette.putpalette(CITYSCAPES.palette.tobytes())
+        assert_same(read_label(saved(palette, format_)), IDS)
+    deep = IDS.astype(np.uint16) * 1000
+    for extension in (".png", ".tiff"):
+        assert_same(read_label(cv2.imencode(extension, deep)[1].tobytes()), deep)
+    bits = Image.fromarray(IDS > 16)
+    for format_ in ("PNG", "BMP", "TIFF"):
+        assert_same(read_label(saved(bits, format_)), (IDS > 16).astype(np.uint8))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("color_type", [0, 3])
+def test_labels_of_few_bits_are_not_stretched(depth, color_type):
+    ids = RNG.integers(0, 1 << depth, (5, 13), dtype=np.uint8)
+    padded = np.pad(np.unpackbits(ids[..., None], axis=2)[:, :, -depth:].reshape(5, -1), ((0, 0), (0, -13 * depth % 8)))
+    raw = b"".join(b"\0" + np.packbits(row).tobytes() for row in padded)
+    palette = [png_chunk(b"PLTE", bytes(range(3 << depth)))] if color_type == 3 else []
+    assert_same(read_label(png(13, 5, depth, color_type, raw, *palette)), ids)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (photo("PNG"), "RGB colours"),
+        (photo("PNG", "RGBA"), "RGBA colours"),
+        (photo("PNG", "LA"), "grey and alpha"),
+        (photo("JPEG", "L"), "saved as jpeg"),
+        (photo("WEBP", lossless=True), "RGB colours"),
+        (photo("TIFF", "F"), "floating-point"),
+        (photo("TIFF", "I"), "32-bit integers"),
+        (photo("TIFF", "CMYK"), "CMYK"),
+    ],
+)
+def test_masks_that_hold_no_ids_are_refused(data, says):
+    with pytest.raises(ImageError, match=says):
+        read_label(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "empty"),
+        (b"not a picture", "something else"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"></svg>', "SVG"),
+        (photo("GIF"), "GIF"),
+        (photo("TIFF", "F"), "floating point"),
+        (b"\x89PNG\r\n\x1a\n", "cut off"),
+        (b"\xff\xd8\xff", "cut off"),
+    ],
+)
+def test_what_is_no_photograph_is_refused(data, says, tmp_path):
+    with pytest.raises(ImageError, match=says):
+        read_image(data)
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ImageError, match="a.png: .*" + says):
+        read_image(tmp_path / "a.png")
+
+
+def test_folders_pipes_and_absent_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png"):
+        with pytest.raises(ImageError, match="no plain file"):
+            read_image(path)
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("kind", [*LOSSLESS, *LOSSY])
+def test_truncated_anywhere_is_an_error(kind):
+    data = {**LOSSLESS, **LOSSY}[kind]
+    for length in {*range(0, len(data), max(1, len(data) // 150)), len(data) - 1}:
+        with pytest.raises(ImageError):
+            read_image(data[:length])
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "jpeg-progressive"])
+def test_a_large_file_truncated_at_every_kilobyte_is_an_error(kind):
+    big = Image.fromarray(cv2.GaussianBlur(RNG.integers(0, 256, (400, 640, 3), dtype=np.uint8), (5, 5), 0))
+    options = {"progressive": kind.endswith("progressive")} if kind != "png" else {}
+    data = saved(big, kind.partition("-")[0], **options)
+    assert len(data) > 20_000
+    for length in range(1024, len(data), 1024):
+        with pytest.raises(ImageError):
+            read_image(data[:length])
+
+
+def test_every_changed_byte_of_a_png_is_noticed():
+    data = LOSSLESS["png"]
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 0x10
+        with pytest.raises(ImageError):
+            read_image(bytes(changed))
+
+
+def bombs() -> dict[str, bytes]:
+    jpeg = bytearray(photo("JPEG"))
+    at = jpeg.find(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = struct.pack(">HH", 50_000, 50_000)
+    bmp = bytearray(LOSSLESS["bmp"])
+    bmp[18:26] = struct.pack("<ii", 50_000, 50_000)
+    tiff = Image.new("1", (9, 9))
+    tiff_data = bytearray(saved(tiff, "TIFF"))
+    for tag in (256, 257):
+        tag_at = tiff_data.find(struct.pack("<HH", tag, 4))
+        tag_at = tag_at if tag_at >= 0 else tiff_data.find(struct.pack("<HH", tag, 3))
+        tiff_data[tag_at + 2 : tag_at + 12] = struct.pack("<HII", 4, 1, 50_000)
+    vp8x = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + (16_000).to_bytes(3, "little") * 2
+    return {
+        "png": png(50_000, 50_000, 8, 2, bytes(1000)),
+        "png-zip": png(50_000, 50_000, 8, 0, bytes(50_000_000)),
+        "jpeg": bytes(jpeg),
+        "bmp": bytes(bmp),
+        "tiff": bytes(tiff_data),
+        "webp": b"RIFF" + struct.pack("<I", 4 + len(vp8x)) + b"WEBP" + vp8x,
+    }
+
+
+@pytest.mark.parametrize("kind", bombs())
+def test_bombs_are_refused_by_their_header(kind):
+    data = bombs()[kind]
+    tracemalloc.start()
+    begin = time.perf_counter()
+    with pytest.raises(ImageError, match="at most 64,000,000"):
+        read_image(data)
+    took_s = time.perf_counter() - begin
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert took_s < 0.1 and peak_bytes < 1_000_000
+
+
+def test_bombs_in_png_text_and_profiles_are_never_unpacked():
+    zeros = zlib.compress(bytes(200_000_000), 9)
+    extra = [png_chunk(b"zTXt", b"a\0\0" + zeros), png_chunk(b"iCCP", b"a\0\0" + zeros)]
+    raw = b"".join(b"\0" + row.tobytes() for row in PHOTO)
+    data = png(67, 41, 8, 2, raw, *extra)
+    tracemalloc.start()
+    assert_same(read_image(data), PHOTO)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused():
+    data = photo("JPEG", progressive=True)
+    at = data.rfind(b"\xff\xda")
+    with pytest.raises(ImageError, match="scans"):
+        read_image(data[:at] + data[at:-2] * 1000 + data[-2:])
+
+
+def test_limits_are_checked_before_reading(tmp_path):
+    path = tmp_path / "large.png"
+    with open(path, "wb") as f:
+        f.truncate(1 << 40)  # sparse
+    with pytest.raises(ImageError, match="1,099,511,627,776 bytes"):
+        read_image(path)
+    assert_same(read_image(LOSSLESS["png"], Limits(max_pixels=67 * 41)), PHOTO)
+    with pytest.raises(ImageError, match="67 x 41 = 2,747 pixels"):
+        read_image(LOSSLESS["png"], Limits(max_pixels=67 * 41 - 1))
+    with pytest.raises(ImageError, match="bytes"):
+        read_image(LOSSLESS["png"], Limits(max_bytes=100))
+
+
+def test_encoded_labels_are_read_back_by_us_and_by_others():
+    for label in (IDS, np.array([[255]], np.uint8), RNG.integers(0, 256, (3, 500), dtype=np.uint8)):
+        for palette in (None, CITYSCAPES.palette):
+            data = encode_label_png(label, palette)
+            assert_same(read_label(data), label)
+            other = Image.open(io.BytesIO(data))
+            assert other.mode == ("L" if palette is None else "P")
+            np.testing.assert_array_equal(np.array(other), label)
+    colours = np.array(Image.open(io.BytesIO(encode_label_png(IDS, CITYSCAPES.palette))).convert("RGB"))
+    np.testing.assert_array_equal(colours, CITYSCAPES.palette[IDS])
+
+
+def test_encoded_jpeg_is_rgb_and_its_quality_counts():
+    pixels = np.array(Image.open(io.BytesIO(encode_jpeg(PHOTO, 95))))
+    assert np.abs(pixels.astype(int) - PHOTO).mean() < 4
+    assert len(encode_jpeg(PHOTO, 30)) < len(encode_jpeg(PHOTO, 95))
+
+
+def only_image_errors(data: bytes) -> None:
+    for read in (read_image, read_label):
+        try:
+            assert read(data, Limits(max_pixels=1_000_000)).size <= 3_000_000
+        except ImageError as e:
+            assert "0x" not in str(e) and "object at" not in str(e)
+
+
+SEEDS = [*LOSSLESS.values(), *LOSSY.values(), photo("PNG", "P"), photo("PNG", "LA"), photo("BMP", "P")]
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_mutated_files_raise_nothing_but_image_errors(seed, changes, keep, in_header):
+    data = bytearray(seed)
+    for where, value in changes:
+        data[int(where * min(len(data), 300 if in_header else len(data)))] = value
+    only_image_errors(bytes(data[: round(len(data) * keep)] if keep < 0.5 else data))
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBPVP8X", b"BM", b"II*\0\x08\0\0\0"]),
+    st.binary(max_size=400),
+)
+def test_random_bytes_raise_nothing_but_image_errors(magic, data):
+    only_image_errors(magic + data)
+
+
+def test_crafted_png_whose_checksums_are_right_raises_nothing_but_image_errors():
+    choose = random.Random(0)
+    raw = b"".join(b"\0" + row.tobytes() for row in PHOTO)
+    for _ in range(100):
+        body = bytearray(zlib.compress(raw))
+        body[choose.randrange(len(body))] ^= 1 << choose.randrange(8)
+        data = png(67, 41, 8, 2, b"")
+        only_image_errors(data.replace(png_chunk(b"IDAT", zlib.compress(b"")), png_chunk(b"IDAT", bytes(body))))
+
+
+def test_damaged_files_print_nothing():
+    """In a process of its own: decoders in C write to file descriptor 2 behind Python's back."""
+    script = """
+import sys
+from roadseg.errors import ImageError
+from roadseg.images import read_image
+data = sys.stdin.buffer.read()
+for at in range(20, len(data), 7):
+    for damaged in (data[:at], data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1:]):
+        try:
+            read_image(damaged)
+        except ImageError:
+            pass
+"""
+    for kind in ("png", "jpeg", "tiff-deflate", "tiff-lzw", "webp"):
+        data = {**LOSSLESS, **LOSSY}[kind]
+        root = Path(__file__).parent.parent
+        done = subprocess.run([sys.executable, "-W", "error", "-c", script], input=data, capture_output=True, cwd=root)
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stderr == b"" and done.stdout == b""

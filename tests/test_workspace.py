@@ -1,0 +1,71 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from roadseg.files import write_json
+from roadseg.workspace import Workspace, leftovers, remove
+
+
+def build(work: Path) -> None:
+    (work / "a").write_text("same")
+
+
+def test_made_once_then_found(tmp_path: Path) -> None:
+    w = Workspace(tmp_path)
+    first = w.make("s", 1, {"x": 1}, {"in": "0"}, build)
+    second = w.make("s", 1, {"x": 1}, {"in": "0"}, lambda work: pytest.fail("made twice"))
+    assert (first.cached, second.cached) == (False, True)
+    assert first.content == second.content and first.folder == second.folder
+    assert (first.folder / "stage.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"fields": {"x": 2}}, {"inputs": {"in": "1"}}])
+def test_what_changes_the_result_changes_the_key(tmp_path: Path, change: dict) -> None:
+    w = Workspace(tmp_path)
+    same = {"version": 1, "fields": {"x": 1}, "inputs": {"in": "0"}}
+    a = w.make("s", build=build, **same)
+    b = w.make("s", build=build, **{**same, **change})
+    assert a.key != b.key and a.content == b.content
+
+
+def test_a_failed_build_leaves_nothing_that_counts_and_starts_clean(tmp_path: Path) -> None:
+    w = Workspace(tmp_path)
+
+    def fails(work: Path) -> None:
+        (work / "half").write_text("x")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        w.make("s", 1, {}, {}, fails)
+    output = w.make("s", 1, {}, {}, build)
+    assert sorted(os.listdir(output.folder)) == ["a", "stage.json"]
+
+
+def test_a_stage_that_resumes_finds_what_was_left(tmp_path: Path) -> None:
+    w = Workspace(tmp_path)
+
+    def twice(work: Path) -> None:
+        if not (work / "a").exists():
+            (work / "a").write_text("first")
+            raise RuntimeError("killed")
+        (work / "b").write_text("second")
+
+    with pytest.raises(RuntimeError):
+        w.make("s", 1, {}, {}, twice, resumes=True)
+    output = w.make("s", 1, {}, {}, twice, resumes=True)
+    assert (output.folder / "a").read_text() == "first"
+
+
+def test_clean_keeps_what_a_run_names(tmp_path: Path) -> None:
+    w = Workspace(tmp_path)
+    kept = w.make("s", 1, {"x": 1}, {}, build)
+    loose = w.make("s", 1, {"x": 2}, {}, build)
+    (tmp_path / "stages" / "s" / "dead.partial").mkdir()
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    write_json(tmp_path / "runs" / "r" / "run.json", {"outputs": {"s": {"stage": "s", "key": kept.key}}})
+    found = leftovers(tmp_path)
+    assert {f.path.name for f in found} == {loose.key, "dead.partial"}
+    for leftover in found:
+        remove(leftover)
+    assert kept.folder.exists() and leftovers(tmp_path) == []

@@ -1,0 +1,172 @@
+"""The loop on a three-class set: it learns, it stops in time, and it goes on bit for bit."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import THREE
+
+from roadseg.data.augment import Augmentation
+from roadseg.data.loader import Batch, Crops, loader
+from roadseg.data.sampler import Batches
+from roadseg.data.shards import Shards
+from roadseg.errors import Interrupted, NonFiniteLoss
+from roadseg.files import read_json_lines
+from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
+from roadseg.train import checkpoint
+from roadseg.train.loop import Settings, make_optimizer, train
+
+SETTINGS = Settings(
+    steps=6, optimizer="adamw", learning_rate=0.003, backbone_lr_factor=1.0, weight_decay=0.01, momentum=0.9,
+    scheduler="poly", poly_power=0.9, warmup_steps=2, label_smoothing=0.0, auxiliary_weight=0.4, ema_decay=0.9,
+    clip_norm=5.0, seed=3, bf16=False, validate_every=3, checkpoint_every=1,
+)  # fmt: skip
+CPU = torch.device("cpu")
+Source = Callable[[int], Iterator[Batch]]
+
+
+def network() -> DeepLabV3Plus:
+    a = Architecture(3, "mobilenetv2_035", 16, "skfusion", "separable", 8, (1, 2, 3), (8, 4), True, 0.1)
+    return build(a, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3)
+
+
+def source(shards: Shards, steps: int = SETTINGS.steps) -> Source:
+    crops = Crops(shards.split("train"), Augmentation((32, 64)), SETTINGS.seed, (120, 120, 120))
+    return lambda step: iter(loader(crops, Batches(6, 4, SETTINGS.seed, step, steps), 0, pin=False))
+
+
+def run(shards: Shards, work: Path, settings: Settings = SETTINGS, batches: Source | None = None) -> DeepLabV3Plus:
+    work.mkdir(exist_ok=True)
+    validation = {"val": shards.split("val")}
+    average = train(network(), batches or source(shards), validation, THREE, None, settings, CPU, work)
+    assert isinstance(average, DeepLabV3Plus)
+    return average
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+class Killed(Exception):
+    pass
+
+
+def dying(batches: Source, at: int) -> Source:
+    """Batches of a process that is killed when it asks for the one of step `at`."""
+
+    def start(step: int) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(step), step):
+            if number == at:
+                raise Killed
+            yield batch
+
+    return start
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_resumed_is_bit_identical_to_uninterrupted(shards: Shards, tmp_path: Path, optimizer: str) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer, checkpoint_every=2)
+    whole = run(shards, tmp_path / "whole", settings)
+    for at in (1, 3, 5):  # between, at and after checkpoints
+        with pytest.raises(Killed):
+            run(shards, tmp_path / "cut", settings, dying(source(shards), at))
+    resumed = run(shards, tmp_path / "cut", settings)
+    assert same(whole, resumed)
+    for name in ("history.jsonl", "checkpoints/step-00000006.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_it_learns(shards: Shards, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=40, validate_every=40, checkpoint_every=40, learning_rate=0.01)
+    run(shards, tmp_path, settings, source(shards, 40))
+    rows = read_json_lines(tmp_path / "history.jsonl")
+    losses = [r["loss"] for r in rows if "loss" in r]
+    assert len(losses) == 40 and sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert rows[-1]["split"] == "val" and rows[-1]["miou"] > 0.5
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_spoilt_network_stops_before_the_step_and_names_the_samples(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    import roadseg.train.loop as loop
+
+    real, calls = loop.batch_loss, []
+
+    def spoilt(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        return real(*arguments) * (value if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(loop, "batch_loss", spoilt)
+    with pytest.raises(NonFiniteLoss, match="at step 4,") as caught:
+        run(shards, tmp_path / "spoilt")
+    keys = list(Batches(6, 4, SETTINGS.seed, 3, 4))[0]
+    assert all(f"{i} (epoch {e})" in str(caught.value) for e, i in keys)
+    step, tensors = checkpoint.newest(tmp_path / "spoilt" / "checkpoints") or (None, {})
+    assert step == 3
+    monkeypatch.setattr(loop, "batch_loss", real)
+    with pytest.raises(Killed):
+        run(shards, tmp_path / "sound", SETTINGS, dying(source(shards), 3))
+    _, expected = checkpoint.newest(tmp_path / "sound" / "checkpoints") or (None, {})
+    assert all(torch.equal(tensors[k], expected[k]) for k in expected)
+
+
+@pytest.mark.fault
+def test_sigterm_saves_and_says_so(shards: Shards, tmp_path: Path) -> None:
+    def terminating(step: int) -> Iterator[Batch]:
+        for number, batch in enumerate(source(shards)(step), step):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    settings = replace(SETTINGS, checkpoint_every=100, validate_every=100)
+    with pytest.raises(Interrupted, match="SIGTERM after step 3") as caught:
+        run(shards, tmp_path, settings, terminating)
+    assert caught.value.exit_code == 143
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found and found[0] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.fault
+def test_a_damaged_checkpoint_is_passed_over(shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = run(shards, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(shards, tmp_path / "cut", SETTINGS, dying(source(shards), 5))
+    newest = max((tmp_path / "cut" / "checkpoints").glob("*.safetensors"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    resumed = run(shards, tmp_path / "cut")
+    assert "is damaged" in caplog.text and same(whole, resumed)
+
+
+def test_a_checkpoint_without_its_json_was_never_saved(shards: Shards, tmp_path: Path) -> None:
+    run(shards, tmp_path)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000006.json").unlink()
+    assert checkpoint.newest(folder) is None
+    checkpoint.prune(folder, 2)
+    assert list(folder.iterdir()) == []
+
+
+def test_norms_and_biases_are_not_decayed_and_the_backbone_has_its_own_rate() -> None:
+    optimizer = make_optimizer(network(), replace(SETTINGS, backbone_lr_factor=0.1))
+    groups = optimizer.param_groups
+    assert sum(len(g["params"]) for g in groups) == len(list(network().parameters()))
+    for group in groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    assert {round(g["peak_lr"], 6) for g in groups} == {0.003, 0.0003}
+
+
+def test_timing_is_kept_apart_from_history(shards: Shards, tmp_path: Path) -> None:
+    run(shards, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert all(set(r) <= {"step", "loss", "learning_rate", "split", "miou", "pixel_accuracy"} for r in rows)
