@@ -53,6 +53,17 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The rows of a JSON-lines file; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
 def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:

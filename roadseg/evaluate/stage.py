@@ -150,7 +150,7 @@ def _write_scenes(
         for i, (miou, sample) in enumerate(rows):
             image, label = images.read(sample)
             shown = panels(image, label, predictor(image), images.manifest.label_set.palette)
-            for name, panel in zip(PANELS, (image, *shown), strict=True):
+            for name, panel in zip(PANELS, shown, strict=True):
                 (folder / f"{kind}-{i}-{name}.jpg").write_bytes(picture(panel))
             index.setdefault(kind, []).append({"name": sample.name, "miou": miou})
     write_json(folder / "scenes.json", index)

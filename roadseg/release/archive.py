@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
+import struct
 import tarfile
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,15 +56,36 @@ def write_archive(path: Path, model: dict[str, Any], onnx: bytes, weights: bytes
     digests = {name: sha256_bytes(data) for name, data in members.items()}
     described = {**model, "schema_version": SCHEMA_VERSION, "members": digests}
     members[MODEL] = json.dumps(described, indent=1, sort_keys=True).encode() + b"\n"
+    data = _pack(members)
+    write_atomic(path, data)
+    return sha256_bytes(data)
+
+
+def _pack(members: dict[str, bytes]) -> bytes:
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in sorted(members):
             info = tarfile.TarInfo(name)  # mtime, owner and mode are constants
             info.size = len(members[name])
             tar.addfile(info, io.BytesIO(members[name]))
-    data = gzip.compress(plain.getvalue(), compresslevel=6, mtime=0)
-    write_atomic(path, data)
-    return sha256_bytes(data)
+    return _stored_gzip(plain.getvalue())
+
+
+def _stored_gzip(data: bytes) -> bytes:
+    """A gzip file (RFC 1952) of stored, uncompressed blocks (RFC 1951, 3.2.4).
+
+    The releases of zlib and zlib-ng compress the same data to different bytes, so the digest of a
+    compressed archive could not be had again from its members on another machine. Weights hardly
+    compress anyway.
+    """
+    out = io.BytesIO()
+    out.write(b"\x1f\x8b\x08\x00" + bytes(4) + b"\x00\xff")  # deflate, no flags, no time, unknown system
+    for start in range(0, len(data), 65535):
+        block = data[start : start + 65535]
+        is_last = start + 65535 >= len(data)
+        out.write(struct.pack("<BHH", is_last, len(block), len(block) ^ 0xFFFF) + block)
+    out.write(struct.pack("<II", zlib.crc32(data), len(data) & 0xFFFFFFFF))
+    return out.getvalue()
 
 
 def load_release(path: Path, expected_digest: str = "") -> Release:
@@ -85,12 +107,50 @@ def load_release(path: Path, expected_digest: str = "") -> Release:
             where=where,
             todo="the file was changed or damaged; fetch it again",
         )
-    members = _read_members(data, where)
+    return _verified(digest, _read_members(data, where), where)
+
+
+def load_release_folder(folder: Path) -> Release:
+    """Read and verify the members of an unpacked model.tar.gz, as SageMaker leaves them in /opt/ml/model.
+
+    The digest is that of the archive which `write_archive` makes of these members. Raises ArchiveError
+    as `load_release` does. Links are followed: nothing is written, and the folder's owner chose them.
+    """
+    where = str(folder)
+    try:
+        found = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArchiveError("no such folder", expected="an unpacked model.tar.gz", where=where) from None
+    for path in found:
+        if path.name not in MEMBERS or not path.is_file():
+            raise _not_allowed(path.name, where)
+    if sum(path.stat().st_size for path in found) > LIMIT_BYTES:
+        raise ArchiveError(f"holds more than {LIMIT_BYTES} bytes", where=where)
+    members = {path.name: path.read_bytes() for path in found}
+    _check_complete(members, where)
+    return _verified(sha256_bytes(_pack(members)), members, where)
+
+
+def _verified(digest: str, members: dict[str, bytes], where: str) -> Release:
     model = _read_model(members, where)
     for name, sha256 in model["members"].items():
         if sha256_bytes(members.get(name, b"")) != sha256:
             raise ArchiveError(f"{name} does not match its digest", where=where, todo="fetch the release again")
     return Release(digest, model, members)
+
+
+def _not_allowed(name: str, where: str) -> ArchiveError:
+    return ArchiveError(
+        f"member {name!r} is not allowed",
+        expected=f"the plain files {', '.join(sorted(MEMBERS))}, each once",
+        where=where,
+        todo="do not use it: it was not made by roadseg, or was changed",
+    )
+
+
+def _check_complete(members: dict[str, bytes], where: str) -> None:
+    if missing := MEMBERS - members.keys():
+        raise ArchiveError(f"lacks {', '.join(sorted(missing))}", where=where, todo="fetch the release again")
 
 
 def _read_members(data: bytes, where: str) -> dict[str, bytes]:
@@ -101,12 +161,7 @@ def _read_members(data: bytes, where: str) -> dict[str, bytes]:
             for member in tar:
                 total += member.size
                 if not member.isreg() or member.name not in MEMBERS or member.name in members:
-                    raise ArchiveError(
-                        f"member {member.name!r} is not allowed",
-                        expected=f"the plain files {', '.join(sorted(MEMBERS))}, each once",
-                        where=where,
-                        todo="do not use it: it was not made by roadseg, or was changed",
-                    )
+                    raise _not_allowed(member.name, where)
                 if total > LIMIT_BYTES:
                     raise ArchiveError(f"unpacks to more than {LIMIT_BYTES} bytes", where=where)
                 source = tar.extractfile(member)
@@ -114,8 +169,7 @@ def _read_members(data: bytes, where: str) -> dict[str, bytes]:
                 members[member.name] = source.read()
     except (tarfile.TarError, EOFError, OSError, ValueError) as e:
         raise ArchiveError(f"not a readable .tar.gz ({e})", where=where, todo="fetch it again") from e
-    if missing := MEMBERS - members.keys():
-        raise ArchiveError(f"lacks {', '.join(sorted(missing))}", where=where, todo="fetch the release again")
+    _check_complete(members, where)
     return members
 
 

@@ -111,15 +111,18 @@ class History:
 
     def __init__(self, path: Path, step: int) -> None:
         """Go on after `step`: rows of later steps, written by a run that was killed, are dropped."""
+        self._path, self._rows = path, ""
         kept = [row for row in read_json_lines(path) if row["step"] <= step]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the loop runs
 
     def add(self, **row: Any) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._rows += json.dumps(row) + "\n"
 
     def flush(self) -> None:
-        self._file.flush()
+        """Must come before a checkpoint is saved: its step's rows are never written again."""
+        with open(self._path, "a", encoding="utf-8") as f:
+            f.write(self._rows)
+        self._rows = ""
 
 
 @contextmanager
@@ -189,7 +192,7 @@ def train(
             norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
             loss_value, norm_value = torch.stack([loss.detach(), norm.detach()]).tolist()
             if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-                save(step)
+                history.flush()
                 raise _non_finite(loss_value, norm_value, step, batch)
             optimizer.step()
             average.update(step)
@@ -224,7 +227,7 @@ def train(
 def _non_finite(loss: float, norm: float, step: int, batch: Batch) -> NonFiniteLoss:
     rows = ", ".join(f"{index} (epoch {epoch})" for epoch, index in batch.samples)
     return NonFiniteLoss(
-        f"loss {loss}, gradient norm {norm} at step {step + 1}; the weights were left as before it",
+        f"loss {loss}, gradient norm {norm} at step {step + 1}, which was not taken; the newest checkpoint is from before it",
         expected="finite numbers",
         where=f"train samples {rows}",
         todo="look at these samples; a lower training.learning_rate, a longer training.warmup_steps or "

@@ -43,7 +43,7 @@ def test_a_batch_of_void_is_zero_with_zero_gradient() -> None:
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     loss = cross_entropy(logits, torch.full((1, 8, 8), IGNORE, dtype=torch.uint8))
     loss.backward()
-    assert float(loss) == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 def test_void_changes_nothing() -> None:

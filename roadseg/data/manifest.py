@@ -1,0 +1,178 @@
+"""The manifest: what ingest found, one sample a line, and what the samples' bytes are.
+
+A folder holds `manifest.jsonl` (one sample a line, sorted by split and name) and `dataset.json`
+(source, label set, and by split: counts, class histogram, data fingerprint). Neither holds a time or
+an absolute path, so equal data gives equal bytes wherever it lies.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from roadseg.errors import DataError
+from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
+from roadseg.labels import LabelSet
+
+SCHEMA = 1
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its label.
+
+    Paths are posix, relative to the data root; `instances` is "" where there are none. `name` is unique
+    in its split; `sequence` is "" where unknown. `width`, `height` in pixels, of the upright image.
+    `histogram`: pixels by train id, void last.
+    """
+
+    split: str
+    name: str
+    sequence: str
+    image: str
+    label: str
+    instances: str
+    width: int
+    height: int
+    image_sha256: str
+    label_sha256: str
+    image_bytes: int
+    label_bytes: int
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All samples of a data set, sorted by (split, name)."""
+
+    source: str
+    label_set: LabelSet
+    samples: tuple[Sample, ...]
+
+    @cached_property
+    def _by_split(self) -> dict[str, tuple[Sample, ...]]:
+        groups: dict[str, list[Sample]] = {}
+        for sample in self.samples:
+            groups.setdefault(sample.split, []).append(sample)
+        return {split: tuple(groups[split]) for split in sorted(groups)}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._by_split)
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """The samples of a split. Raises DataError that names the splits there are."""
+        if name not in self._by_split:
+            raise DataError(
+                f"the data has no split {name!r}",
+                expected=f"one of {', '.join(self.splits) or 'none, it is empty'}",
+                todo="set data.split, or add the split to the data",
+            )
+        return self._by_split[name]
+
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 of the split's sorted (image SHA-256, label SHA-256) and of what its ids mean.
+
+        Names and places of files don't matter; it changes with any byte of any image or label.
+        """
+        pairs = sorted((s.image_sha256, s.label_sha256) for s in self.split(split))
+        return sha256_bytes(json_bytes([pairs, self.label_set.mapping_digest]))
+
+    def histogram(self, split: str) -> tuple[int, ...]:
+        """Pixels of the split by train id, void last."""
+        return tuple(sum(column) for column in zip(*(s.histogram for s in self.split(split)), strict=True))
+
+    def summary(self) -> dict[str, Any]:
+        """The content of dataset.json."""
+        names = (*self.label_set.names, "void")
+        splits = {
+            split: {
+                "images": len(samples),
+                "sequences": len({s.sequence for s in samples} - {""}),
+                "fingerprint": self.fingerprint(split),
+                "histogram": dict(zip(names, self.histogram(split), strict=True)),
+            }
+            for split, samples in self._by_split.items()
+        }
+        return {"schema": SCHEMA, "source": self.source, "label_set": self.label_set.to_json(), "splits": splits}
+
+    def save(self, folder: Path) -> None:
+        ordered = sorted(self.samples, key=lambda s: (s.split, s.name))
+        write_atomic(folder / "manifest.jsonl", b"".join(json_bytes(asdict(s)) + b"\n" for s in ordered))
+        write_json(folder / "dataset.json", self.summary())
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Raises DataError with file and line for anything that `save` would not have written."""
+        source, label_set, splits = _read_dataset(folder / "dataset.json")
+        samples = _read_samples(folder / "manifest.jsonl", label_set.num_classes + 1)
+        manifest = Manifest(source, label_set, samples)
+        if json_bytes(manifest.summary()["splits"]) != json_bytes(splits):
+            raise _broken("its samples are not those that dataset.json sums up", folder / "manifest.jsonl")
+        return manifest
+
+
+def _broken(found: str, path: Path, line: int = 0) -> DataError:
+    where = f"{path}, line {line}" if line else str(path)
+    return DataError(found, expected="the manifest as ingest wrote it", where=where, todo="run ingest again")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _broken("there is no such file", path) from None
+
+
+def _read_dataset(path: Path) -> tuple[str, LabelSet, Any]:
+    try:
+        data = json.loads(_read(path))
+        if data["schema"] != SCHEMA:
+            raise _broken(f"is of schema {data['schema']!r}; this roadseg reads {SCHEMA}", path)
+        label_set = LabelSet.from_json(data["label_set"])
+        if not all(isinstance(c.id, int) and isinstance(c.train_id, int) for c in label_set.classes):
+            raise TypeError("class ids are no whole numbers")
+        label_set.mapping_digest, label_set.trained  # noqa: B018 (fails here on train ids that are not 0..n-1)
+        return str(data["source"]), label_set, data["splits"]
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError) as e:
+        raise _broken(f"is no dataset.json ({type(e).__name__}: {e})", path) from None
+
+
+def _read_samples(path: Path, bins: int) -> tuple[Sample, ...]:
+    samples: list[Sample] = []
+    for number, line in enumerate(_read(path).split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            samples.append(_sample(json.loads(line), bins))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise _broken(f"is no sample ({e})", path, number) from None
+        if len(samples) > 1 and (samples[-1].split, samples[-1].name) <= (samples[-2].split, samples[-2].name):
+            raise _broken("a sample that is doubled or out of order", path, number)
+    return tuple(samples)
+
+
+def _sample(row: Any, bins: int) -> Sample:
+    kinds = {f.name: f.type for f in fields(Sample)}
+    if not isinstance(row, dict) or set(row) != set(kinds):
+        raise ValueError(f"its keys are not {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        value = row[name]
+        if kind == "str" and not isinstance(value, str):
+            raise ValueError(f"{name} is no text")
+        if kind == "int" and (type(value) is not int or value < 0):
+            raise ValueError(f"{name} is no whole number from 0")
+        if name.endswith("sha256") and (len(value) != 64 or not _HEX.issuperset(value)):
+            raise ValueError(f"{name} is no SHA-256")
+        if name in ("image", "label", "instances") and (value.startswith("/") or ".." in value.split("/")):
+            raise ValueError(f"{name} points out of the data root")
+    histogram = row["histogram"]
+    if not isinstance(histogram, list) or any(type(n) is not int or n < 0 for n in histogram):
+        raise ValueError("histogram is no list of whole numbers from 0")
+    if len(histogram) != bins or sum(histogram) != row["width"] * row["height"]:
+        raise ValueError(f"histogram does not count width x height pixels in {bins} bins")
+    return Sample(**{**row, "histogram": tuple(histogram)})

@@ -1,0 +1,145 @@
+"""Images and labels brought together by name, never by order; what doesn't fit is a finding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from roadseg.errors import DataError
+
+# Which files are pictures goes by these endings; what a picture is goes by its content.
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its label; posix paths relative to the data root, `instances` "" where there are none."""
+
+    split: str
+    name: str
+    sequence: str
+    image: str
+    label: str
+    instances: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong (error: refuses) or doubtful (warning: goes on) in the data.
+
+    split: where, "train and val" if between two, "" if in none. files: one entry each, beginning with a
+    path, what was found there after ": ". count: of what `message` counts, mostly len(files).
+    """
+
+    code: str
+    severity: Literal["error", "warning"]
+    split: str
+    files: tuple[str, ...]
+    count: int
+    message: str
+    fix: str
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def split_order(splits: Iterable[str]) -> list[str]:
+    """train, val and test first, others after them by name."""
+    first = {"train": 0, "val": 1, "test": 2}
+    return sorted(set(splits), key=lambda s: (first.get(s, 3), s))
+
+
+def pictures(root: Path, folder: str) -> tuple[list[str], list[str]]:
+    """Sorted posix paths, relative to `root`, of the pictures below root/folder; and names that can't be used.
+
+    Links to folders are followed, each folder once. Hidden files are left out.
+    """
+    found, unusable, seen = [], [], set()
+    for here, folders, names in os.walk(root / folder, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [d for d in folders if not d.startswith(".")]
+        for name in names:
+            if name.startswith(".") or not name.lower().endswith(PICTURE_SUFFIXES):
+                continue
+            path = Path(here, name).relative_to(root).as_posix()
+            if path.isprintable():  # false for control characters and for bytes that are no UTF-8
+                found.append(path)
+            else:
+                unusable.append(ascii(path))
+    return sorted(found), sorted(unusable)
+
+
+def unusable_names(split: str, names: list[str]) -> list[Finding]:
+    if not names:
+        return []
+    message = f"{plural(len(names), 'file name')} of {split} with control characters or bytes that are no UTF-8"
+    return [Finding("bad-name", "error", split, tuple(names), len(names), message, "rename them")]
+
+
+def by_key(paths: Iterable[str], key: Callable[[str], str | None]) -> dict[str, list[str]]:
+    """Paths under their key; those whose key is None are left out."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        name = key(path)
+        if name is not None:
+            groups.setdefault(name, []).append(path)
+    return groups
+
+
+def below(folder: str, path: str) -> str:
+    """The path without `folder` and without its ending: the usual key."""
+    return path.removeprefix(folder + "/").rpartition(".")[0]
+
+
+def match(
+    split: str, images: dict[str, list[str]], labels: dict[str, list[str]]
+) -> tuple[list[tuple[str, str, str]], list[Finding]]:
+    """Sorted (key, image, label) of what has one image and one label; findings for everything else."""
+    doubled = [paths for group in (images, labels) for paths in group.values() if len(paths) > 1]
+    no_label = sorted(path for key in images.keys() - labels.keys() for path in images[key])
+    no_image = sorted(path for key in labels.keys() - images.keys() for path in labels[key])
+    findings = []
+    if doubled:
+        entries = tuple(sorted(" = ".join(paths) for paths in doubled))
+        message = f"{plural(len(entries), 'name')} of {split} given to several files, so that a pair can't be told"
+        findings.append(Finding("doubled-file", "error", split, entries, len(entries), message, "keep one of each"))
+    for code, paths, has, lacks in (
+        ("missing-label", no_label, "image", "label"),
+        ("missing-image", no_image, "label", "image"),
+    ):
+        if paths:
+            message = f"{plural(len(paths), has)} of {split} without {'an image' if lacks == 'image' else 'a label'}"
+            fix = f"add the missing {lacks}s under the same name, or take the {has}s out"
+            findings.append(Finding(code, "error", split, tuple(paths), len(paths), message, fix))
+    single = (k for k in sorted(images.keys() & labels.keys()) if len(images[k]) == len(labels[k]) == 1)
+    return [(k, images[k][0], labels[k][0]) for k in single], findings
+
+
+def empty(split: str, folders: str) -> Finding:
+    return Finding(
+        "empty-split", "error", split, (), 0, f"{split} has no pictures in {folders}", "fill or remove the folder"
+    )
+
+
+def not_there(root: Path, looked_for: str) -> DataError:
+    """For a root that isn't one: says what was looked for and what lies there."""
+    if not root.exists():
+        return DataError("no such folder", expected=looked_for, where=str(root), todo="set data.root")
+    if not root.is_dir():
+        return DataError("is a file, not a folder", expected=looked_for, where=str(root), todo="set data.root")
+    names = sorted(ascii(p.name)[1:-1] + ("/" if p.is_dir() else "") for p in root.iterdir())
+    there = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return DataError(
+        f"the data is not there; the folder holds {there or 'nothing'}",
+        expected=looked_for,
+        where=str(root),
+        todo="point data.root at the folder that holds them",
+    )

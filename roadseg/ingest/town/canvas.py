@@ -1,0 +1,199 @@
+"""A frame being painted, far to near: every shape goes to the picture and to the object map alike.
+
+The picture gets anti-aliased edges, the map crisp ones, from the same polygon in 1/16 pixels; so
+image and labels agree to a pixel. Labels, instances and outlines are read off the map at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from roadseg.ingest.town.camera import NEAR_M, Camera
+from roadseg.ingest.town.light import Light
+
+SHIFT = 4  # OpenCV's fixed point: 1/16 pixel
+_LIMIT = 1 << 20
+SKY_NUMBER = 1  # the sky is the first object painted
+
+
+@dataclass(frozen=True)
+class Lamp:
+    """Something that shines at night: its pixel, glow radius in px, RGB, and the object it belongs to."""
+
+    u: float
+    v: float
+    radius_px: float
+    colour: tuple[float, float, float]
+    number: int
+
+
+@dataclass
+class Canvas:
+    camera: Camera
+    light: Light
+    image: np.ndarray  # uint8 [H, W, 3] RGB
+    objects: np.ndarray  # uint16 [H, W], object numbers; 0 is nothing
+    labels: list[int] = field(default_factory=lambda: [0])  # by object number
+    planes: list[tuple[float, float, float]] = field(default_factory=lambda: [(0.0, 0.0, 0.0)])
+    boxes: list[tuple[int, int, int, int]] = field(default_factory=lambda: [(0, 0, 0, 0)])
+    lamps: list[Lamp] = field(default_factory=list)
+
+    def begin(self, label: int, uv: np.ndarray, depth: float, plane: tuple[float, float, float] | None = None) -> int:
+        """A new object's number. `uv` bounds it; 1 / depth is constant, or affine: plane · (1, u, v)."""
+        self.labels.append(label)
+        self.planes.append(plane or (1.0 / max(depth, NEAR_M), 0.0, 0.0))
+        self.boxes.append(self._box(uv))
+        return len(self.labels) - 1
+
+    def grow(self, number: int, uv: np.ndarray) -> None:
+        """Widen an object's bounds by more pixels."""
+        a, b = self.boxes[number], self._box(uv)
+        self.boxes[number] = (min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
+
+    def _box(self, uv: np.ndarray) -> tuple[int, int, int, int]:
+        """x0, y0, x1, y1 inside the frame, two pixels wide of the shape; empty if x1 <= x0 or y1 <= y0."""
+        (x0, y0), (x1, y1) = uv.min(axis=0), uv.max(axis=0)
+        w, h = self.camera.width_px, self.camera.height_px
+        clip = lambda a, top: int(min(max(a, 0), top))  # noqa: E731
+        return clip(x0 - 2, w), clip(y0 - 2, h), clip(x1 + 3, w), clip(y1 + 3, h)
+
+    def fill(self, points: np.ndarray, colour: Sequence[float], number: int = 0) -> None:
+        """Paint one polygon of `fixed` points; into the map too if `number` is given."""
+        cv2.fillPoly(self.image, [points], colour, cv2.LINE_AA, SHIFT)
+        if number:
+            cv2.fillPoly(self.objects, [points], number, cv2.LINE_8, SHIFT)
+
+    def polygon(self, points_N3: np.ndarray, colour: Sequence[float], number: int = 0) -> None:
+        """Paint one polygon given in metres, cut at the near plane."""
+        uv = self.camera.outline(points_N3)
+        if len(uv) >= 3:
+            self.fill(fixed(uv), colour, number)
+
+    def capsules(self, uv0: np.ndarray, uv1: np.ndarray, r0: np.ndarray, r1: np.ndarray) -> np.ndarray:
+        """Fixed-point polygons [N, 10, 2] around segments [N, 2]-[N, 2] with end radii [N] in px."""
+        angle = np.arctan2(*(uv1 - uv0).T[::-1])[:, None]
+        at0 = angle + np.linspace(np.pi / 2, 3 * np.pi / 2, 5)
+        at1 = angle + np.linspace(-np.pi / 2, np.pi / 2, 5)
+        ring0 = uv0[:, None] + r0[:, None, None] * np.stack([np.cos(at0), np.sin(at0)], -1)
+        ring1 = uv1[:, None] + r1[:, None, None] * np.stack([np.cos(at1), np.sin(at1)], -1)
+        return fixed(np.concatenate([ring0, ring1], axis=1))
+
+    def pasted(self, corners_43: np.ndarray, mips: Sequence[np.ndarray], palette: np.ndarray, label: int) -> int:
+        """Paint a tile onto a rectangle in the world: bottom left, bottom right, top right, top left.
+
+        mips: the tile's uint8 [h, w, 4] material weights, each half the size of the one before.
+        palette: [3, 4] RGB of the four materials; or [3, 3], and the fourth channel is the opacity (the
+        object map takes the whole rectangle, holes and all, as hand-made labels of fences do).
+        Returns the object's number, 0 if out of view.
+        """
+        left, right = _ahead(self.camera, corners_43)
+        if right <= left:
+            return 0
+        corners = np.stack(
+            [_between(corners_43, t, side) for t, side in ((left, 0), (right, 0), (right, 1), (left, 1))]
+        )
+        uv, depth = self.camera.project(corners)
+        box = self._box(uv)
+        if box[2] <= box[0] or box[3] <= box[1]:
+            return 0
+        number = self.begin(label, uv, float(depth.mean()), _inverse_depth_plane(uv, depth))
+        tile = mips[_level(uv, mips[0].shape)]
+        self._paste(uv, box, tile, palette, (left, right), number)
+        return number
+
+    def _paste(
+        self,
+        uv: np.ndarray,
+        box: tuple[int, int, int, int],
+        tile: np.ndarray,
+        palette: np.ndarray,
+        part: tuple[float, float],
+        number: int,
+    ) -> None:
+        x0, y0, x1, y1 = box
+        h, w = tile.shape[:2]
+        a, b = part[0] * w - 0.5, part[1] * w - 0.5
+        source = np.array([[a, h - 0.5], [b, h - 0.5], [b, -0.5], [a, -0.5]], np.float32)
+        warp = cv2.getPerspectiveTransform(source, (uv - (x0, y0)).astype(np.float32))
+        points = fixed(uv)
+        size = (x1 - x0, y1 - y0)
+        roi = self.image[y0:y1, x0:x1]
+        if palette.shape[1] == 4:
+            coloured = cv2.transform(tile, palette)
+            cv2.fillPoly(self.image, [points], cv2.mean(coloured)[:3], cv2.LINE_AA, SHIFT)
+            cv2.warpPerspective(coloured, warp, size, dst=roi, borderMode=cv2.BORDER_TRANSPARENT)
+        else:
+            warped = cv2.warpPerspective(tile, warp, size)
+            clear = cv2.cvtColor(255 - warped[..., 3], cv2.COLOR_GRAY2RGB)
+            front = cv2.transform(np.ascontiguousarray(warped[..., :3]), palette)
+            roi[:] = cv2.add(cv2.multiply(roi, clear, scale=1 / 255), front)
+        cv2.fillPoly(self.objects, [points], number, cv2.LINE_8, SHIFT)
+
+    def sprite(
+        self, x: float, y: float, w: float, h: float, mips: Sequence[np.ndarray], ramp: np.ndarray, number: int
+    ) -> None:
+        """Paint a cut-out (uint8 [s, s, 2]: brightness, opacity) at left x, top y, w x h px.
+
+        ramp: uint8 [256, 3], the RGB of each brightness. Opacity is cut at one half, in both maps.
+        """
+        x0, y0 = round(x), round(y)
+        w_px, h_px = max(2, round(w)), max(2, round(h))
+        cut = (max(x0, 0), max(y0, 0), min(x0 + w_px, self.camera.width_px), min(y0 + h_px, self.camera.height_px))
+        if cut[2] <= cut[0] or cut[3] <= cut[1]:
+            return
+        level = 0
+        while level + 1 < len(mips) and mips[level].shape[0] > 1.6 * max(w_px, h_px):
+            level += 1
+        tile = mips[level]
+        scale = np.array([[w_px / tile.shape[1], 0, x0 - cut[0]], [0, h_px / tile.shape[0], y0 - cut[1]]])
+        part = cv2.warpAffine(tile, scale, (cut[2] - cut[0], cut[3] - cut[1]), flags=cv2.INTER_LINEAR)
+        mask = cv2.compare(np.ascontiguousarray(part[..., 1]), 127, cv2.CMP_GT)
+        here = np.s_[cut[1] : cut[3], cut[0] : cut[2]]
+        cv2.copyTo(np.take(ramp, part[..., 0], axis=0), mask, self.image[here])
+        cv2.copyTo(np.full(mask.shape, number, np.uint16), mask, self.objects[here])
+
+
+def fixed(uv: np.ndarray) -> np.ndarray:
+    """Pixels to OpenCV's fixed point, int32; what lies absurdly far outside is pulled in."""
+    return np.clip(np.rint(uv * (1 << SHIFT)), -_LIMIT, _LIMIT).astype(np.int32)
+
+
+def _ahead(camera: Camera, corners_43: np.ndarray) -> tuple[float, float]:
+    """The part of a rectangle's width, 0..1, that lies in front of the near plane."""
+    depth = ((corners_43 - camera.position) @ camera.matrix[2]).tolist()
+    a, b = min(depth[0], depth[3]) - NEAR_M, min(depth[1], depth[2]) - NEAR_M
+    if a >= 0 and b >= 0:
+        return 0.0, 1.0
+    if a < 0 and b < 0:
+        return 1.0, 0.0
+    t = a / (a - b)
+    return (t, 1.0) if a < 0 else (0.0, t)
+
+
+def _between(corners_43: np.ndarray, t: float, top: int) -> np.ndarray:
+    a, b = (corners_43[3], corners_43[2]) if top else (corners_43[0], corners_43[1])
+    return a + t * (b - a)
+
+
+def _inverse_depth_plane(uv: np.ndarray, depth: np.ndarray) -> tuple[float, float, float] | None:
+    """1 / depth over a plane is affine in the pixel; None where the plane is seen edge on."""
+    (u0, v0), (u1, v1), (u2, v2) = uv[:3].tolist()
+    d0, d1, d2 = (1 / depth[:3]).tolist()
+    det = (u1 - u0) * (v2 - v0) - (u2 - u0) * (v1 - v0)
+    if abs(det) < 1.0:
+        return None
+    b = ((d1 - d0) * (v2 - v0) - (d2 - d0) * (v1 - v0)) / det
+    c = ((u1 - u0) * (d2 - d0) - (u2 - u0) * (d1 - d0)) / det
+    return d0 - b * u0 - c * v0, b, c
+
+
+def _level(uv: np.ndarray, shape: tuple[int, ...]) -> int:
+    """The mip whose texels are about as large as pixels; a foreshortened side counts half."""
+    height = max(abs(uv[3, 1] - uv[0, 1]), abs(uv[2, 1] - uv[1, 1]), 1.0)
+    width = max(abs(uv[1, 0] - uv[0, 0]), abs(uv[2, 0] - uv[3, 0]), 1.0)
+    ratio = max(shape[0] / height, 0.5 * shape[1] / width)
+    return int(min(max(np.floor(np.log2(max(ratio, 1.0)) + 0.3), 0), 4))

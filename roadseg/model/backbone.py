@@ -1,0 +1,165 @@
+"""timm's feature extractors as backbones, and their initial weights.
+
+Weights come only as safetensors: a torch pickle can run code when it is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from roadseg.errors import ConfigError
+
+HUB_FILE = "model.safetensors"
+
+
+def create_backbone(name: str, output_stride: int) -> nn.Module:
+    """timm's `name` without its classifier: image [B, 3, H, W] to a list of maps, fine to coarse.
+
+    `feature_info.reduction()` and `.channels()` tell the maps' strides and widths. Randomly
+    initialised from torch's generator. Raises ConfigError if timm has no such model, or it offers
+    no feature maps, or not at this output stride, or only for images of one size.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ConfigError(
+            f"timm {timm.__version__} has no model {name!r}",
+            expected="a model name of timm" + (f", perhaps {' or '.join(near)}" if near else ""),
+            where="model.backbone",
+        )
+    # Every timm model stands at its own stride unless told; not passing 32 admits those that take no stride.
+    options: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
+    try:
+        backbone: nn.Module = timm.create_model(name, features_only=True, pretrained=False, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as e:
+        raise _unfit(name, output_stride, f"timm says {type(e).__name__}: {e}".rstrip(": ")) from e
+    strides = backbone.feature_info.reduction()  # type: ignore[union-attr,operator]
+    if strides[-1] != output_stride:
+        raise _unfit(name, output_stride, f"its maps have strides {', '.join(map(str, strides))}")
+    if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
+        raise _unfit(name, output_stride, "its maps are not channels-first")
+    if backbone.pretrained_cfg.get("fixed_input_size"):  # type: ignore[union-attr,operator]
+        raise _unfit(name, output_stride, "it takes images of one size only")
+    return backbone
+
+
+def _unfit(name: str, output_stride: int, why: str) -> ConfigError:
+    return ConfigError(
+        f"{name} gives no feature maps at output stride {output_stride} ({why})",
+        expected="a convolutional model of timm with features_only, such as mobilenetv2_100, resnet18 or regnety_002",
+        where="model.backbone",
+        todo="choose another backbone, or another model.output_stride (8, 16 or 32)",
+    )
+
+
+def level(backbone: nn.Module, stride: int, name: str) -> int:
+    """Index of the backbone's map at `stride`: the last before the next coarser or the dilated ones.
+
+    Raises ConfigError if there is none.
+    """
+    strides = backbone.feature_info.reduction()  # type: ignore[union-attr,operator]
+    if stride not in strides:
+        raise ConfigError(
+            f"{name} has no map at stride {stride}",
+            expected=f"one of {', '.join(map(str, sorted(set(strides[:-1]))))}",
+            where="model.low_levels",
+        )
+    if stride == strides[-1]:  # dilated stages share the last stride; the first of them is the lowest level
+        return strides.index(stride)
+    return len(strides) - 1 - strides[::-1].index(stride)
+
+
+def load_backbone_weights(backbone: nn.Module, weights: str | Path) -> None:
+    """Fill `backbone` (made by create_backbone) in place.
+
+    weights: "none" (leave as it is), "imagenet" (the file that timm names for this model, from the
+    Hugging Face hub or its cache) or the path of a local .safetensors in timm's naming; the layers
+    of the classifier in it are left out. Raises ConfigError if the file can't be had or its tensors
+    are not those of the backbone.
+    """
+    if str(weights) == "none":
+        return
+    if str(weights) == "imagenet":
+        state, source = _from_hub(backbone)
+    else:
+        state, source = _from_file(Path(weights), backbone), str(weights)
+    own = backbone.state_dict()
+    # timm flattens the first level of some models ("stages.0.x" becomes "stages_0.x")
+    flat = {key if key in own else key.replace(".", "_", 1): key for key in state}
+    given = {key: state[flat[key]] for key in own if key in flat}
+    # batch norm's step counter is absent from old files and changes nothing
+    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    surplus = [original for key, original in flat.items() if key not in own]
+    if surplus:
+        classifier = _classifier_keys(backbone)
+        surplus = [key for key in surplus if key not in classifier]
+    misshapen = [f"{k} {list(v.shape)} for {list(own[k].shape)}" for k, v in given.items() if v.shape != own[k].shape]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", misshapen))
+        if keys
+    ]
+    if problems:
+        raise ConfigError(
+            f"tensors do not fit the backbone: {'; '.join(problems)}",
+            expected=f"the weights of timm's {_hub_name(backbone)}",
+            where=source,
+            todo="check that model.backbone is the model these weights are of",
+        )
+    backbone.load_state_dict(given, strict=False)
+
+
+def _hub_name(backbone: nn.Module) -> str:
+    cfg = backbone.pretrained_cfg
+    assert isinstance(cfg, dict)
+    return str(cfg.get("hf_hub_id") or cfg.get("architecture"))
+
+
+def _from_hub(backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
+    hub_id = backbone.pretrained_cfg.get("hf_hub_id")  # type: ignore[union-attr,operator]
+    if not hub_id:
+        raise ConfigError(
+            f"timm names no pretrained weights for {_hub_name(backbone)}",
+            where="model.backbone_weights",
+            todo="set it to none, or to the path of a .safetensors",
+        )
+    try:
+        state = timm.models.load_state_dict_from_hf(hub_id, filename=HUB_FILE)
+    except OSError as e:
+        raise ConfigError(
+            f"the ImageNet weights could not be fetched ({type(e).__name__})",
+            expected=f"file {HUB_FILE} of the Hugging Face repository {hub_id}, from the network or the hub's cache",
+            where="model.backbone_weights",
+            todo="fetch that file where there is a network, copy it here and set model.backbone_weights: PATH to it; "
+            "or set model.backbone_weights: none to train from scratch",
+        ) from e
+    return state, f"{hub_id}/{HUB_FILE}"
+
+
+def _from_file(path: Path, backbone: nn.Module) -> dict[str, Tensor]:
+    todo = f"pass {HUB_FILE} of the Hugging Face repository {_hub_name(backbone)}, or none, or imagenet"
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            f"{path} is no .safetensors",
+            expected="none, imagenet, or the path of a .safetensors (torch pickles are never read)",
+            where="model.backbone_weights",
+            todo=todo,
+        )
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ConfigError(f"can't be read as safetensors ({e})", where=str(path), todo=todo) from e
+
+
+def _classifier_keys(backbone: nn.Module) -> set[str]:
+    """Names of all tensors of the whole classification model, head included."""
+    architecture: Any = backbone.pretrained_cfg["architecture"]  # type: ignore[index]
+    with torch.random.fork_rng(devices=[]):
+        return set(timm.create_model(architecture, pretrained=False).state_dict())

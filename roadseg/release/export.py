@@ -1,0 +1,151 @@
+"""The network as an ONNX file, and the proof that it is the same function.
+
+Shapes: B images, K classes, H x W pixels of the image, h x w at the decoder's stride.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from roadseg.errors import ExportError
+from roadseg.files import write_atomic
+
+INPUT, OUTPUT = "image", "logits"
+
+# Any size that is not 1 or a special case of the layers: the exporter takes 1 for a constant.
+TRACED_BHW = (2, 64, 96)
+
+
+def export_onnx(network: nn.Module, path: Path) -> None:
+    """Write `network` in eval mode: `image` uint8 [B, 3, H, W] RGB to `logits` float32 [B, K, h, w].
+
+    B, H and W are dynamic. One file, weights inside; its bytes are a function of the network and
+    the installed packages, and it names no path of this machine. `network` is left as it is.
+    Raises ExportError if a layer of it can't be exported.
+    """
+    batch, height, width = TRACED_BHW
+    sample = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                _plain_copy(network),
+                (sample,),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as e:
+        raise ExportError(
+            f"the ONNX exporter refuses this network ({str(e).strip().splitlines()[0]})",
+            expected="layers that export with dynamic batch, height and width",
+            todo="choose another model.backbone, such as mobilenetv2_100 or resnet18",
+        ) from e
+    assert program is not None
+    model = program.model_proto
+    _strip(model)
+    onnx.checker.check_model(model)
+    write_atomic(path, model.SerializeToString(deterministic=True))
+
+
+def _plain_copy(network: nn.Module) -> nn.Module:
+    """On the CPU, float32, eval, ordinary memory layout: whatever way it was trained."""
+    plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    for module in plain.modules():
+        # In-place activations go through symbolic decompositions, which took more than half of the
+        # export's time (17 s against 8 s for a MobileNetV2); the values are the same.
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    return plain
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of the exporter's talk about its own insides; what matters comes as an exception."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove stack traces, module names and the inferred shapes between layers."""
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *model.functions):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    for function in model.functions:
+        del function.value_info[:]
+        for node in function.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+
+
+def check_export(
+    path: Path, network: nn.Module, samples: Sequence[np.ndarray], minimum_agreement: float = 0.9999
+) -> float:
+    """Share of all pixels whose class is the same from `path` by onnxruntime and from `network`.
+
+    samples: RGB images uint8 [H, W, 3], sizes may differ. The class is the argmax after upsampling
+    (bilinear, align_corners=False) to H x W. Raises ExportError below `minimum_agreement`, and on
+    logits that are not finite.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    plain = _plain_copy(network)
+    equal = total = 0
+    worst, worst_size = 1.0, (0, 0)
+    for image_HWC in samples:
+        image_1CHW = np.ascontiguousarray(image_HWC.transpose(2, 0, 1)[None])
+        with torch.inference_mode():
+            ours = plain(torch.from_numpy(image_1CHW))
+            theirs = torch.from_numpy(session.run([OUTPUT], {INPUT: image_1CHW})[0])
+            size = image_HWC.shape[:2]
+            if ours.shape != theirs.shape or not (ours.isfinite().all() and theirs.isfinite().all()):
+                raise ExportError(
+                    f"logits {list(theirs.shape)} from ONNX and {list(ours.shape)} from PyTorch, or values not finite",
+                    expected="finite logits of equal shape",
+                    where=f"{path}, image of {size[1]}x{size[0]}",
+                )
+            same = int((_classes(ours, size) == _classes(theirs, size)).sum())
+        equal, total = equal + same, total + size[0] * size[1]
+        if same / (size[0] * size[1]) < worst:
+            worst, worst_size = same / (size[0] * size[1]), size
+    if total == 0:
+        raise ExportError("no sample to check the export on", expected="one image or more", where=str(path))
+    if equal / total < minimum_agreement:
+        raise ExportError(
+            f"ONNX and PyTorch agree on {equal / total:.6f} of {total} pixels, "
+            f"worst {worst:.6f} on an image of {worst_size[1]}x{worst_size[0]}",
+            expected=f"{minimum_agreement} or more",
+            where=str(path),
+            todo="the file is not the network that was trained: do not ship it; choose another model.backbone or "
+            "other versions of torch, onnxscript and onnxruntime",
+        )
+    return equal / total
+
+
+def _classes(logits_1Khw: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(logits_1Khw, size=size, mode="bilinear", align_corners=False).argmax(dim=1)

@@ -1,0 +1,208 @@
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from roadseg.config import Data, Town
+from roadseg.data.manifest import Manifest
+from roadseg.errors import ConfigError, DataError
+from roadseg.images import encode_label_png
+from roadseg.ingest import town
+from roadseg.ingest.stage import ingest, source_digest
+
+
+def picture(seed: int) -> bytes:
+    coarse = np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    return cv2.imencode(".png", cv2.resize(coarse, (64, 32), interpolation=cv2.INTER_CUBIC))[1].tobytes()
+
+
+def mask(ids: int) -> bytes:
+    return encode_label_png(np.repeat((np.arange(64) % ids).astype(np.uint8)[None], 32, 0))
+
+
+def write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    names = {"train": ["A_1", "A_2", "B_1"], "val": ["C_1"], "test": ["D_1"]}
+    seed = 0
+    for split, inner in names.items():
+        for name in inner:
+            write(tmp_path / "data" / split / f"{name}.png", picture(seed))
+            write(tmp_path / "data" / f"{split}annot" / f"{name}.png", mask(12))
+            seed += 1
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def camvid(**options: object) -> Data:
+    return Data(source="camvid", workers=1, **options)  # type: ignore[arg-type]
+
+
+def test_output_is_complete_deterministic_and_free_of_places(root, work, tmp_path):
+    manifest = ingest(camvid(), root, work)
+    assert Manifest.load(work) == manifest and manifest.splits == ("test", "train", "val")
+    assert sorted(p.name for p in work.iterdir()) == ["dataset.json", "findings.json", "manifest.jsonl"]
+    assert json.loads((work / "findings.json").read_text()) == []
+    shutil.copytree(root, tmp_path / "moved")
+    shutil.rmtree(root)
+    (tmp_path / "again").mkdir()
+    assert ingest(camvid(), tmp_path / "moved", tmp_path / "again").fingerprint("val") == manifest.fingerprint("val")
+    for path in work.iterdir():
+        data = path.read_bytes()
+        assert data == (tmp_path / "again" / path.name).read_bytes() and str(tmp_path).encode() not in data
+
+
+def test_held_out_sequences_become_a_split(root, work):
+    manifest = ingest(camvid(holdout_sequences=("A",)), root, work)
+    assert [s.name for s in manifest.split("holdout")] == ["A_1", "A_2"]
+    assert [s.name for s in manifest.split("train")] == ["B_1"]
+    with pytest.raises(DataError, match="train has no sequence E; expected some of A, B"):
+        ingest(camvid(holdout_sequences=("A", "E")), root, work)
+    with pytest.raises(DataError, match="holds out every sequence of train"):
+        ingest(camvid(holdout_sequences=("A", "B")), root, work)
+
+
+def test_only_splits_looks_at_no_others(root, work):
+    write(root / "train/A_1.png", b"")
+    assert ingest(camvid(), root, work, ("val",)).splits == ("val",)
+    shutil.rmtree(root / "train")
+    assert ingest(camvid(holdout_sequences=("A",)), root, work, ("test", "val")).splits == ("test", "val")
+    with pytest.raises(DataError, match="no split train; expected one of test, val"):
+        ingest(camvid(), root, work, ("train",))
+
+
+def test_only_the_held_out_split(root, work):
+    assert ingest(camvid(holdout_sequences=("A",)), root, work, ("holdout",)).splits == ("holdout",)
+
+
+def test_errors_refuse_and_leave_only_the_findings(root, work):
+    write(root / "train/A_1.png", b"")
+    write(root / "valannot/C_1.png", mask(20))
+    with pytest.raises(DataError, match="2 errors in the data") as caught:
+        ingest(camvid(), root, work)
+    assert caught.value.exit_code == 3
+    assert [p.name for p in work.iterdir()] == ["findings.json"]
+    found = json.loads((work / "findings.json").read_text())
+    assert [(f["code"], f["severity"], f["count"]) for f in found] == [
+        ("unreadable-image", "error", 1),
+        ("unknown-id", "error", 1),
+    ]
+
+
+def test_warnings_are_logged_once_each_and_go_on(root, work, caplog):
+    write(root / "train/A_2.png", (root / "train/A_1.png").read_bytes())
+    write(root / "valannot/C_1.png", mask(9))
+    with caplog.at_level(logging.WARNING):
+        assert len(ingest(camvid(), root, work).samples) == 5
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["class-missing", "duplicate-in-split"]
+    assert "train/A_1.png = train/A_2.png" in caplog.text
+
+
+def test_source_digest_sees_every_change_and_no_place(root, tmp_path):
+    data = camvid()
+    first = source_digest(data, root)
+    assert source_digest(data, root) == first
+    shutil.copytree(root, tmp_path / "moved")  # keeps modification times
+    assert source_digest(data, tmp_path / "moved") == first
+    seen = {first}
+    os.utime(root / "valannot/C_1.png", ns=(0, 7))
+    seen.add(source_digest(data, root))
+    write(root / "train/A_1.png", b"")
+    seen.add(source_digest(data, root))
+    write(root / "train/unpaired.png", b"")
+    seen.add(source_digest(data, root))
+    (root / "test/D_1.png").rename(root / "test/D_2.png")
+    seen.add(source_digest(data, root))
+    assert len(seen) == 5
+    write(root / "train.txt", b"not read")
+    assert source_digest(data, root) in seen
+    with pytest.raises(DataError, match="no such folder"):
+        source_digest(data, root / "nowhere")
+
+
+def test_folder_source(root, work, tmp_path):
+    description = tmp_path / "labels.yaml"
+    classes = "\n".join(f"  - {{id: {i}, name: c{i}}}" for i in range(11))
+    splits = "splits: {train: {images: train, labels: trainannot}, val: {images: val, labels: valannot}}"
+    description.write_text(f"classes:\n{classes}\nignore: [11]\n{splits}\n")
+    data = Data(source="folder", labels=description, workers=1)
+    manifest = ingest(data, root, work)
+    assert manifest.splits == ("train", "val") and manifest.label_set.names == tuple(f"c{i}" for i in range(11))
+    first = source_digest(data, root)
+    description.write_text(description.read_text() + "sequence: '^.'\n")
+    assert source_digest(data, root) != first
+    description.write_text("classes: 3")
+    with pytest.raises(ConfigError, match="labels.yaml"):
+        ingest(data, root, work)
+
+
+@pytest.fixture
+def rendered(monkeypatch) -> list[dict[str, int]]:
+    """A town of eight cheap frames in place of the renderer; what was asked of it."""
+    asked: list[dict[str, int]] = []
+
+    def write_tree(
+        root: Path, splits: Mapping[str, int], seed: int, width_px: int, height_px: int, weather: str, workers: int,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:  # fmt: skip
+        asked.append(dict(splits))
+        assert workers >= 1 and weather == "clear" and (width_px, height_px) == (64, 32)
+        ids = encode_label_png(np.repeat((np.arange(64) % 34).astype(np.uint8)[None], 32, 0))
+        for s, (split, count) in enumerate(splits.items()):
+            for i in range(count):
+                stem = f"{split}ville/{split}ville_{i:06d}_000019"
+                write(root / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", picture(1000 * seed + 100 * s + i))
+                write(root / f"gtFine/{split}/{stem}_gtFine_labelIds.png", ids)
+                if progress:
+                    progress(1)
+
+    monkeypatch.setattr(town, "write_tree", write_tree, raising=False)
+    return asked
+
+
+def test_town_is_rendered_into_work_and_read_as_cityscapes(work, rendered, tmp_path):
+    data = Data(town=Town(train=4, val=2, test=0, width_px=64, height_px=32), workers=1)
+    manifest = ingest(data, work / "tree", work)
+    assert rendered == [{"train": 4, "val": 2}]
+    assert manifest.source == "town" and manifest.splits == ("train", "val")
+    assert all((work / "tree" / s.image).is_file() for s in manifest.samples)
+    assert "no third-party" in manifest.label_set.terms
+    assert source_digest(data, work) == source_digest(data, tmp_path)
+
+
+def test_town_renders_only_what_is_asked(work, rendered):
+    data = Data(town=Town(train=4, val=2, test=1, width_px=64, height_px=32), workers=1)
+    assert ingest(data, work / "tree", work, ("val",)).splits == ("val",)
+    assert rendered == [{"val": 2}]
+
+
+def test_real_camvid(work, real_data):
+    root = real_data / "camvid"
+    manifest = ingest(camvid(), root, work, ("train", "val"))
+    assert (len(manifest.split("train")), len(manifest.split("val"))) == (367, 101)
+    found = json.loads((work / "findings.json").read_text())
+    assert [(f["code"], f["severity"], f["files"]) for f in found] == [("same-sequence", "warning", ["0016E5"])]
+    held = ingest(camvid(holdout_sequences=("0006R0",)), root, work, ("holdout",))
+    assert len(held.split("holdout")) == 101
+
+
+def test_real_cityscapes(work, real_data):
+    manifest = ingest(Data(source="cityscapes", workers=1), real_data / "cityscapes-mini", work)
+    assert (len(manifest.split("train")), len(manifest.split("val"))) == (3, 1)
+    assert all((s.width, s.height) == (2048, 1024) and s.instances for s in manifest.samples)
+    assert {f["code"] for f in json.loads((work / "findings.json").read_text())} == {"class-missing"}
