@@ -235,11 +235,10 @@ def _predict(a: argparse.Namespace, config: Config) -> int:
 
 
 def _load(reference: str, workspace: Path, config: Config) -> Any:
-    from roadseg.pipeline import store_of
+    from roadseg.pipeline import find_release
     from roadseg.release.archive import load_release
-    from roadseg.release.store import resolve
 
-    return load_release(resolve(reference, store_of(config, workspace), workspace / "cache"))
+    return load_release(find_release(config, workspace, reference))
 
 
 def _releases(a: argparse.Namespace, config: Config) -> int:
@@ -264,21 +263,21 @@ def _promote(a: argparse.Namespace, config: Config) -> int:
 
     store = store_of(config, a.workspace)
     champion = promote_by_hand(store, getattr(a, "release", None), a.workspace / "cache")
-    print(
-        f"{'champion':<9} {champion.digest[:16]} (mIoU {100 * champion.miou:.2f} %), was {champion.previous[:16] or 'none'}"
-    )
+    was = champion.previous[:16] or "none"
+    print(f"{'champion':<9} {champion.digest[:16]} (mIoU {100 * champion.miou:.2f} %), was {was}")
     return 0
 
 
 def _serve(a: argparse.Namespace, config: Config) -> int:
-    from roadseg.pipeline import store_of
-    from roadseg.release.store import resolve
-    from roadseg.serve.app import container_release, serve
+    from roadseg.pipeline import find_release
+    from roadseg.serve.app import container_release, container_settings, serve
 
     if a.release is None and (unpacked := container_release()):
-        return serve(unpacked, config.serve, labels=a.ids)
-    archive = resolve(a.release or "champion", store_of(config, a.workspace), a.workspace / "cache")
-    return serve(archive, config.serve, labels=a.ids)
+        serve(unpacked, container_settings(config.serve), labels=a.ids, say=print)
+    else:
+        archive = find_release(config, a.workspace, a.release or "champion")
+        serve(archive, config.serve, labels=a.ids, say=print)
+    return 0
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:

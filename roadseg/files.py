@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def json_bytes(value: Any) -> bytes:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds the old bytes or the new ones, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(partial, "wb") as f:
             f.write(data)

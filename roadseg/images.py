@@ -40,6 +40,7 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "bmp": BmpImagePlugin.BmpImageFile,
     "tiff": TiffImagePlugin.TiffImageFile,
 }
+MAX_SIDE_PX = 1_000_000  # what libpng takes
 _SAFE_REASON = re.compile(r"[\w ,.:;()/+-]{1,100}")
 _warnings_lock = threading.Lock()
 
@@ -112,6 +113,10 @@ def _open(source: Path | bytes, limits: Limits) -> tuple[str, Clean]:
         raise ImageError(
             f"the {format_} header says {width} x {height} = {width * height:,} pixels",
             expected=f"at most {limits.max_pixels:,}",
+        )
+    if max(width, height) > MAX_SIDE_PX:
+        raise ImageError(
+            f"the {format_} header says {width} x {height} pixels", expected=f"sides up to {MAX_SIDE_PX:,}"
         )
     return format_, image_formats.clean(data, format_)
 

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 Stage = Literal["ingest", "transform", "train", "evaluate", "push"]
 STAGES: tuple[Stage, ...] = ("ingest", "transform", "train", "evaluate", "push")
 HOLDOUT = "holdout"
+CACHE = "cache"  # below the workspace: archives fetched from a remote store
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Run:
 
     def _init_release(self) -> Release | None:
         reference = self.config.training.init_from
-        return load_release(resolve(reference, self.store(), self.cache)) if reference else None
+        return load_release(find_release(self.config, self.workspace.path, reference)) if reference else None
 
     def evaluate(self) -> Output:
         candidate = load_release(self.train().folder / "model.tar.gz")
@@ -159,7 +160,7 @@ class _Run:
         archive = self.outputs["train"].folder / "model.tar.gz"
 
         def evaluate_champion(digest: str) -> dict[str, Any]:
-            champion = load_release(self.store().fetch(digest, self.cache), digest)
+            champion = load_release(self.store().fetch(digest, self.workspace.path / CACHE), digest)
             evaluation: dict[str, Any] = read_json(self.evaluation_of(champion).folder / "metrics.json")
             return evaluation
 
@@ -169,10 +170,6 @@ class _Run:
 
     def store(self) -> Store:
         return store_of(self.config, self.workspace.path)
-
-    @property
-    def cache(self) -> Path:
-        return self.workspace.path / "cache"
 
 
 def run(
@@ -208,8 +205,9 @@ def run(
     if decision is not None and decision.outcome == "refused":
         from roadseg.push.gate import table
 
+        log.warning("%s", table(decision))
         raise GateRefused(
-            f"the champion {(decision.champion or '')[:12]} stays: {decision.reason}\n{table(decision)}",
+            f"the champion {(decision.champion or '')[:12]} stays: {decision.reason}",
             todo=f"see {folder / 'report.html'}",
         )
     return finished
@@ -223,7 +221,7 @@ def evaluate_release(
     Returns the content of metrics.json and the folder that holds it and report.html.
     """
     this = _Run(config, Workspace(workspace, wait))
-    release = load_release(resolve(reference, this.store(), this.cache))
+    release = load_release(find_release(config, workspace, reference))
     output = this.evaluation_of(release, only_splits=(config.data.split,))
     return read_json(output.folder / "metrics.json"), output.folder
 
@@ -231,6 +229,15 @@ def evaluate_release(
 def store_of(config: Config, workspace: Path) -> Store:
     a = config.aws
     return open_store(config.store.url, workspace / "store", region=a.region, endpoint_url=a.endpoint_url)
+
+
+def find_release(config: Config, workspace: Path, reference: str) -> Path:
+    """The local archive of `champion`, a digest, its prefix, a path, or s3://.../releases/DIGEST/model.tar.gz."""
+    if reference.startswith("s3://"):
+        url, _, rest = reference.partition("/releases/")
+        config = config.model_copy(update={"store": config.store.model_copy(update={"url": url})})
+        reference = rest.split("/")[0] or "champion"
+    return resolve(reference, store_of(config, workspace), workspace / CACHE)
 
 
 def _given_root(config: Config) -> Path:

@@ -336,6 +336,13 @@ def test_limits_are_checked_before_reading(tmp_path):
         read_image(LOSSLESS["png"], Limits(max_bytes=100))
 
 
+def test_a_side_that_decoders_refuse_is_refused_by_its_name():
+    data = png(2_000_000, 1, 8, 0, bytes(2_000_001))
+    for read in (read_image, read_label):
+        with pytest.raises(ImageError, match="2000000 x 1 pixels; expected sides up to 1,000,000"):
+            read(data)
+
+
 def test_encoded_labels_are_read_back_by_us_and_by_others():
     for label in (IDS, np.array([[255]], np.uint8), RNG.integers(0, 256, (3, 500), dtype=np.uint8)):
         for palette in (None, CITYSCAPES.palette):

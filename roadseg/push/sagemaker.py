@@ -12,11 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from roadseg.config import Aws
 from roadseg.errors import ConfigError, RoadsegError, StoreError
-from roadseg.files import json_bytes, sha256_bytes
+from roadseg.files import json_bytes, sha256_bytes, sha256_file
 from roadseg.release.store import Store
 from roadseg.release.store_s3 import S3Store, aws_client, aws_session, error_code, said_plainly
 
@@ -44,7 +45,7 @@ class Call:
 
 
 def deploy(
-    digest: str,
+    release: str,
     store: Store,
     aws: Aws,
     *,
@@ -55,13 +56,17 @@ def deploy(
 ) -> None:
     """Put a release of an S3 store behind the endpoint `aws.endpoint_name`, with alarms and autoscaling.
 
-    Returns when the endpoint serves it (some minutes). With `dry_run` the requests are said as one
-    JSON list instead, and nothing is sent. connect: gives the client of a service. Raises ConfigError
-    that lists everything missing, StoreError when the store lacks the release, RoadsegError when the
-    endpoint exists with another configuration, and when AWS refuses a step: it says what was made.
+    release: "champion", a digest, its prefix, or the path of an archive. Returns when the endpoint
+    serves it (some minutes). With `dry_run` the requests are said as one JSON list instead; of a
+    whole digest nothing is sent then, else the store is read. connect: gives the client of a service.
+
+    Raises ConfigError that lists everything missing, StoreError when the store lacks the release,
+    RoadsegError when the endpoint exists with another configuration, and when AWS refuses a step: it
+    says what was made.
     """
     _check(store, aws)
     assert isinstance(store, S3Store)
+    digest = _digest(release, store)
     calls = first_deployment(digest, store.archive_url(digest), f"{store.address}/capture", aws)
     if dry_run:
         say(json.dumps([asdict(call) for call in calls], indent=2))
@@ -81,6 +86,24 @@ def deploy(
         again = "then run `roadseg deploy` again, it goes on from there"
         raise RoadsegError(e.found, where=e.where, todo=f"{kept}{e.todo or 'mend the cause'}, {again}") from e
     say(f"endpoint {aws.endpoint_name} serves release {digest}")
+
+
+def _digest(release: str, store: S3Store) -> str:
+    if re.fullmatch(r"[0-9a-f]{64}", release):
+        return release
+    if release == "champion":
+        champion = store.champion()
+        if champion is None:
+            raise StoreError("there is no champion yet", where=store.address, todo="run `roadseg push` first")
+        return champion.digest
+    if Path(release).is_file():
+        return sha256_file(Path(release))
+    matches = [d for d in store.releases() if d.startswith(release)] if len(release) >= 8 else []
+    if len(matches) != 1:
+        raise StoreError(
+            f"{len(matches)} releases match {release!r}", where=store.address, todo="see `roadseg releases`"
+        )
+    return matches[0]
 
 
 def first_deployment(digest: str, archive_url: str, capture_url: str, aws: Aws) -> list[Call]:

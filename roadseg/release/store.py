@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -102,6 +104,14 @@ def stamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+@contextmanager
+def _store_errors(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise StoreError(f"can't be read or written ({e.strerror})", where=str(e.filename or where)) from e
+
+
 class FolderStore:
     """A store in a folder: releases/<sha256>/..., champion.json, history/<n>.json."""
 
@@ -117,23 +127,23 @@ class FolderStore:
         return self.folder / "champion.json"
 
     def champion(self) -> Champion | None:
-        try:
-            data = self._pointer.read_bytes()
-        except FileNotFoundError:
-            if any((self.folder / "history").glob("*.json")):
+        data = self._read_pointer()
+        if data is None and any((self.folder / "history").glob("*.json")):
+            data = self._read_pointer()  # the first champion may have come between the two looks
+            if data is None:
                 raise StoreError(
                     "the champion pointer is gone, but there is a history",
                     where=str(self._pointer),
                     todo="restore it from the newest file in history/",
-                ) from None
-            return None
-        except OSError as e:
-            raise StoreError(f"can't be read ({e.strerror})", where=str(self._pointer)) from e
-        return parse_champion(data, str(self._pointer), sha256_bytes(data))
+                )
+        return None if data is None else parse_champion(data, str(self._pointer), sha256_bytes(data))
+
+    def _read_pointer(self) -> bytes | None:
+        with _store_errors(self._pointer):
+            return self._pointer.read_bytes() if self._pointer.exists() else None
 
     def promote(self, champion: Champion, replacing: Champion | None) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with lock(self.folder / ".lock", "the store's pointer", wait=True):
+        with _store_errors(self.folder), lock(self.folder / ".lock", "the store's pointer", wait=True):
             now = self.champion()
             if (now.version if now else "") != (replacing.version if replacing else ""):
                 raise PointerMoved("the champion changed since it was read", where=self.address)
@@ -148,19 +158,23 @@ class FolderStore:
         write_atomic(history / f"{champion.serial:06d}.json", champion_bytes(champion))
 
     def publish(self, archive: Path, documents: dict[str, bytes]) -> str:
-        digest = sha256_file(archive)
-        folder = self.folder / "releases" / digest
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in {ARCHIVE: archive.read_bytes(), **documents}.items():
-            if not (folder / name).exists():
-                write_atomic(folder / name, data)
+        with _store_errors(self.folder):
+            digest = sha256_file(archive)
+            folder = self.folder / "releases" / digest
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, data in {ARCHIVE: archive.read_bytes(), **documents}.items():
+                if not (folder / name).exists():
+                    write_atomic(folder / name, data)
+        self.fetch(digest, self.folder)  # an archive that was there already must be whole
         return digest
 
     def fetch(self, digest: str, cache: Path) -> Path:
         path = self.folder / "releases" / digest / ARCHIVE
         if not path.exists():
             raise StoreError(f"no release {digest}", where=self.address, todo="see `roadseg releases`")
-        if sha256_file(path) != digest:
+        with _store_errors(path):
+            whole = sha256_file(path) == digest
+        if not whole:
             raise StoreError(
                 f"release {digest} is damaged: its archive has another SHA-256",
                 where=str(path),
@@ -170,7 +184,8 @@ class FolderStore:
 
     def document(self, digest: str, name: str) -> bytes | None:
         path = self.folder / "releases" / digest / name
-        return path.read_bytes() if path.exists() else None
+        with _store_errors(path):
+            return path.read_bytes() if path.exists() else None
 
     def releases(self) -> list[str]:
         return sorted(p.parent.name for p in self.folder.glob(f"releases/*/{ARCHIVE}"))

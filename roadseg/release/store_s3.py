@@ -133,16 +133,15 @@ class S3Store:
     def champion(self) -> Champion | None:
         where = f"{self.address}/champion.json"
         answer = self._get("champion.json")
-        if answer is None:
-            if self._names("history/"):
+        if answer is None and self._names("history/"):
+            answer = self._get("champion.json")  # the first champion may have come between the two looks
+            if answer is None:
                 raise StoreError(
                     "the champion pointer is gone, but there is a history",
                     where=where,
                     todo="restore it from the newest file in history/",
                 )
-            return None
-        data, etag = answer
-        return parse_champion(data, where, etag)
+        return None if answer is None else parse_champion(answer[0], where, answer[1])
 
     def promote(self, champion: Champion, replacing: Champion | None) -> None:
         now = self.champion()

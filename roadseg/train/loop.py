@@ -154,6 +154,7 @@ def train(
     from. Raises NonFiniteLoss before the step that would spoil the weights, Interrupted after a
     signal, with a checkpoint saved.
     """
+    torch.backends.cudnn.benchmark = True  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     average = EMA(network, s.ema_decay)
     optimizer = make_optimizer(network, s)

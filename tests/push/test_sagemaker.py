@@ -19,7 +19,7 @@ from moto.server import ThreadedMotoServer
 from roadseg.config import Aws
 from roadseg.errors import ConfigError, RoadsegError, StoreError
 from roadseg.push.sagemaker import PACKAGE_ARN, VARIANT, deploy
-from roadseg.release.store import FolderStore
+from roadseg.release.store import Champion, FolderStore
 from roadseg.release.store_s3 import S3Store, aws_client
 
 pytestmark = pytest.mark.aws
@@ -326,6 +326,20 @@ def test_the_default_instance_type_is_one_of_aws(account: Account, store: S3Stor
         assert violations(parameters_of(call["service"], call["operation"]), call["parameters"], "") == []
 
 
+def test_a_release_by_any_of_its_names(account: Account, store: S3Store, digest: str, tmp_path: Path) -> None:
+    def said(release: str) -> str:
+        lines: list[str] = []
+        deploy(release, store, account.aws, dry_run=True, say=lines.append)
+        return lines[0]
+
+    with pytest.raises(StoreError, match="no champion yet"):
+        said("champion")
+    store.promote(Champion(digest, 0.5, "fingerprint", 1), None)
+    assert said("champion") == said(digest[:8]) == said(str(tmp_path / "model.tar.gz")) == said(digest)
+    with pytest.raises(StoreError, match="0 releases match 'ffffffff'"):
+        said("ffffffff")
+
+
 def test_names_differ_when_release_or_settings_do(account: Account, store: S3Store) -> None:
     def name(digest: str, **changes: Any) -> str:
         said: list[str] = []
@@ -339,6 +353,18 @@ def test_names_differ_when_release_or_settings_do(account: Account, store: S3Sto
     assert len({one, name("b" * 64), *(name("a" * 64, **c) for c in changes)}) == 5
     longest = name("a" * 64, endpoint_name="e" * 41)
     assert len(longest) == 63
+
+
+def test_the_documented_policy_allows_every_request(account: Account, store: S3Store, digest: str) -> None:
+    deploy(digest, store, account.aws, connect=account.connect, poll_s=1)
+    text = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    assert len(policies) == 2
+    actions = [
+        a for s in policies[0]["Statement"] for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])
+    ]
+    sent = {f"{service}:{inspecting(service).meta.method_to_api_mapping[name]}" for service, name, _ in account.asked}
+    assert len(sent) > 12 and sent <= set(actions)
 
 
 # ── what can go wrong ───────────────────────────────────────────────────────────────────────────

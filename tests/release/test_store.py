@@ -208,6 +208,24 @@ def test_a_lost_pointer_is_not_taken_for_an_empty_store(store: Store) -> None:
         assert not isinstance(e.value, PointerMoved)
 
 
+def test_a_first_champion_that_comes_while_one_looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pointer isn't there, then another process promotes, then there is a history."""
+    one, look = again(store), "_get" if isinstance(store, S3Store) else "_read_pointer"
+    first_look = getattr(one, look)
+    looks = []
+
+    def look_then_wait(*name: str) -> Any:
+        found = first_look(*name)
+        if not looks:
+            looks.append(found)
+            store.promote(champion(1), None)
+        return found
+
+    monkeypatch.setattr(one, look, look_then_wait)
+    found = one.champion()
+    assert looks == [None] and found and found.digest == champion(1).digest
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"digest": "x"}', champion_bytes(champion(1))[:-30]])
 def test_an_unreadable_pointer_is_refused_and_kept(store: Store, content: bytes) -> None:
     store.promote(champion(1), None)

@@ -437,6 +437,7 @@ def test_a_signal_loses_no_admitted_request(
                 time.sleep(0.02)
             else:
                 pytest.fail("still accepting after the signal")
+            time.sleep(0.5)
             assert server.process.poll() is None, "it did not wait for the requests inside"
             (gates / "answer").touch()
             for pixels, answer in zip(photos, answers, strict=True):

@@ -14,6 +14,7 @@ from random import Random
 import numpy as np
 
 NEAR_M = 0.5
+FAR_PX = 1e5  # far outside any frame, near enough for OpenCV's arithmetic
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Camera:
         ahead = q[:, 2] >= NEAR_M
         if not ahead.all():
             q = _cut(q, ahead)
-        return q[:, :2] / q[:, 2:] if len(q) else q[:, :2]
+        return np.clip(q[:, :2] / q[:, 2:], -FAR_PX, FAR_PX)
 
     @cached_property
     def ground_to_pixel(self) -> np.ndarray:
@@ -58,15 +59,14 @@ class Camera:
 
 
 def _cut(q: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-    kept = []
-    for i in range(len(q)):
-        p, r = q[i - 1], q[i]
-        if ahead[i - 1] != ahead[i]:
-            t = (NEAR_M - p[2]) / (r[2] - p[2])
-            kept.append(p + t * (r - p))
-        if ahead[i]:
-            kept.append(r)
-    return np.array(kept).reshape(-1, 3)
+    """A polygon's homogeneous points [N, 3], with those behind the near plane cut off."""
+    before = np.roll(q, 1, axis=0)
+    crossed = np.flatnonzero(ahead != np.roll(ahead, 1))
+    p, r = before[crossed], q[crossed]
+    t = (NEAR_M - p[:, 2]) / (r[:, 2] - p[:, 2])
+    kept = np.flatnonzero(ahead)
+    points = np.concatenate([p + t[:, None] * (r - p), q[kept]])
+    return points[np.argsort(np.concatenate([2 * crossed, 2 * kept + 1]))]
 
 
 def draw_camera(rng: Random, width_px: int, height_px: int, right_m: float) -> Camera:

@@ -6,6 +6,7 @@ image and labels agree to a pixel. Labels, instances and outlines are read off t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +17,9 @@ from roadseg.ingest.town.camera import NEAR_M, Camera
 from roadseg.ingest.town.light import Light
 
 SHIFT = 4  # OpenCV's fixed point: 1/16 pixel
-_LIMIT = 1 << 20
 SKY_NUMBER = 1  # the sky is the first object painted
+_TURN = np.concatenate([np.linspace(0.5, 1.5, 5), np.linspace(-0.5, 0.5, 5)]) * np.pi
+_CAP = np.column_stack([np.cos(_TURN), np.sin(_TURN)])  # the outline of a rod's two round ends
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,14 @@ class Canvas:
 
     def _box(self, uv: np.ndarray) -> tuple[int, int, int, int]:
         """x0, y0, x1, y1 inside the frame, two pixels wide of the shape; empty if x1 <= x0 or y1 <= y0."""
-        (x0, y0), (x1, y1) = uv.min(axis=0), uv.max(axis=0)
+        (x0, y0), (x1, y1) = uv.min(axis=0).tolist(), uv.max(axis=0).tolist()
         w, h = self.camera.width_px, self.camera.height_px
-        clip = lambda a, top: int(min(max(a, 0), top))  # noqa: E731
-        return clip(x0 - 2, w), clip(y0 - 2, h), clip(x1 + 3, w), clip(y1 + 3, h)
+        return (
+            int(min(max(x0 - 2, 0), w)),
+            int(min(max(y0 - 2, 0), h)),
+            int(min(max(x1 + 3, 0), w)),
+            int(min(max(y1 + 3, 0), h)),
+        )
 
     def fill(self, points: np.ndarray, colour: Sequence[float], number: int = 0) -> None:
         """Paint one polygon of `fixed` points; into the map too if `number` is given."""
@@ -73,36 +79,58 @@ class Canvas:
         if len(uv) >= 3:
             self.fill(fixed(uv), colour, number)
 
-    def capsules(self, uv0: np.ndarray, uv1: np.ndarray, r0: np.ndarray, r1: np.ndarray) -> np.ndarray:
-        """Fixed-point polygons [N, 10, 2] around segments [N, 2]-[N, 2] with end radii [N] in px."""
-        angle = np.arctan2(*(uv1 - uv0).T[::-1])[:, None]
-        at0 = angle + np.linspace(np.pi / 2, 3 * np.pi / 2, 5)
-        at1 = angle + np.linspace(-np.pi / 2, np.pi / 2, 5)
-        ring0 = uv0[:, None] + r0[:, None, None] * np.stack([np.cos(at0), np.sin(at0)], -1)
-        ring1 = uv1[:, None] + r1[:, None, None] * np.stack([np.cos(at1), np.sin(at1)], -1)
-        return fixed(np.concatenate([ring0, ring1], axis=1))
+    def rods(
+        self,
+        uv: np.ndarray,
+        radius_px: np.ndarray,
+        colours_N3: np.ndarray,
+        order: Sequence[int],
+        number: int,
+    ) -> None:
+        """Paint rounded rods in this order. uv [2N, 2] and radii [2N]: all first ends, then all second.
+
+        A narrower, brighter rod towards the sun rounds the thick ones.
+        """
+        n = len(uv) // 2
+        along = uv[n:] - uv[:n]
+        along /= np.sqrt((along * along).sum(axis=1))[:, None] + 1e-9
+        across = along[:, ::-1] * (-1.0, 1.0)
+        ring = along[:, None] * _CAP[:, :1] + across[:, None] * _CAP[:, 1:]
+        radius = np.repeat(radius_px.reshape(2, n).T, 5, axis=1)[..., None]
+        middle = np.repeat(uv.reshape(2, n, 2).transpose(1, 0, 2), 5, axis=1)
+        shapes = fixed(middle + radius * ring)
+        rounded = float(radius_px.max()) > 1.5
+        if rounded:
+            shift = (0.35 * (1.0 if self.light.sun[0] > 0 else -1.0), -0.2)
+            gloss = fixed(middle + radius * (0.5 * ring + shift))
+        body, bright = (0.85 * colours_N3).tolist(), np.minimum(1.12 * colours_N3, 255).tolist()
+        for i in order:
+            cv2.fillPoly(self.image, [shapes[i]], body[i], cv2.LINE_AA, SHIFT)
+            cv2.fillPoly(self.objects, [shapes[i]], number, cv2.LINE_8, SHIFT)
+            if rounded and radius_px[i] > 1.5:
+                cv2.fillPoly(self.image, [gloss[i]], bright[i], cv2.LINE_AA, SHIFT)
 
     def pasted(self, corners_43: np.ndarray, mips: Sequence[np.ndarray], palette: np.ndarray, label: int) -> int:
         """Paint a tile onto a rectangle in the world: bottom left, bottom right, top right, top left.
 
-        mips: the tile's uint8 [h, w, 4] material weights, each half the size of the one before.
-        palette: [3, 4] RGB of the four materials; or [3, 3], and the fourth channel is the opacity (the
+        mips: the tile's material weights as in textures.py.
+        palette: RGB columns. [3, 4] for a tile of four materials; [3, 3] for one with opacity (the
         object map takes the whole rectangle, holes and all, as hand-made labels of fences do).
         Returns the object's number, 0 if out of view.
         """
         left, right = _ahead(self.camera, corners_43)
         if right <= left:
             return 0
-        corners = np.stack(
-            [_between(corners_43, t, side) for t, side in ((left, 0), (right, 0), (right, 1), (left, 1))]
-        )
+        corners = corners_43
+        if (left, right) != (0.0, 1.0):
+            ends = ((left, 0), (right, 0), (right, 1), (left, 1))
+            corners = np.stack([_between(corners_43, t, side) for t, side in ends])
         uv, depth = self.camera.project(corners)
         box = self._box(uv)
         if box[2] <= box[0] or box[3] <= box[1]:
             return 0
-        number = self.begin(label, uv, float(depth.mean()), _inverse_depth_plane(uv, depth))
-        tile = mips[_level(uv, mips[0].shape)]
-        self._paste(uv, box, tile, palette, (left, right), number)
+        number = self.begin(label, uv, float(depth[0]), _inverse_depth_plane(uv, depth))
+        self._paste(uv, box, mips[_level(uv, mips[0].shape)], palette, (left, right), number)
         return number
 
     def _paste(
@@ -123,13 +151,15 @@ class Canvas:
         size = (x1 - x0, y1 - y0)
         roi = self.image[y0:y1, x0:x1]
         if palette.shape[1] == 4:
-            coloured = cv2.transform(tile, palette)
+            # The fourth material has what the stored three leave over of 255.
+            rest = palette[:, 3:]
+            coloured = cv2.transform(tile, np.hstack([palette[:, :3] - rest, 255 * rest]))
             cv2.fillPoly(self.image, [points], cv2.mean(coloured)[:3], cv2.LINE_AA, SHIFT)
             cv2.warpPerspective(coloured, warp, size, dst=roi, borderMode=cv2.BORDER_TRANSPARENT)
         else:
             warped = cv2.warpPerspective(tile, warp, size)
-            clear = cv2.cvtColor(255 - warped[..., 3], cv2.COLOR_GRAY2RGB)
-            front = cv2.transform(np.ascontiguousarray(warped[..., :3]), palette)
+            clear = cv2.cvtColor(255 - cv2.extractChannel(warped, 3), cv2.COLOR_GRAY2RGB)
+            front = cv2.transform(cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB), palette)
             roi[:] = cv2.add(cv2.multiply(roi, clear, scale=1 / 255), front)
         cv2.fillPoly(self.objects, [points], number, cv2.LINE_8, SHIFT)
 
@@ -138,7 +168,7 @@ class Canvas:
     ) -> None:
         """Paint a cut-out (uint8 [s, s, 2]: brightness, opacity) at left x, top y, w x h px.
 
-        ramp: uint8 [256, 3], the RGB of each brightness. Opacity is cut at one half, in both maps.
+        ramp: uint8 [256, 1, 3], the RGB of each brightness. Opacity is cut at one half, in both maps.
         """
         x0, y0 = round(x), round(y)
         w_px, h_px = max(2, round(w)), max(2, round(h))
@@ -151,15 +181,15 @@ class Canvas:
         tile = mips[level]
         scale = np.array([[w_px / tile.shape[1], 0, x0 - cut[0]], [0, h_px / tile.shape[0], y0 - cut[1]]])
         part = cv2.warpAffine(tile, scale, (cut[2] - cut[0], cut[3] - cut[1]), flags=cv2.INTER_LINEAR)
-        mask = cv2.compare(np.ascontiguousarray(part[..., 1]), 127, cv2.CMP_GT)
+        mask = cv2.compare(cv2.extractChannel(part, 1), 127, cv2.CMP_GT)
         here = np.s_[cut[1] : cut[3], cut[0] : cut[2]]
-        cv2.copyTo(np.take(ramp, part[..., 0], axis=0), mask, self.image[here])
+        cv2.copyTo(cv2.applyColorMap(cv2.extractChannel(part, 0), ramp), mask, self.image[here])
         cv2.copyTo(np.full(mask.shape, number, np.uint16), mask, self.objects[here])
 
 
 def fixed(uv: np.ndarray) -> np.ndarray:
-    """Pixels to OpenCV's fixed point, int32; what lies absurdly far outside is pulled in."""
-    return np.clip(np.rint(uv * (1 << SHIFT)), -_LIMIT, _LIMIT).astype(np.int32)
+    """Pixels to OpenCV's fixed point, int32. They may lie outside the frame, by up to 10^7."""
+    return (uv * (1 << SHIFT)).astype(np.int32)
 
 
 def _ahead(camera: Camera, corners_43: np.ndarray) -> tuple[float, float]:
@@ -193,7 +223,8 @@ def _inverse_depth_plane(uv: np.ndarray, depth: np.ndarray) -> tuple[float, floa
 
 def _level(uv: np.ndarray, shape: tuple[int, ...]) -> int:
     """The mip whose texels are about as large as pixels; a foreshortened side counts half."""
-    height = max(abs(uv[3, 1] - uv[0, 1]), abs(uv[2, 1] - uv[1, 1]), 1.0)
-    width = max(abs(uv[1, 0] - uv[0, 0]), abs(uv[2, 0] - uv[3, 0]), 1.0)
-    ratio = max(shape[0] / height, 0.5 * shape[1] / width)
-    return int(min(max(np.floor(np.log2(max(ratio, 1.0)) + 0.3), 0), 4))
+    (u0, v0), (u1, v1), (u2, v2), (u3, v3) = uv.tolist()
+    height = max(abs(v3 - v0), abs(v2 - v1), 1.0)
+    width = max(abs(u1 - u0), abs(u2 - u3), 1.0)
+    ratio = max(shape[0] / height, 0.5 * shape[1] / width, 1.0)
+    return min(int(math.log2(ratio) + 0.4), 4)

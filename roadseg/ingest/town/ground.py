@@ -14,7 +14,7 @@ from roadseg.ingest.town.scene import Scene
 from roadseg.ingest.town.street import Street
 
 ROAD, SIDEWALK, TERRAIN = 7, 8, 22
-_ALONG = np.concatenate([np.arange(-2.0, 12.0, 1.5), np.geomspace(12.0, 260.0, 22)])
+_ALONG = np.concatenate([np.arange(1.0, 12.0, 1.5), np.geomspace(12.0, 260.0, 18)])
 _WIDE_M = 500.0
 
 
@@ -22,11 +22,10 @@ def paint_ground(canvas: Canvas, scene: Scene, rng: Random) -> None:
     street = scene.street
     up = canvas.light.shade(np.array([[0.0, 1.0, 0.0]]))[0]
     road, walk, land = ((c[0] * up[0], c[1] * up[1], c[2] * up[2]) for c in (mineral(rng), mineral(rng), soil(rng)))
-    paver = rng.choice((1, 2))
-    numbers = {}
+    pavers = rng.random() < 0.5
     for side in street.sides:
         base = (TERRAIN, land) if side.green else (SIDEWALK, walk)
-        numbers[side.sign] = _strip(canvas, street, side.edge_m, side.sign * _WIDE_M, base[1], base[0])
+        _strip(canvas, street, side.edge_m, side.sign * _WIDE_M, base[1], base[0])
         if side.verge_m:
             _strip(canvas, street, side.edge_m, side.walk_start_m, land, TERRAIN)
         if side.green or side.verge_m:
@@ -34,7 +33,7 @@ def paint_ground(canvas: Canvas, scene: Scene, rng: Random) -> None:
         kerb = scaled(walk, rng.uniform(1.05, 1.35))
         _strip(canvas, street, side.edge_m, side.edge_m + side.sign * 0.2, kerb, SIDEWALK)
     _paint_road(canvas, scene, rng, road, walk)
-    _texture(canvas, paver, rng)
+    _texture(canvas, pavers, rng)
 
 
 def _strip(canvas: Canvas, street: Street, a_m: float, b_m: float, colour: RGB, label: int = 0) -> int:
@@ -135,32 +134,41 @@ def _bar(canvas: Canvas, street: Street, x0: float, x1: float, z0: float, z1: fl
         _area(canvas, np.array([street.at(x0, z0), street.at(x1, z0), street.at(x1, z1), street.at(x0, z1)]), colour)
 
 
-def _texture(canvas: Canvas, paver: int, rng: Random) -> None:
+def _texture(canvas: Canvas, pavers: bool, rng: Random) -> None:
     """Modulate what is painted of the ground by tiles in world coordinates, fading where they would alias."""
     camera = canvas.camera
-    top = int(min(max(min(camera.horizon_px), 0), camera.height_px - 1))
-    g = camera.pixel_to_ground
-    u = np.arange(camera.width_px, dtype=np.float32)[None, :]
-    v = np.arange(top, camera.height_px, dtype=np.float32)[:, None]
-    near = np.maximum((g[2, 0] * u + g[2, 1] * v + g[2, 2]).astype(np.float32), 1 / 150)
-    depth = 1 / near
-    scale = textures.GROUND_PX_PER_M
-    x = ((g[0, 0] * u + g[0, 1] * v + g[0, 2]).astype(np.float32) * depth + rng.uniform(100, 120)) * scale
-    z = ((g[1, 0] * u + g[1, 1] * v + g[1, 2]).astype(np.float32) * depth + rng.uniform(100, 120)) * scale
-    tiles = cv2.remap(textures.ground(), x, z, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
-    stains = cv2.remap(textures.patches(), x / 12, z / 12, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
-    # A pixel covers depth^2 / (focal * height) metres of ground along the view.
-    footprint_m = depth * depth / (camera.focal_px * float(camera.position[1]))
+    h, w = canvas.objects.shape
+    top = int(min(max(min(camera.horizon_px), 0), h - 1))
+    g = camera.pixel_to_ground.astype(np.float32)
+    u = np.arange(w, dtype=np.float32)[None, :]
+    v = np.arange(top, h, dtype=np.float32)[:, None]
+    scale = np.float32(textures.GROUND_PX_PER_M)
+    depth = scale / np.maximum(g[2, 0] * u + (g[2, 1] * v + g[2, 2]), np.float32(1 / 150))
+    x = (g[0, 0] * u + (g[0, 1] * v + g[0, 2])) * depth + np.float32(rng.uniform(100, 120) * scale)
+    z = (g[1, 0] * u + (g[1, 1] * v + g[1, 2])) * depth + np.float32(rng.uniform(100, 120) * scale)
+    # The tiles of road, sidewalk and terrain lie one below the other; the label picks which.
     part = canvas.objects[top:]
-    labels = np.array(canvas.labels, np.uint8)[part]
-    grain = tiles[..., 0].copy()
-    cv2.copyTo(np.ascontiguousarray(tiles[..., paver]), (labels == SIDEWALK).astype(np.uint8), grain)
-    cv2.copyTo(np.ascontiguousarray(tiles[..., 3]), (labels == TERRAIN).astype(np.uint8), grain)
-    strength = 1 / (1 + footprint_m / 0.12)
-    factor = 1 + (grain.astype(np.float32) - 128) * strength * (1 / 128) + (stains.astype(np.float32) - 128) * (0.3 / 128)
-    factor[part <= SKY_NUMBER] = 1.0
+    starts = {SIDEWALK: 1.0, TERRAIN: 2.0}
+    start = np.take(np.array([starts.get(n, 0.0) for n in canvas.labels], np.float32), part)
+    tile, size = textures.ground(pavers), np.float32(textures.GROUND_PX)
+    # Wrapped here: OpenCV is slow where most pixels lie outside.
+    places = (x - np.floor(x / size) * size, z - np.floor(z / size) * size + start * size)
+    grain = cv2.remap(tile, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    small = (x[::4, ::4] / 12, z[::4, ::4] / 12)
+    stains = cv2.remap(textures.patches(), *small, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    stains = cv2.resize(stains, (w, h - top))
+    if camera.focal_px > 700:
+        # Large frames see the near ground larger than the tile's texels: its grain once more, finer.
+        fine = cv2.remap(tile[: textures.GROUND_PX], x * 6, z * 6, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+        grain = cv2.addWeighted(grain, 1.0, fine, 0.6, -0.6 * 128)
+    # A pixel covers depth^2 / (focal * height) metres of ground along the view; roll is left out.
+    row = depth[:, w // 2 : w // 2 + 1] / scale
+    strength = 1 / (1 + row * row / np.float32(camera.focal_px * float(camera.position[1]) * 0.12))
+    factor = (grain.astype(np.float32) - 128) * strength + stains * np.float32(0.3) + np.float32(128 * 0.7)
+    factor = np.clip(factor, 0, 255).astype(np.uint8)
+    factor[part <= SKY_NUMBER] = 128
     part_rgb = canvas.image[top:]
-    part_rgb[:] = cv2.multiply(part_rgb, cv2.merge([factor] * 3), dtype=cv2.CV_8U)
+    part_rgb[:] = cv2.multiply(part_rgb, cv2.cvtColor(factor, cv2.COLOR_GRAY2RGB), scale=1 / 128)
 
 
 def shadow_outline(canvas: Canvas, base_N3: np.ndarray, height_m: float) -> np.ndarray | None:
@@ -185,12 +193,11 @@ def paint_shadows(canvas: Canvas, bodies: list[tuple[np.ndarray, float]]) -> Non
                 cv2.fillConvexPoly(lit, fixed(uv), 255 * light.shadow, cv2.LINE_AA, 4)
     for base, height in bodies:
         if height < 4.5:
-            uv = canvas.camera.outline(base)
-            if len(uv) >= 3:
+            uv, depth = canvas.camera.project(base)
+            if depth.min() > 0.8:
                 cv2.fillPoly(lit, [fixed(uv)], 255 * light.shadow * 0.5, cv2.LINE_AA, 4)
     size = max(3, canvas.camera.width_px // 128) | 1
     lit = cv2.blur(lit, (size, size))
-    lit[canvas.objects <= SKY_NUMBER] = 255
     cv2.multiply(canvas.image, cv2.cvtColor(lit, cv2.COLOR_GRAY2RGB), dst=canvas.image, scale=1 / 255)
 
 

@@ -66,7 +66,7 @@ def draw_light(rng: Random, weather: Weather) -> Light:
     if weather == "night":
         moon = cold * np.array([0.75, 0.85, 1.1])
         night_rgb = 16 * moon + 22 * warm * extra
-        return Light(weather, sun, 0.03 * moon, 0.3 * moon, 0.9, night_rgb, haze, exposure, tint, 1.1, blur, noise + 4)
+        return Light(weather, sun, 0.04 * moon, 0.42 * moon, 0.9, night_rgb, haze, exposure, tint, 1.1, blur, noise + 4)
     if weather == "fog":
         fog_rgb = 255 * (0.6 + 0.3 * extra) * (0.7 * grey + 0.3 * cold)
         return Light(

@@ -18,6 +18,10 @@ BODY, SECOND, GLASS, TYRE, HUB, TRIM, PLATE, TAIL, HEAD, AMBER, GREEN, DARK = ra
 _SHINES = {TAIL: (255.0, 40.0, 30.0), HEAD: (255.0, 245.0, 215.0)}
 
 
+Span = tuple[float, float]
+Box = tuple[Span, Span, Span]  # x, y, z
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Faces in painting order within each group; groups are painted far to near. A face is seen from
@@ -28,8 +32,10 @@ class Mesh:
     normals: np.ndarray  # [F, 3], outwards
     anchors: np.ndarray  # [F, 3], a vertex of each face
     paints: np.ndarray  # [F]
-    detail: tuple[bool, ...]
+    detail: np.ndarray  # [F], bool
+    sizes: np.ndarray  # [F], the second largest extent of each face, m
     groups: tuple[tuple[np.ndarray, tuple[int, ...]], ...]  # (centre [3], faces)
+    core: Box | None  # a box wholly inside the body, where it hides much of what is behind it
 
 
 class Modeller:
@@ -38,8 +44,11 @@ class Modeller:
     def __init__(self) -> None:
         self._faces: list[tuple[np.ndarray, np.ndarray, int, bool, int]] = []
         self.group = 0
+        self.core: Box | None = None
 
-    def face(self, points: Sequence[Sequence[float]] | np.ndarray, outward: Sequence[float], paint: int, detail: bool = True) -> None:
+    def face(
+        self, points: Sequence[Sequence[float]] | np.ndarray, outward: Sequence[float], paint: int, detail: bool = True
+    ) -> None:
         """A planar polygon; `outward` tells on which side its outside is."""
         p = np.asarray(points, float)
         normal = np.cross(p[1] - p[0], p[2] - p[1])
@@ -48,7 +57,7 @@ class Modeller:
             normal = -normal
         self._faces.append((p, normal, paint, detail, self.group))
 
-    def box(self, x: tuple[float, float], y: tuple[float, float], z: tuple[float, float], paint: int) -> None:
+    def box(self, x: Span, y: Span, z: Span, paint: int) -> None:
         for axis in range(3):
             for end in (0, 1):
                 spans = [x, y, z]
@@ -65,8 +74,12 @@ class Modeller:
     def prism(self, profile: Sequence[tuple[float, float, float]], paint: int) -> None:
         """A body from its side view: (z, y, half width) from the rear foot over the top to the front foot."""
         centre = np.mean([(0, y, z) for z, y, _ in profile], axis=0)
+        # The sides may lean inwards at the top, so they are not quite planar: seen from wherever any
+        # of them is, they close the silhouette.
+        narrow = int(np.argmin([w for _, _, w in profile]))
         for sign in (-1, 1):
-            self.face([(sign * w, y, z) for z, y, w in profile], (sign, 0, 0), paint, detail=False)
+            side = np.array([(sign * w, y, z) for z, y, w in (*profile[narrow:], *profile[:narrow])], float)
+            self._faces.append((side, np.array([sign, 0.0, 0.0]), paint, False, self.group))
         for i in range(len(profile)):
             strip = self.strip(profile, i)
             self.face(strip, strip.mean(axis=0) - centre, paint, detail=False)
@@ -116,8 +129,10 @@ class Modeller:
             np.array([f[1] for f in self._faces]),
             np.array([f[0][0] for f in self._faces]),
             np.array([f[2] for f in self._faces]),
-            tuple(f[3] for f in self._faces),
+            np.array([f[3] for f in self._faces]),
+            np.array([np.sort(np.ptp(f[0], axis=0))[1] for f in self._faces]),
             tuple(groups),
+            self.core,
         )
 
 
@@ -132,20 +147,20 @@ def paint_mesh(
         return 0
     eye = (turn @ (canvas.camera.position - place)) / scale
     seen = ((eye - mesh.anchors) * mesh.normals).sum(axis=1) > 0
-    number = canvas.begin(label, uv, float(depth.mean()))
+    seen &= ~mesh.detail | (mesh.sizes * canvas.camera.focal_px > 0.6 * depth.min())
+    number = canvas.begin(label, uv, float(depth[0]))
     colours = np.minimum(palette[mesh.paints] * canvas.light.shade(mesh.normals @ turn), 255).tolist()
-    points = fixed(uv)
+    points, shown, detail, paints = fixed(uv), seen.tolist(), mesh.detail.tolist(), mesh.paints.tolist()
     order = sorted(mesh.groups, key=lambda g: -float(((g[0] - eye) ** 2).sum()))
     for _, faces in order:
         for i in faces:
-            if seen[i]:
+            if shown[i]:
                 a, b = mesh.bounds[i]
-                paint = int(mesh.paints[i])
-                colour = colours[i]
+                paint, colour = paints[i], colours[i]
                 if canvas.light.night and paint in _SHINES:
                     colour = _shine(canvas, uv[a:b], float(depth[a]), paint, number)
                 cv2.fillPoly(canvas.image, [points[a:b]], colour, cv2.LINE_AA, SHIFT)
-                if not mesh.detail[i]:
+                if not detail[i]:
                     cv2.fillPoly(canvas.objects, [points[a:b]], number, cv2.LINE_8, SHIFT)
     return number
 

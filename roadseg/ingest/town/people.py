@@ -17,6 +17,8 @@ from roadseg.ingest.town.colours import RGB, dark, hsv, painted, scaled, skin
 
 PERSON, RIDER, MOTORCYCLE, BICYCLE = 24, 25, 32, 33
 P3 = tuple[float, float, float]
+_TURN = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+_RIM = np.column_stack([np.zeros(20), np.sin(_TURN), np.cos(_TURN)])
 
 
 @dataclass
@@ -43,21 +45,12 @@ def paint_figure(canvas: Canvas, figure: Figure, label: int, place: np.ndarray, 
     n = len(figure.rods)
     px = scale * canvas.camera.focal_px / depth
     radius = np.array([r[2] for r in figure.rods] + [r[3] for r in figure.rods]) * px
-    number = canvas.begin(label, np.concatenate([uv - radius[:, None], uv + radius[:, None]]), float(depth.mean()))
+    number = canvas.begin(label, np.concatenate([uv - radius[:, None], uv + radius[:, None]]), float(depth[0]))
     for wheel in figure.wheels:
         _wheel(canvas, wheel, turn, place, number)
-    radius = np.maximum(radius, 0.4)
-    shapes = canvas.capsules(uv[:n], uv[n:], radius[:n], radius[n:])
-    # The lit side: a narrower rod, shifted towards the sun.
-    shift = np.array([0.35 * np.sign(canvas.light.sun[0]), -0.25])
-    lit0, lit1 = uv[:n] + radius[:n, None] * shift, uv[n:] + radius[n:, None] * shift
-    gloss = canvas.capsules(lit0, lit1, 0.5 * radius[:n], 0.5 * radius[n:])
-    level = canvas.light.level
-    for i in np.argsort(-(depth[:n] + depth[n:]), kind="stable").tolist():
-        colour = tuple((np.array(figure.rods[i][4]) * level).tolist())
-        canvas.fill(shapes[i], scaled(colour, 0.85), number)
-        if radius[i] > 1.5:
-            canvas.fill(gloss[i], scaled(colour, 1.1))
+    colours = np.array([r[4] for r in figure.rods]) * canvas.light.level
+    order = np.argsort(-(depth[:n] + depth[n:]), kind="stable").tolist()
+    canvas.rods(uv, np.maximum(radius, 0.4), colours, order, number)
     return number
 
 
@@ -70,21 +63,22 @@ def _wheel(
 ) -> None:
     """A tyre around a disc, or around spokes that the background shows through; the map takes all of it."""
     z, radius, width, tyre, disc = wheel
-    t = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-    ring = np.column_stack([np.zeros(20), radius + radius * np.sin(t), z + radius * np.cos(t)])
-    uv, depth = canvas.camera.project(ring @ turn + place)
+    uv, depth = canvas.camera.project((_RIM * radius + (0.0, radius, z)) @ turn + place)
     canvas.grow(number, uv)
     points = fixed(uv)
     level = canvas.light.level
-    px = max(1, round(width * canvas.camera.focal_px / float(depth.mean())))
-    tyre_rgb = tuple((np.array(tyre) * level).tolist())
+    focal = canvas.camera.focal_px / float(depth[0])
+    px = max(1, round(width * focal))
+    tyre_rgb = (np.array(tyre) * level).tolist()
     cv2.fillPoly(canvas.objects, [points], number, cv2.LINE_8, SHIFT)
     cv2.polylines(canvas.objects, [points], True, number, px, cv2.LINE_8, SHIFT)
     if disc is not None:
-        canvas.fill(points, tuple((np.array(disc) * level).tolist()))
-    else:
+        canvas.fill(points, (np.array(disc) * level).tolist())
+    elif radius * focal > 5:
+        spoke = np.minimum(1.6 * np.array(tyre_rgb), 255).tolist()
+        ends = points.tolist()
         for k in range(0, 10, 2):
-            cv2.line(canvas.image, points[k].tolist(), points[k + 10].tolist(), scaled(tyre_rgb, 1.6), 1, cv2.LINE_AA, SHIFT)
+            cv2.line(canvas.image, ends[k], ends[k + 10], spoke, 1, cv2.LINE_AA, SHIFT)
     cv2.polylines(canvas.image, [points], True, tyre_rgb, px, cv2.LINE_AA, SHIFT)
 
 

@@ -23,15 +23,8 @@ def paint_rods(canvas: Canvas, ends: list[tuple[np.ndarray, np.ndarray, float]],
         return 0
     n = len(ends)
     px = np.maximum(np.array([e[2] for e in ends] * 2) * canvas.camera.focal_px / depth, 0.35)
-    number = canvas.begin(label, np.concatenate([uv - px[:, None], uv + px[:, None]]), float(depth.mean()))
-    rgb = tuple((np.array(colour) * canvas.light.level).tolist())
-    shift = np.array([0.4 * float(np.sign(canvas.light.sun[0])), 0.0])
-    shapes = canvas.capsules(uv[:n], uv[n:], px[:n], px[n:])
-    lit = canvas.capsules(uv[:n] + px[:n, None] * shift, uv[n:] + px[n:, None] * shift, 0.4 * px[:n], 0.4 * px[n:])
-    for i in range(n):
-        canvas.fill(shapes[i], scaled(rgb, 0.8), number)
-        if px[i] > 1.2:
-            canvas.fill(lit[i], scaled(rgb, 1.2))
+    number = canvas.begin(label, np.concatenate([uv - px[:, None], uv + px[:, None]]), float(depth[0]))
+    canvas.rods(uv, px, np.tile(np.array(colour) * canvas.light.level, (n, 1)), range(n), number)
     return number
 
 
@@ -173,7 +166,7 @@ def paint_sign(canvas: Canvas, place: np.ndarray, side: int, rng: Random) -> Non
             if depth.min() < 0.8:
                 break
             if k == 0:
-                number = canvas.begin(TRAFFIC_SIGN, uv, float(depth.mean()))
+                number = canvas.begin(TRAFFIC_SIGN, uv, float(depth[0]))
             rgb = np.minimum(np.array(colour) * light, 255).tolist()
             canvas.fill(fixed(uv), rgb, number if k == 0 else 0)
 

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from random import Random
 
+import numpy as np
+
 from roadseg.ingest.town.street import Lane, Side, Street, draw_street
 
 LENGTH_M = {"car": 4.6, "truck": 8.0, "bus": 11.5, "train": 24.0, "motorcyclist": 2.2, "cyclist": 1.8}
@@ -27,16 +29,21 @@ class Item:
     lateral_m: float
     along_m: float
     seed: str
-    yaw: float = 0.0  # radians from z towards x, where it faces
+    yaw: float = 0.0  # where it faces: radians from the street's own direction towards the right
     far_m: float = 0.0
     side: int = 0
 
     @property
-    def order_m(self) -> float:
-        """How far away it counts when painting far to near."""
-        if self.kind == "building":
-            return 0.5 * (self.along_m + self.far_m) + 12.0
-        return 0.5 * (self.along_m + self.far_m) if self.far_m else self.along_m
+    def extent(self) -> tuple[float, float, float, float]:
+        """Lateral from, to, along from, to: the base, for what hides what and what has room."""
+        if self.far_m:
+            out = self.lateral_m + self.side * (14.0 if self.kind == "building" else 0.5)
+            return min(self.lateral_m, out), max(self.lateral_m, out), self.along_m, self.far_m
+        half = LENGTH_M.get(self.kind, 0.6) / 2
+        wide = 1.2 if half > 1.5 else 0.3
+        s, c = abs(math.sin(self.yaw)), abs(math.cos(self.yaw))
+        x, z = wide * c + half * s, wide * s + half * c
+        return self.lateral_m - x, self.lateral_m + x, self.along_m - z, self.along_m + z
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,15 @@ class _Draft:
     def __init__(self, name: str) -> None:
         self.name = name
         self.items: list[Item] = []
+
+    def free(self, lateral: float, along: float, half_x: float, half_z: float) -> bool:
+        """Whether no vehicle stands within this rectangle."""
+        for item in self.items:
+            if item.kind in LENGTH_M:
+                x0, x1, z0, z1 = item.extent
+                if x0 < lateral + half_x and x1 > lateral - half_x and z0 < along + half_z and z1 > along - half_z:
+                    return False
+        return True
 
     def put(self, kind: str, lateral: float, along: float, yaw: float = 0.0, far: float = 0.0, side: int = 0) -> None:
         self.items.append(Item(kind, lateral, along, f"{self.name}/{len(self.items)}", yaw, far, side))
@@ -71,7 +87,30 @@ def draw_scene(seed: int, index: int) -> Scene:
         _frontage(draft, rng, street, side, index + k)
         _sidewalk(draft, rng, street, side, index + k)
     _walkers(draft, rng, street)
-    return Scene(street, tuple(sorted(draft.items, key=lambda i: -i.order_m)), rails)
+    return Scene(street, _far_to_near(draft.items), rails)
+
+
+def _far_to_near(items: list[Item]) -> tuple[Item, ...]:
+    """The painting order. A thing can hide another only if it begins nearer to the camera, along the
+    street or sideways; sorting by distance alone would put people behind a long tram in front of it."""
+    x0, x1, z0, z1 = np.array([i.extent for i in items]).T
+    x0, x1, z0, z1 = x0 + 0.1, x1 - 0.1, z0 + 0.1, z1 - 0.1
+    nearer = z1[:, None] <= z0[None, :]
+    inner = ((x1[:, None] <= x0[None, :]) & (x0[None, :] > 0)) | ((x0[:, None] >= x1[None, :]) & (x1[None, :] < 0))
+    before = nearer | inner  # [i, j]: i is not hidden by j
+    middle = z0 + z1
+    unclear = ~before & ~before.T
+    hides = (before & ~before.T) | (unclear & (middle[:, None] < middle[None, :]))
+    left = hides.sum(axis=1)
+    done = np.zeros(len(items), bool)
+    order = []
+    for _ in items:
+        # Where things hide each other in a ring, the farthest goes first.
+        k = int(np.argmax(np.where(done, -1e9, middle - 1e6 * (left > 0))))
+        order.append(items[k])
+        done[k] = True
+        left -= hides[:, k]
+    return tuple(order)
 
 
 def _traffic(draft: _Draft, rng: Random, street: Street, index: int) -> tuple[float, ...]:
@@ -82,13 +121,13 @@ def _traffic(draft: _Draft, rng: Random, street: Street, index: int) -> tuple[fl
     lanes = sorted(street.lanes, key=lambda lane: rng.random() - 0.35 * (lane.centre_m != 0))
     rails = []
     for k, lane in enumerate(lanes):
-        along = rng.uniform(5.5, 11.0) if k < 2 else rng.uniform(8.0, 30.0)
+        along = rng.uniform(6.0, 15.0) if k < 2 else rng.uniform(8.0, 30.0)
         first = heroes[k] if k < 2 else ""
         if first and lane.centre_m == 0.0:
             along += rng.uniform(1.5, 5.0)
         if first == "train" or rng.random() < 0.12:
             rails.append(lane.centre_m)
-        while along < 90:
+        while along < 75:
             kind = first or _vehicle(rng)
             first = ""
             length = LENGTH_M[kind]
@@ -96,7 +135,7 @@ def _traffic(draft: _Draft, rng: Random, street: Street, index: int) -> tuple[fl
             aside = rng.gauss(0, 0.15) if kind != "train" else 0.0
             if kind == "cyclist":
                 aside = rng.uniform(0.3, 1.0) * (1 if lane.centre_m >= 0 else -1)
-            yaw = street.heading(middle) + (math.pi if lane.oncoming else 0.0)
+            yaw = math.pi if lane.oncoming else 0.0
             if not _crossed(street, along, along + length) or kind == "train" or middle < 14:
                 draft.put(kind, lane.centre_m + aside, middle, yaw + (rng.gauss(0, 0.03) if kind != "train" else 0))
             along += length + rng.uniform(3, 22)
@@ -119,7 +158,7 @@ def _parked(draft: _Draft, rng: Random, street: Street) -> None:
         while along < 70:
             kind = rng.choices(("car", "truck", "motorcycle", "bicycle", ""), (66, 5, 8, 6, 15))[0]
             length = LENGTH_M.get(kind, 2.5)
-            yaw = street.heading(along) + rng.choice((0.0, math.pi)) + rng.gauss(0, 0.02)
+            yaw = rng.choice((0.0, math.pi)) + rng.gauss(0, 0.02)
             if kind in ("motorcycle", "bicycle"):
                 yaw += rng.choice((0.0, 1.1, -1.1))
             if kind and not _crossed(street, along - 2, along + length + 2):
@@ -134,7 +173,8 @@ def _cross_traffic(draft: _Draft, rng: Random, street: Street) -> None:
         x = rng.uniform(-45, -10)
         while x < 40:
             kind = rng.choices(("car", "truck", "bus", "motorcyclist", "cyclist"), (45, 15, 15, 12, 13))[0]
-            if rng.random() < 0.6:
+            room = draft.free(x + LENGTH_M[kind] / 2, lane.centre_m, LENGTH_M[kind] / 2 + 0.5, 1.5)
+            if rng.random() < 0.6 and room:
                 yaw = -math.pi / 2 if lane.oncoming else math.pi / 2
                 draft.put(kind, x + LENGTH_M[kind] / 2, lane.centre_m, yaw + rng.gauss(0, 0.05))
             x += LENGTH_M[kind] + rng.uniform(3, 20)
@@ -145,8 +185,8 @@ def _frontage(draft: _Draft, rng: Random, street: Street, side: Side, turn: int)
     first = ("fence", "wall", "", "wall", "fence", "")[turn % 6]
     built = rng.choice((0.25, 0.5, 0.75))
     free = 1 - built
-    weights = (built, 0.3 * free + 0.04, 0.3 * free + 0.04, 0.14 * free, 0.2 * free)
-    along, end = rng.uniform(-2.0, 3.0), 130.0
+    weights = (built, 0.33 * free + 0.04, 0.36 * free + 0.06, 0.12 * free, 0.17 * free)
+    along, end = rng.uniform(-2.0, 3.0), 110.0
     stretches = [(along, end)]
     if street.crossing:
         stretches = [(along, street.crossing[0] - 3), (street.crossing[1] + 3, end)]
@@ -182,7 +222,7 @@ def _sidewalk(draft: _Draft, rng: Random, street: Street, side: Side, turn: int)
     scheduled = [("sign", "light", "pole")[turn % 3], "person", ("bicycle", "motorcycle")[turn % 2]]
     rng.shuffle(scheduled)
     along = rng.uniform(7.0, 10.0)
-    while along < 75:
+    while along < 50:
         kind = scheduled.pop() if scheduled else rng.choices(kinds, weights)[0]
         if scheduled or not _crossed(street, along - 1, along + 1):
             _on_sidewalk(draft, rng, side, kind, along)
@@ -215,4 +255,6 @@ def _walkers(draft: _Draft, rng: Random, street: Street) -> None:
     for _ in range(rng.choice((0, 0, 1, 2, 4))):
         along = street.crossing[0] - 3 if street.crossing and rng.random() < 0.6 else rng.uniform(12, 35)
         lateral = rng.uniform(street.left.edge_m, street.right.edge_m)
-        draft.put("person", lateral, along + rng.uniform(-0.7, 0.7), rng.choice((-1, 1)) * math.pi / 2 + rng.gauss(0, 0.4))
+        yaw = rng.choice((-1, 1)) * math.pi / 2 + rng.gauss(0, 0.4)
+        if draft.free(lateral, along, 0.6, 0.8):
+            draft.put("person", lateral, along, yaw)

@@ -86,4 +86,5 @@ def draw_street(rng: Random, index: int) -> Street:
         sides.append(Side(sign, edges[sign], verge, walk, edges[sign] + sign * (verge + walk + gap), green))
     start = rng.uniform(16, 50)
     crossing = (start, start + rng.uniform(7, 12)) if rng.random() < 0.45 else None
-    return Street(rng.gauss(0, 0.0022), tuple(lanes), width, sides[0], sides[1], parked, crossing)
+    curve = min(max(rng.gauss(0, 0.0022), -0.005), 0.005)
+    return Street(curve, tuple(lanes), width, sides[0], sides[1], parked, crossing)

@@ -1,8 +1,9 @@
 """Precomputed texture tiles, the same in every process: noise, ground, facades, walls, fences, crowns.
 
-Facades, walls and hedges are uint8 [h, w, 4] weights of four materials, which a scene colours; a
-fence's fourth channel is its opacity; crowns are uint8 [s, s, 2], brightness and opacity. Each tile
-comes as mips, each half the size of the one before.
+Facades, walls and hedges are uint8 [h, w, 3]: the weights of three materials out of four, the last
+being what is missing to 255 (three channels are coloured 20 times faster than four). A scene gives
+the materials their colours. A fence is uint8 [h, w, 4], two materials, nothing, and its opacity;
+crowns are uint8 [s, s, 2], brightness and opacity. Each tile comes as mips, halved each time.
 """
 
 from __future__ import annotations
@@ -61,18 +62,17 @@ def clouds() -> np.ndarray:
     return _bytes(128 + 70 * fractal(512, 4, 6, 11))
 
 
-GROUND_PX_PER_M = 48
+GROUND_PX, GROUND_PX_PER_M = 1024, 48
 
 
 @cache
-def ground() -> np.ndarray:
-    """uint8 [1024, 1024, 4], 128 neutral: asphalt, slabs, small pavers, lawn; GROUND_PX_PER_M."""
+def ground(pavers: bool) -> np.ndarray:
+    """uint8 [3 * GROUND_PX, GROUND_PX], 128 neutral, one below the other: asphalt, slabs or small pavers, lawn."""
     fine = noise(1024, 512, 21)
     asphalt = 128 + 16 * fine + 9 * fractal(1024, 16, 4, 22) - 40 * (noise(1024, 256, 27) > 2.1)
-    slabs = 128 + _paving(32, 32, 0, 31) + 6 * fine
-    pavers = 128 + _paving(16, 8, 8, 32) + 5 * fine
+    paved = 128 + (_paving(16, 8, 8, 32) if pavers else _paving(32, 32, 0, 31)) + 6 * fine
     lawn = 128 + 26 * noise(1024, 256, 24) + 16 * fractal(1024, 8, 4, 25) + 14 * fine
-    return np.dstack([_bytes(a) for a in (asphalt, slabs, pavers, lawn)])
+    return np.concatenate([_bytes(a) for a in (asphalt, paved, lawn)])
 
 
 def _paving(long_px: int, short_px: int, shift_px: int, stream: int) -> np.ndarray:
@@ -92,16 +92,26 @@ def patches() -> np.ndarray:
     return _bytes(128 + 30 * fractal(256, 8, 4, 41))
 
 
-# Facade materials: wall, dark glass, glass that is lit at night, trim.
+# Facade materials: wall, dark glass, glass that is lit at night, trim. What is dark on any of them
+# (joints, stains) is mixed from it and the glass.
 WALL, GLASS, LIT, TRIM = range(4)
+
+
+def _mixed(weight: np.ndarray, material: int = WALL) -> np.ndarray:
+    """uint8 [h, w, 3]: this much (0..255) of a material, the rest glass."""
+    tile = np.zeros((*weight.shape, 3), np.uint8)
+    if material != TRIM:
+        tile[..., material] = _bytes(weight)
+    if material != GLASS:
+        tile[..., GLASS] = 255 - _bytes(weight)
+    return tile
 
 
 def _rect(tile: np.ndarray, material: int, x0: float, y0: float, x1: float, y1: float, weight: float = 255) -> None:
     """Put one material into a part of a tile; coordinates in 0..1 of the tile."""
     h, w = tile.shape[:2]
     part = tile[round(y0 * h) : round(y1 * h), round(x0 * w) : round(x1 * w)]
-    part[:] = 0
-    part[..., material] = weight
+    part[:] = _mixed(np.full(part.shape[:2], weight), material)
 
 
 def _window(cell: np.ndarray, style: int, glass: int) -> None:
@@ -112,9 +122,6 @@ def _window(cell: np.ndarray, style: int, glass: int) -> None:
         _rect(cell, TRIM, x0 - 0.17, y0, x1 + 0.17, y1, 210)
     _rect(cell, TRIM, x0 - 0.05, y0 - 0.05, x1 + 0.05, y1 + 0.07)
     _rect(cell, glass, x0, y0, x1, y1)
-    h, w = cell.shape[:2]
-    pane = cell[round(y0 * h) : round(y1 * h), round(x0 * w) : round(x1 * w), glass]
-    pane[:] = np.linspace(255, 150, pane.shape[0])[:, None].astype(np.uint8)
     if style in (0, 3, 5):
         _rect(cell, TRIM, 0.48, y0, 0.52, y1)
     if style in (0, 1):
@@ -168,8 +175,7 @@ def facades() -> tuple[tuple[int, int, tuple[np.ndarray, ...]], ...]:
         rng = np.random.default_rng([61, n])
         floors, bays = int(rng.integers(2, 8)), int(rng.integers(2, 6))
         h, w = floors * CELL_PX, bays * CELL_PX
-        tile = np.zeros((h, w, 4), np.uint8)
-        tile[..., WALL] = _bytes(_masonry(h, w, int(rng.integers(0, 4)), 70 + n))
+        tile = _mixed(_masonry(h, w, int(rng.integers(0, 4)), 70 + n))
         style, street = int(rng.integers(0, 6)), int(rng.integers(0, 4))
         for f in range(floors):
             for b in range(bays):
@@ -192,8 +198,7 @@ def walls() -> tuple[tuple[np.ndarray, ...], ...]:
     made = []
     for n in range(8):
         rng = np.random.default_rng([62, n])
-        tile = np.zeros((128, 512, 4), np.uint8)
-        tile[..., WALL] = _bytes(_masonry(128, 512, 1 + n % 3, 170 + n) - 60 * np.linspace(0, 1, 128)[:, None] ** 4)
+        tile = _mixed(_masonry(128, 512, 1 + n % 3, 170 + n) - 60 * np.linspace(0, 1, 128)[:, None] ** 4)
         if n % 2:
             _rect(tile, TRIM, 0, 0, 1, 0.09)
         if n % 3 == 0:
@@ -203,7 +208,7 @@ def walls() -> tuple[tuple[np.ndarray, ...], ...]:
             x = float(rng.uniform(0.1, 0.7))
             blob = cv2.resize(fractal(128, 4, 3, 180 + n), (110, 70)) > 0.2
             part = tile[40:110, round(x * 512) : round(x * 512) + 110]
-            part[blob] = (60, 0, 180, 0)
+            part[blob] = (60, 0, 195)
         made.append(mipped(tile))
     return tuple(made)
 
@@ -235,11 +240,9 @@ def fences() -> tuple[tuple[np.ndarray, ...], ...]:
 
 @cache
 def foliage() -> tuple[np.ndarray, ...]:
-    """Mips of a clipped hedge, 4:1; all of it in the first material, its gaps dark."""
-    tile = np.zeros((128, 512, 4), np.uint8)
+    """Mips of a clipped hedge, 4:1; leaves as wall, gaps as glass."""
     leaves = np.tile(0.7 * noise(128, 32, 201) + 0.6 * noise(128, 64, 202) + 0.4 * noise(128, 8, 203), (1, 4))
-    tile[..., 0] = _bytes(150 + 55 * leaves - 50 * np.linspace(0, 1, 128)[:, None] ** 2)
-    return mipped(tile)
+    return mipped(_mixed(150 + 55 * leaves - 50 * np.linspace(0, 1, 128)[:, None] ** 2))
 
 
 @cache

@@ -13,14 +13,19 @@ from roadseg.ingest.town.colours import dark, hsv, painted
 from roadseg.ingest.town.mesh import Mesh, Modeller, paint_mesh
 
 LABELS = {"car": 26, "truck": 27, "bus": 28, "train": 31}
+SMALLEST = 0.93  # the least scale of any side
 FRONT, REAR = (0, 0, 1), (0, 0, -1)
 
 
 def paint_vehicle(canvas: Canvas, kind: str, place: np.ndarray, yaw: float, rng: Random) -> int:
-    meshes = {"car": cars, "truck": trucks, "bus": buses, "train": trams}[kind]()
-    mesh = meshes[rng.randrange(len(meshes))]
-    scale = np.array([rng.uniform(0.95, 1.06), rng.uniform(0.93, 1.08), rng.uniform(0.94, 1.05)])
+    mesh = draw_mesh(kind, rng)
+    scale = np.array([rng.uniform(0.95, 1.06), rng.uniform(SMALLEST, 1.08), rng.uniform(0.94, 1.05)])
     return paint_mesh(canvas, mesh, place, yaw, scale, _palette(canvas, rng), LABELS[kind])
+
+
+def draw_mesh(kind: str, rng: Random) -> Mesh:
+    meshes = {"car": cars, "truck": trucks, "bus": buses, "train": trams}[kind]()
+    return meshes[rng.randrange(len(meshes))]
 
 
 def _palette(canvas: Canvas, rng: Random) -> np.ndarray:
@@ -106,6 +111,7 @@ def _truck(load: str, length: float) -> Mesh:
     else:
         top = 3.5
         b.box((-half, half), (1.0, top), (back, front), m.SECOND)
+        b.core = ((-half, half), (1.0, top), (back, front))
         for k in range(1, 8):
             z = back + k * (front - back) / 8
             if load == "tarpaulin":
@@ -145,6 +151,7 @@ def _bus(length: float, decks: int) -> Mesh:
     axles = (-0.27 * length, 0.3 * length)
     b.wheels(half, axles, 0.5, 0.35)
     b.box((-half, half), (0.32, top), (-end, end), m.BODY)
+    b.core = ((-half, half), (0.32, top), (-end, end))
     b.both_sides(half + 0.005, [(-end, 0.32), (end, 0.32), (end, 0.85), (-end, 0.85)], m.SECOND)
     for deck in range(decks):
         low, high = (1.35, 2.45) if deck == 0 else (2.95, 3.85)
@@ -179,12 +186,14 @@ def trams() -> tuple[Mesh, ...]:
 def _tram(sections: int, nose: float) -> Mesh:
     b, half, total, top = Modeller(), 1.22, 24.0, 3.35
     one = total / sections
+    b.core = ((-1.05, 1.05), (0.3, top - 0.2), (0.4 + nose - total / 2, total / 2 - 0.4 - nose))
     for k in range(sections):
         z0, z1 = -total / 2 + k * one + 0.25, -total / 2 + (k + 1) * one - 0.25
         b.group = 2 * k
         back, ahead = (nose if k == 0 else 0.0), (nose if k == sections - 1 else 0.0)
         foot0, foot1 = z0 + 0.25 * bool(back), z1 - 0.25 * bool(ahead)
         body = [(foot0, 0.16, half), (z0, 1.25, half), (z0 + back, top, 1.1), (z1 - ahead, top, 1.1), (z1, 1.25, half), (foot1, 0.16, half)]
+        b.box((-0.8, 0.8), (top, top + 0.35), (z0 + 1.5, z1 - 1.5), m.HUB)
         b.prism(body, m.BODY)
         b.both_sides(half + 0.005, [(foot0, 0.16), (foot1, 0.16), (z1, 0.75), (z0, 0.75)], m.SECOND)
         _tram_windows(b, (z0 + 0.5 * back + 0.2, z1 - 0.5 * ahead - 0.2), half)
@@ -195,7 +204,6 @@ def _tram(sections: int, nose: float) -> Mesh:
                 b.on(quad, (0.08, 0.92), (low, high), m.GLASS, (0, 0.3, outward[2]))
                 b.on(quad, (0.3, 0.7), (0.8, 0.94) if strip == 1 else (0.06, 0.2), m.AMBER, (0, 0.3, outward[2]))
                 _tram_face(b, z0 if strip == 1 else z1, outward)
-        b.box((-0.8, 0.8), (top, top + 0.35), (z0 + 1.5, z1 - 1.5), m.HUB)
         if k == sections // 2:
             for a, c in ((0.0, 0.9), (0.9, 0.0)):
                 z = (z0 + z1) / 2

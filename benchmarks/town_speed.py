@@ -1,0 +1,67 @@
+"""Frames a second of the rendered town on one core: rendering alone, and rendering with writing the five files.
+
+    python benchmarks/town_speed.py [--width 512] [--height 256] [--frames 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+
+from roadseg.ingest.town import WEATHERS, render
+from roadseg.ingest.town.tree import Place, make_folders, write_frame
+
+ROUNDS = 5
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def rate(work: Callable[[int], object], frames: int) -> tuple[float, float]:
+    """Median and best frames/s of wall time over ROUNDS rounds, each of other frames."""
+    rates = []
+    for r in range(ROUNDS):
+        start = time.perf_counter()
+        for i in range(frames):
+            work(r * frames + i)
+        rates.append(frames / (time.perf_counter() - start))
+    return statistics.median(rates), max(rates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--height", type=int, default=256)
+    parser.add_argument("--frames", type=int, default=40)
+    a = parser.parse_args()
+    cv2.setNumThreads(0)
+    render(0, 0, a.width, a.height)  # the textures are made once a process
+    print(f"{cpu_name()}, one core, {a.width}x{a.height}, {ROUNDS} rounds of {a.frames} frames")
+    for weather in WEATHERS:
+        median, best = rate(lambda i, w=weather: render(1, i, a.width, a.height, w), a.frames)
+        print(f"render, {weather:5s}      {median:6.1f} frames/s (best {best:.1f})")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_folders(root, [("train", "bench")])
+
+        def both(i: int) -> None:
+            write_frame(root, Place("train", "bench", f"bench_{i:06d}", i), render(1, i, a.width, a.height))
+
+        median, best = rate(both, a.frames)
+        print(f"render and write   {median:6.1f} frames/s (best {best:.1f})")
+
+
+if __name__ == "__main__":
+    main()
