@@ -1,6 +1,6 @@
 """Frames a second of the rendered town on one core: rendering alone, and rendering with writing the five files.
 
-    python benchmarks/town_speed.py [--width 512] [--height 256] [--frames 60]
+python benchmarks/town_speed.py [--width 512] [--height 256] [--frames 60]
 """
 
 from __future__ import annotations

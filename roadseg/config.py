@@ -102,6 +102,7 @@ class Augment(Section):
     """What is drawn for every training sample."""
 
     scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
+    rotate_deg: Annotated[float, Field(ge=0, le=45)] = Field(0.0, description="largest rotation, either way")
     flip: Fraction = Field(0.5, description="chance of a left-right flip")
     brightness: Fraction = Field(0.4, description="brightness factor drawn from 1 - b .. 1 + b")
     contrast: Fraction = Field(0.4, description="contrast factor drawn from 1 - c .. 1 + c")
@@ -151,6 +152,7 @@ class Training(Section):
         0, description="steps between checkpoints; 0: every 60 s and at validations", json_schema_extra=_OUT
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=_OUT)
+    cuda_graph: bool = Field(True, description="on CUDA, forward and backward as one graph", json_schema_extra=_OUT)
     workers: Annotated[int, Field(ge=-1)] = Field(
         -1, description="loader processes; 0: none, -1: chosen by the machine", json_schema_extra=_OUT
     )

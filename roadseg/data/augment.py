@@ -22,6 +22,7 @@ class Augmentation:
 
     crop_px: tuple[int, int]  # height, width
     scale: tuple[float, float] = (0.5, 2.0)
+    rotate_deg: float = 0.0
     flip: float = 0.5
     brightness: float = 0.4
     contrast: float = 0.4
@@ -52,36 +53,73 @@ def augment(
     image uint8 [H, W, 3], label uint8 [H, W]; returns the same kinds at the crop's size. Where the
     scaled frame is smaller than the crop, the image is `fill` and the label void.
     """
-    height, width = label.shape
-    crop_h, crop_w = a.crop_px
-    scale = float(np.exp(rng.uniform(np.log(a.scale[0]), np.log(a.scale[1]))))
-    spots = rng.random(2)
+    scale = rng.uniform(*a.scale)
+    spot = rng.random(2)
     flip, blur_draw, sigma = rng.random() < a.flip, rng.random(), rng.uniform(0.1, 1.5)
+    angle = rng.uniform(-a.rotate_deg, a.rotate_deg)
     matrix = colour_matrix(rng, a)
+    if a.rotate_deg:
+        pixels, ids = _warped(image, label, a.crop_px, scale, np.deg2rad(angle), flip, spot, fill)
+    else:
+        pixels, ids = _resized(image, label, a.crop_px, scale, flip, spot)
+    if blur_draw < a.blur:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), sigma)
+    return _pad(cv2.transform(pixels, matrix), ids, a.crop_px, spot, fill)
 
-    box_h, box_w = min(height, round(crop_h / scale)), min(width, round(crop_w / scale))
-    box_h, box_w = max(1, box_h), max(1, box_w)
-    top, left = int(spots[0] * (height - box_h + 1)), int(spots[1] * (width - box_w + 1))
+
+def _resized(
+    image: np.ndarray, label: np.ndarray, crop_px: tuple[int, int], scale: float, flip: bool, spot: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part of the scaled frame that a crop at `spot` (0..1, 0..1) covers; at most the crop's size."""
+    (height, width), (crop_h, crop_w) = label.shape, crop_px
+    box_h = max(1, min(height, round(crop_h / scale)))
+    box_w = max(1, min(width, round(crop_w / scale)))
+    top, left = int(spot[0] * (height - box_h + 1)), int(spot[1] * (width - box_w + 1))
     box = slice(top, top + box_h), slice(left, left + box_w)
     size = min(crop_w, max(1, round(box_w * scale))), min(crop_h, max(1, round(box_h * scale)))
     shrinks = size[0] < box_w
     pixels = cv2.resize(image[box], size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     ids = cv2.resize(label[box], size, interpolation=cv2.INTER_NEAREST_EXACT)
-    if flip:
-        pixels, ids = cv2.flip(pixels, 1), cv2.flip(ids, 1)
-    if blur_draw < a.blur:
-        pixels = cv2.GaussianBlur(pixels, (0, 0), sigma)
-    pixels = cv2.transform(pixels, matrix)
-    return _pad(pixels, ids, a.crop_px, spots, fill)
+    return (cv2.flip(pixels, 1), cv2.flip(ids, 1)) if flip else (pixels, ids)
+
+
+def _warped(
+    image: np.ndarray,
+    label: np.ndarray,
+    crop_px: tuple[int, int],
+    scale: float,
+    angle: float,
+    flip: bool,
+    spot: np.ndarray,
+    fill: tuple[int, int, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale, rotation (radians), flip and crop as one affine sample; void where the frame ends."""
+    size = np.array(crop_px[::-1], float)
+    reach = size / (2 * scale)  # from the crop's centre to its edges, in pixels of the frame
+    centre = reach + spot[::-1] * (np.array(label.shape[::-1]) - 2 * reach)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
+    turn[:, 0] *= -1 if flip else 1
+    # Pixel i has its centre at i + 0.5 in both frames.
+    shift = centre - 0.5 - turn @ (size / 2 - 0.5)
+    affine = np.column_stack([turn, shift])
+    crop = crop_px[::-1]
+    inverse = cv2.WARP_INVERSE_MAP
+    pixels = cv2.warpAffine(
+        image, affine, crop, flags=cv2.INTER_LINEAR | inverse, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
+    )
+    ids = cv2.warpAffine(
+        label, affine, crop, flags=cv2.INTER_NEAREST | inverse, borderMode=cv2.BORDER_CONSTANT, borderValue=IGNORE
+    )
+    return pixels, ids
 
 
 def _pad(
-    pixels: np.ndarray, ids: np.ndarray, crop_px: tuple[int, int], spots: np.ndarray, fill: tuple[int, int, int]
+    pixels: np.ndarray, ids: np.ndarray, crop_px: tuple[int, int], spot: np.ndarray, fill: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = crop_px[0] - ids.shape[0], crop_px[1] - ids.shape[1]
     if rows == 0 and columns == 0:
         return pixels, ids
-    top, left = int(spots[0] * (rows + 1)), int(spots[1] * (columns + 1))
+    top, left = int(spot[0] * (rows + 1)), int(spot[1] * (columns + 1))
     edges = (top, rows - top, left, columns - left)
     pixels = cv2.copyMakeBorder(pixels, *edges, cv2.BORDER_CONSTANT, value=fill)
     return pixels, cv2.copyMakeBorder(ids, *edges, cv2.BORDER_CONSTANT, value=IGNORE)

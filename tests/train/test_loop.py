@@ -83,11 +83,11 @@ def test_resumed_is_bit_identical_to_uninterrupted(shards: Shards, tmp_path: Pat
 
 
 def test_it_learns(shards: Shards, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, steps=40, validate_every=40, checkpoint_every=40, learning_rate=0.01)
-    run(shards, tmp_path, settings, source(shards, 40))
+    settings = replace(SETTINGS, steps=60, validate_every=60, checkpoint_every=60, learning_rate=0.01)
+    run(shards, tmp_path, settings, source(shards, 60))
     rows = read_json_lines(tmp_path / "history.jsonl")
     losses = [r["loss"] for r in rows if "loss" in r]
-    assert len(losses) == 40 and sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert len(losses) == 60 and sum(losses[-5:]) < 0.6 * sum(losses[:5])
     assert rows[-1]["split"] == "val" and rows[-1]["miou"] > 0.5
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from roadseg.labels import IGNORE
-from roadseg.train.losses import cross_entropy, enet_weights
+from roadseg.train.losses import cross_entropy, enet_weights, upsample
 
 
 def reference(logits: np.ndarray, label: np.ndarray, weights: np.ndarray | None, smoothing: float) -> float:
@@ -37,6 +37,19 @@ def test_equals_plain_loops(smoothing: float, weighted: bool) -> None:
         smoothing,
     )
     assert float(got) == pytest.approx(reference(logits, label, weights, smoothing), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "to"), [((5, 7), (20, 28)), ((23, 30), (360, 480)), ((1, 1), (9, 4)), ((9, 8), (4, 3))]
+)
+def test_upsampling_is_torchs(size: tuple[int, int], to: tuple[int, int]) -> None:
+    logits = torch.randn(2, 3, *size, requires_grad=True)
+    expected = torch.nn.functional.interpolate(logits, to, mode="bilinear", align_corners=False)
+    got = upsample(logits, *to)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    seed = torch.randn_like(expected)
+    (wanted,), (gradient,) = (torch.autograd.grad(x, logits, seed) for x in (expected, got))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_of_void_is_zero_with_zero_gradient() -> None:

@@ -181,7 +181,7 @@ class Canvas:
         tile = mips[level]
         scale = np.array([[w_px / tile.shape[1], 0, x0 - cut[0]], [0, h_px / tile.shape[0], y0 - cut[1]]])
         part = cv2.warpAffine(tile, scale, (cut[2] - cut[0], cut[3] - cut[1]), flags=cv2.INTER_LINEAR)
-        mask = cv2.compare(cv2.extractChannel(part, 1), 127, cv2.CMP_GT)
+        mask = cv2.threshold(cv2.extractChannel(part, 1), 127, 255, cv2.THRESH_BINARY)[1]
         here = np.s_[cut[1] : cut[3], cut[0] : cut[2]]
         cv2.copyTo(cv2.applyColorMap(cv2.extractChannel(part, 0), ramp), mask, self.image[here])
         cv2.copyTo(np.full(mask.shape, number, np.uint16), mask, self.objects[here])

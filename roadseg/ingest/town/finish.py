@@ -44,12 +44,14 @@ def _haze(canvas: Canvas, image: np.ndarray) -> np.ndarray:
     clear = cv2.exp(np.float32(-light.haze_per_m) / np.maximum(inverse, np.float32(1 / 400)))
     # The sky was painted in its own colours; only fog hides it.
     clear[objects <= 1] = 0.1 if fog else 1.0
-    veil_px = (255 * (1 - clear)).astype(np.uint8)
+    veil_px = np.asarray(255 * (1 - clear), np.uint8)
     if not fog:
-        veil_px = cv2.resize(veil_px, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        veil_px = np.asarray(cv2.resize(veil_px, image.shape[1::-1], interpolation=cv2.INTER_NEAREST))
     opaque = cv2.cvtColor(veil_px, cv2.COLOR_GRAY2RGB)
     veil = np.arange(256)[:, None] * light.haze_rgb / 255
-    return cv2.add(cv2.multiply(image, 255 - opaque, scale=1 / 255), cv2.LUT(opaque, veil.clip(0, 255).astype(np.uint8)[None]))
+    return cv2.add(
+        cv2.multiply(image, 255 - opaque, scale=1 / 255), cv2.LUT(opaque, veil.clip(0, 255).astype(np.uint8)[None])
+    )
 
 
 def _night(canvas: Canvas, image: np.ndarray) -> np.ndarray:
@@ -65,7 +67,12 @@ def _night(canvas: Canvas, image: np.ndarray) -> np.ndarray:
         if not (0 <= x < w and 0 <= y < h) or canvas.objects[y, x] != lamp.number:
             continue
         r = float(np.clip(lamp.radius_px, 2, w / 8))
-        x0, x1, y0, y1 = max(int(x - 2 * r), 0), min(int(x + 2 * r) + 1, w), max(int(y - 2 * r), 0), min(int(y + 2 * r) + 1, h)
+        x0, x1, y0, y1 = (
+            max(int(x - 2 * r), 0),
+            min(int(x + 2 * r) + 1, w),
+            max(int(y - 2 * r), 0),
+            min(int(y + 2 * r) + 1, h),
+        )
         du = (np.arange(x0, x1, dtype=np.float32) - lamp.u)[None, :]
         dv = (np.arange(y0, y1, dtype=np.float32) - lamp.v)[:, None]
         away = (du * du + dv * dv) / (r * r)

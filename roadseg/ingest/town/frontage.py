@@ -41,7 +41,9 @@ def paint_building(canvas: Canvas, street: Street, item: Item, rng: Random) -> N
     depth = rng.uniform(8, 14)
     wall, trim, glass = masonry(rng), painted(rng), hsv(0.58, rng.uniform(0.05, 0.35), rng.uniform(0.1, 0.5))
     curtain = painted(rng) if rng.random() < 0.5 else scaled(glass, rng.uniform(0.8, 1.8))
-    gable_tile = textures.facades()[rng.randrange(24)][2] if rng.random() < 0.5 else textures.walls()[1 + rng.randrange(2)]
+    gable_tile = (
+        textures.facades()[rng.randrange(24)][2] if rng.random() < 0.5 else textures.walls()[1 + rng.randrange(2)]
+    )
     roof, rise, style = painted(rng) if rng.random() < 0.4 else masonry(rng), rng.uniform(1.5, 4.0), rng.random()
     glow = rng.uniform(0.3, 0.9)
     out = item.lateral_m + item.side * depth
@@ -58,11 +60,17 @@ def paint_building(canvas: Canvas, street: Street, item: Item, rng: Random) -> N
     canvas.pasted(_rectangle(near, back, height), gable_tile, end, BUILDING)
     canvas.pasted(_rectangle(near, far, height), mips, front, BUILDING)
     if style < 0.6:
-        gable = np.stack([near, back, (near + back) / 2]) + np.array([[0, height, 0], [0, height, 0], [0, height + rise, 0]])
+        gable = np.stack([near, back, (near + back) / 2]) + np.array(
+            [[0, height, 0], [0, height, 0], [0, height + rise, 0]]
+        )
         _face(canvas, gable, scaled(_lit(canvas, wall, (0, 0, -1)), 0.9))
     elif style < 0.8:
         top = height + rng.uniform(0.5, 1.2)
-        _face(canvas, _rectangle(near + (0, height, 0), far + (0, height, 0), top - height), _lit(canvas, trim, (-item.side, 0, 0)))
+        _face(
+            canvas,
+            _rectangle(near + (0, height, 0), far + (0, height, 0), top - height),
+            _lit(canvas, trim, (-item.side, 0, 0)),
+        )
 
 
 def _lit(canvas: Canvas, colour: RGB, normal: tuple[float, float, float]) -> RGB:
@@ -114,7 +122,9 @@ def paint_hedge(canvas: Canvas, street: Street, item: Item, rng: Random) -> None
     a, b = street.at(item.lateral_m, item.along_m), street.at(item.lateral_m, item.far_m)
     thick = street.at(item.lateral_m + item.side * 1.0, item.along_m)
     canvas.pasted(_rectangle(a, thick, height), textures.foliage(), _shaded(canvas, materials, (0, 0, -1)), VEGETATION)
-    canvas.pasted(_rectangle(a, b, height), textures.foliage(), _shaded(canvas, materials, (-item.side, 0, 0)), VEGETATION)
+    canvas.pasted(
+        _rectangle(a, b, height), textures.foliage(), _shaded(canvas, materials, (-item.side, 0, 0)), VEGETATION
+    )
 
 
 def draw_tree(bush: bool, rng: Random) -> tuple[int, float, float]:
@@ -176,6 +186,13 @@ def paint_skyline(canvas: Canvas, rng: Random) -> None:
         if not tree and tall > 4 * unit:
             for row in range(1, int(tall / unit)):
                 y = at - tall + row * unit
-                bar = np.array([(u + 0.1 * wide, y), (u + 0.9 * wide, y), (u + 0.9 * wide, y + 0.4 * unit), (u + 0.1 * wide, y + 0.4 * unit)])
+                bar = np.array(
+                    [
+                        (u + 0.1 * wide, y),
+                        (u + 0.9 * wide, y),
+                        (u + 0.9 * wide, y + 0.4 * unit),
+                        (u + 0.1 * wide, y + 0.4 * unit),
+                    ]
+                )
                 canvas.fill(fixed(bar), scaled(rgb, 0.8))
         u += wide * rng.uniform(0.6, 1.0)

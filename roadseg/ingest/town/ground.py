@@ -197,8 +197,8 @@ def paint_shadows(canvas: Canvas, bodies: list[tuple[np.ndarray, float]]) -> Non
             if depth.min() > 0.8:
                 cv2.fillPoly(lit, [fixed(uv)], 255 * light.shadow * 0.5, cv2.LINE_AA, 4)
     size = max(3, canvas.camera.width_px // 128) | 1
-    lit = cv2.blur(lit, (size, size))
-    cv2.multiply(canvas.image, cv2.cvtColor(lit, cv2.COLOR_GRAY2RGB), dst=canvas.image, scale=1 / 255)
+    soft = cv2.cvtColor(cv2.blur(lit, (size, size)), cv2.COLOR_GRAY2RGB)
+    cv2.multiply(canvas.image, soft, dst=canvas.image, scale=1 / 255)
 
 
 def night_ground(canvas: Canvas, lamps_N3: np.ndarray) -> None:
@@ -217,8 +217,8 @@ def night_ground(canvas: Canvas, lamps_N3: np.ndarray) -> None:
     if len(uv) >= 3:
         cv2.fillPoly(pool, [fixed(uv)], 1.8, cv2.LINE_8, 4)
     sigma = camera.width_px / 45
-    pool = cv2.GaussianBlur(cv2.resize(pool, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA), (0, 0), sigma / 4)
-    pool = cv2.resize(pool, (camera.width_px, camera.height_px))
+    small = cv2.resize(pool, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+    pool[:] = cv2.resize(cv2.GaussianBlur(small, (0, 0), sigma / 4), (camera.width_px, camera.height_px))
     pool[canvas.objects <= SKY_NUMBER] = 0
     canvas.image[:] = cv2.multiply(canvas.image, cv2.merge([1 + pool] * 3), dtype=cv2.CV_8U)
 

@@ -90,7 +90,9 @@ class Modeller:
         (z0, y0, w0), (z1, y1, w1) = profile[i], profile[(i + 1) % len(profile)]
         return np.array([(-w0, y0, z0), (w0, y0, z0), (w1, y1, z1), (-w1, y1, z1)])
 
-    def on(self, quad: np.ndarray, u: tuple[float, float], v: tuple[float, float], paint: int, outward: Sequence[float]) -> None:
+    def on(
+        self, quad: np.ndarray, u: tuple[float, float], v: tuple[float, float], paint: int, outward: Sequence[float]
+    ) -> None:
         """A detail on a quad, at u, v in 0..1 of its first and second side."""
         points = []
         for a, b in ((u[0], v[0]), (u[1], v[0]), (u[1], v[1]), (u[0], v[1])):

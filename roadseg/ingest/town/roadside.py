@@ -9,7 +9,7 @@ import numpy as np
 
 from roadseg.ingest.town import mesh as m
 from roadseg.ingest.town.canvas import Canvas, Lamp, fixed
-from roadseg.ingest.town.colours import RGB, dark, mineral, painted, scaled
+from roadseg.ingest.town.colours import RGB, dark, mineral, painted
 from roadseg.ingest.town.mesh import Mesh, Modeller, paint_mesh
 
 STATIC, DYNAMIC, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN = 4, 5, 17, 19, 20
@@ -82,7 +82,19 @@ def paint_traffic_light(canvas: Canvas, place: np.ndarray, side: int, rng: Rando
     lit = rng.randrange(3)
     housing = dark(rng) if rng.random() < 0.6 else painted(rng)
     board = (20.0, 20.0, 22.0) if rng.random() < 0.6 else (230.0, 230.0, 225.0)
-    palette = np.array([housing, board, (35, 32, 34), *[(0, 0, 0)] * 4, (255, 50, 35), (0, 0, 0), (255, 175, 45), (50, 235, 150), (12, 12, 12)])
+    palette = np.array(
+        [
+            housing,
+            board,
+            (35, 32, 34),
+            *[(0, 0, 0)] * 4,
+            (255, 50, 35),
+            (0, 0, 0),
+            (255, 175, 45),
+            (50, 235, 150),
+            (12, 12, 12),
+        ]
+    )
     hung = rng.random() < 0.45
     height = 5.4 if hung else 3.5
     top = place + np.array([0.0, height, 0.0])
@@ -115,7 +127,11 @@ def _sign_shapes(rng: Random) -> list[tuple[np.ndarray, RGB]]:
     if kind == 0:
         return [(_ring(18, 0, r), red), (_ring(18, 0, 0.74 * r), white), *_glyph(rng, 0.42 * r, black)]
     if kind == 1:
-        return [(_ring(3, np.pi / 2, 1.2 * r), red), (_ring(3, np.pi / 2, 0.78 * r), white), *_glyph(rng, 0.3 * r, black)]
+        return [
+            (_ring(3, np.pi / 2, 1.2 * r), red),
+            (_ring(3, np.pi / 2, 0.78 * r), white),
+            *_glyph(rng, 0.3 * r, black),
+        ]
     if kind == 2:
         return [(_ring(8, np.pi / 8, r), white), (_ring(8, np.pi / 8, 0.92 * r), red), *_glyph(rng, 0.5 * r, white)]
     if kind == 3:
@@ -125,7 +141,11 @@ def _sign_shapes(rng: Random) -> list[tuple[np.ndarray, RGB]]:
         return [(_ring(4, 0, 1.1 * r), white), (_ring(4, 0, 0.85 * r), amber), *_glyph(rng, 0.35 * r, black)]
     ground = rng.choice((blue, white, (30.0, 110.0, 60.0), (240.0, 190.0, 20.0)))
     ink = black if ground in (white, (240.0, 190.0, 20.0)) else white
-    wide, tall = (rng.uniform(0.45, 0.6), rng.uniform(0.45, 0.75)) if kind == 5 else (rng.uniform(0.8, 1.3), rng.uniform(0.5, 0.8))
+    wide, tall = (
+        (rng.uniform(0.45, 0.6), rng.uniform(0.45, 0.75))
+        if kind == 5
+        else (rng.uniform(0.8, 1.3), rng.uniform(0.5, 0.8))
+    )
     plate = np.array([(-wide, -tall), (wide, -tall), (wide, tall), (-wide, tall)])
     return [(plate, ink), (plate * 0.93, ground), *_glyph(rng, 0.6 * tall, ink)]
 
@@ -140,7 +160,10 @@ def _glyph(rng: Random, size: float, ink: RGB) -> list[tuple[np.ndarray, RGB]]:
     if kind == 2:
         arrow = np.array([(-0.2, -1), (0.2, -1), (0.2, 0.2), (0.7, 0.2), (0, 1.1), (-0.7, 0.2), (-0.2, 0.2)]) * size
         return [(arrow, ink)]
-    rows = [np.array([(-1.2, y), (1.2 - 0.5 * (y > 0), y), (1.2 - 0.5 * (y > 0), y + 0.3), (-1.2, y + 0.3)]) for y in (-0.8, -0.15, 0.5)]
+    rows = [
+        np.array([(-1.2, y), (1.2 - 0.5 * (y > 0), y), (1.2 - 0.5 * (y > 0), y + 0.3), (-1.2, y + 0.3)])
+        for y in (-0.8, -0.15, 0.5)
+    ]
     return [(row * size, ink) for row in rows]
 
 
@@ -171,7 +194,6 @@ def paint_sign(canvas: Canvas, place: np.ndarray, side: int, rng: Random) -> Non
             canvas.fill(fixed(uv), rgb, number if k == 0 else 0)
 
 
-
 @cache
 def _box_mesh() -> Mesh:
     b = Modeller()
@@ -184,7 +206,9 @@ def paint_clutter(canvas: Canvas, place: np.ndarray, yaw: float, rng: Random) ->
     """Bins, boxes and cabinets (static), bags left on the pavement (dynamic)."""
     palette = np.array([painted(rng), painted(rng), *[(40, 40, 42)] * 10], float)
     moving = rng.random() < 0.4
-    size = np.array([rng.uniform(0.4, 0.9), rng.uniform(0.3, 0.5) if moving else rng.uniform(0.7, 1.4), rng.uniform(0.3, 0.6)])
+    size = np.array(
+        [rng.uniform(0.4, 0.9), rng.uniform(0.3, 0.5) if moving else rng.uniform(0.7, 1.4), rng.uniform(0.3, 0.6)]
+    )
     paint_mesh(canvas, _box_mesh(), place, yaw, size, palette, DYNAMIC if moving else STATIC)
 
 
@@ -196,8 +220,8 @@ def paint_bonnet(canvas: Canvas, rng: Random) -> None:
     colour = np.array(painted(rng)) * canvas.light.level
     for k, f in enumerate((1.0, 0.72, 0.45)):
         v = h - f * rise * (1 - 0.55 * t**2 + 0.25 * tilt * t)
-        uv = np.column_stack([np.concatenate([(t + 1) * w / 2, [w * 1.1, -w * 0.1]]), np.concatenate([v, [h + 5, h + 5]])])
+        uv = np.column_stack(
+            [np.concatenate([(t + 1) * w / 2, [w * 1.1, -w * 0.1]]), np.concatenate([v, [h + 5, h + 5]])]
+        )
         number = canvas.begin(1, uv, 1.0) if k == 0 else 0
         canvas.fill(fixed(uv), np.minimum(colour * (1.15 - 0.25 * k), 255).tolist(), number)
-
-

@@ -16,7 +16,13 @@ import numpy as np
 from roadseg.ingest.town.street import Lane, Side, Street, draw_street
 
 LENGTH_M = {"car": 4.6, "truck": 8.0, "bus": 11.5, "train": 24.0, "motorcyclist": 2.2, "cyclist": 1.8}
-_HEROES = (("train", "truck"), ("bus", "motorcyclist"), ("truck", "cyclist"), ("train", "bus"), ("motorcyclist", "cyclist"))
+_HEROES = (
+    ("train", "truck"),
+    ("bus", "motorcyclist"),
+    ("truck", "cyclist"),
+    ("train", "bus"),
+    ("motorcyclist", "cyclist"),
+)
 _SIDEWALK = (("person", 30), ("tree", 15), ("pole", 10), ("sign", 10), ("light", 6), ("bicycle", 12), ("motorcycle", 7),
              ("bush", 4), ("bollard", 5), ("clutter", 3))  # fmt: skip
 

@@ -37,7 +37,20 @@ def _palette(canvas: Canvas, rng: Random) -> np.ndarray:
     trim = dark(rng)
     tail = hsv(rng.uniform(-0.02, 0.03), 0.85, rng.uniform(0.45, 0.9))
     return np.array(
-        [body, second, glass, dark(rng), hub, trim, (225, 225, 215), tail, (240, 240, 225), (235, 150, 40), (60, 200, 120), (18, 18, 20)]
+        [
+            body,
+            second,
+            glass,
+            dark(rng),
+            hub,
+            trim,
+            (225, 225, 215),
+            tail,
+            (240, 240, 225),
+            (235, 150, 40),
+            (60, 200, 120),
+            (18, 18, 20),
+        ]
     )
 
 
@@ -103,6 +116,34 @@ def _truck(load: str, length: float) -> Mesh:
     back, front = -end, end - 2.1
     b.wheels(half, axles, 0.5, 0.4)
     b.box((-1.0, 1.0), (0.6, 1.0), (back, end - 0.4), m.DARK)
+    _load(b, load, half, (back, front))
+    b.face(_plate(back - 0.01, (-half, half), (0.55, 0.72)), REAR, m.TRIM)
+    for sign in (-1, 1):
+        ends = sorted((sign * 1.15, sign * 0.75))
+        b.face(_plate(back - 0.02, (ends[0], ends[1]), (0.76, 0.97)), REAR, m.TAIL)
+    b.group = 1
+    cab = [
+        (front + 0.1, 0.55, half),
+        (front + 0.1, 2.75, 1.15),
+        (end - 0.35, 2.75, 1.12),
+        (end, 1.5, half),
+        (end, 0.55, half),
+    ]
+    b.prism(cab, m.BODY)
+    b.on(b.strip(cab, 2), (0.06, 0.94), (0.08, 0.95), m.GLASS, FRONT)
+    b.face(_plate(end + 0.01, (-0.8, 0.8), (0.85, 1.35)), FRONT, m.TRIM)
+    _end(b, end, 1, half, (0.75, 0.2), 0.55)
+    window = [(end - 1.3, 1.6), (end - 0.35, 1.6), (end - 0.55, 2.5), (end - 1.3, 2.5)]
+    b.both_sides(half + 0.01, window, m.GLASS)
+    b.discs(half, axles[2:], 0.5)
+    b.group = 0
+    b.discs(half, axles[:2], 0.5)
+    return b.mesh()
+
+
+def _load(b: Modeller, load: str, half: float, ends: tuple[float, float]) -> None:
+    """What stands behind the cab: an open bed with crates, or a closed body with doors at the rear."""
+    back, front = ends
     if load == "flat":
         b.box((-half, half), (1.0, 1.6), (back, front), m.SECOND)
         for k in range(3):
@@ -123,22 +164,6 @@ def _truck(load: str, length: float) -> Mesh:
         for k in range(6):
             x = -half + 0.4 * k
             b.face(_plate(back - 0.02, (x, x + 0.4), (1.0, 1.14)), REAR, (m.TAIL, m.PLATE)[k % 2])
-    b.face(_plate(back - 0.01, (-half, half), (0.55, 0.72)), REAR, m.TRIM)
-    for sign in (-1, 1):
-        x = sorted((sign * 1.15, sign * 0.75))
-        b.face(_plate(back - 0.02, (x[0], x[1]), (0.76, 0.97)), REAR, m.TAIL)
-    b.group = 1
-    cab = [(front + 0.1, 0.55, half), (front + 0.1, 2.75, 1.15), (end - 0.35, 2.75, 1.12), (end, 1.5, half), (end, 0.55, half)]
-    b.prism(cab, m.BODY)
-    b.on(b.strip(cab, 2), (0.06, 0.94), (0.08, 0.95), m.GLASS, FRONT)
-    b.face(_plate(end + 0.01, (-0.8, 0.8), (0.85, 1.35)), FRONT, m.TRIM)
-    _end(b, end, 1, half, (0.75, 0.2), 0.55)
-    window = [(end - 1.3, 1.6), (end - 0.35, 1.6), (end - 0.55, 2.5), (end - 1.3, 2.5)]
-    b.both_sides(half + 0.01, window, m.GLASS)
-    b.discs(half, axles[2:], 0.5)
-    b.group = 0
-    b.discs(half, axles[:2], 0.5)
-    return b.mesh()
 
 
 @cache
@@ -160,7 +185,9 @@ def _bus(length: float, decks: int) -> Mesh:
         for k in range(panes):
             z0 = -end + 0.4 + k * (length - 0.7) / panes
             z1 = z0 + (length - 0.7) / panes - 0.14
-            b.both_sides(half + 0.015, [(z0, low + 0.08), (z1, low + 0.08), (z1, high - 0.08), (z0, high - 0.08)], m.GLASS)
+            b.both_sides(
+                half + 0.015, [(z0, low + 0.08), (z1, low + 0.08), (z1, high - 0.08), (z0, high - 0.08)], m.GLASS
+            )
         b.face(_plate(end + 0.01, (-1.15, 1.15), (low - 0.15 * (deck == 0), high)), FRONT, m.GLASS)
         b.face(_plate(-end - 0.01, (-0.98, 0.98), (low + 0.15, high)), REAR, m.GLASS)
     for z in (-0.6, end - 1.6):
@@ -192,7 +219,14 @@ def _tram(sections: int, nose: float) -> Mesh:
         b.group = 2 * k
         back, ahead = (nose if k == 0 else 0.0), (nose if k == sections - 1 else 0.0)
         foot0, foot1 = z0 + 0.25 * bool(back), z1 - 0.25 * bool(ahead)
-        body = [(foot0, 0.16, half), (z0, 1.25, half), (z0 + back, top, 1.1), (z1 - ahead, top, 1.1), (z1, 1.25, half), (foot1, 0.16, half)]
+        body = [
+            (foot0, 0.16, half),
+            (z0, 1.25, half),
+            (z0 + back, top, 1.1),
+            (z1 - ahead, top, 1.1),
+            (z1, 1.25, half),
+            (foot1, 0.16, half),
+        ]
         b.box((-0.8, 0.8), (top, top + 0.35), (z0 + 1.5, z1 - 1.5), m.HUB)
         b.prism(body, m.BODY)
         b.both_sides(half + 0.005, [(foot0, 0.16), (foot1, 0.16), (z1, 0.75), (z0, 0.75)], m.SECOND)
@@ -205,14 +239,18 @@ def _tram(sections: int, nose: float) -> Mesh:
                 b.on(quad, (0.3, 0.7), (0.8, 0.94) if strip == 1 else (0.06, 0.2), m.AMBER, (0, 0.3, outward[2]))
                 _tram_face(b, z0 if strip == 1 else z1, outward)
         if k == sections // 2:
-            for a, c in ((0.0, 0.9), (0.9, 0.0)):
-                z = (z0 + z1) / 2
-                b.both_sides(0.05, [(z + a, top + 0.35 + c), (z + a + 0.1, top + 0.35 + c), (z + c + 0.1, top + 0.35 + a), (z + c, top + 0.35 + a)], m.DARK)
-            b.face(_plate((z0 + z1) / 2, (-0.7, 0.7), (top + 1.2, top + 1.3)), REAR, m.DARK)
+            _pantograph(b, (z0 + z1) / 2, top)
         if k < sections - 1:
             b.group = 2 * k + 1
             b.box((-1.05, 1.05), (0.3, top - 0.15), (z1 - 0.05, z1 + 0.55), m.DARK)
     return b.mesh()
+
+
+def _pantograph(b: Modeller, z: float, top: float) -> None:
+    for a, c in ((0.0, 0.9), (0.9, 0.0)):
+        low, high = top + 0.35 + c, top + 0.35 + a
+        b.both_sides(0.05, [(z + a, low), (z + a + 0.1, low), (z + c + 0.1, high), (z + c, high)], m.DARK)
+    b.face(_plate(z, (-0.7, 0.7), (top + 1.2, top + 1.3)), REAR, m.DARK)
 
 
 def _tram_windows(b: Modeller, z: tuple[float, float], half: float) -> None:
@@ -232,7 +270,7 @@ def _tram_windows(b: Modeller, z: tuple[float, float], half: float) -> None:
 def _tram_face(b: Modeller, z: float, outward: tuple[int, int, int]) -> None:
     """Low round lamps and a bumper under the windscreen."""
     sign = outward[2]
-    lean = np.array([0.0, 0.0, 1.0 * sign])
+    lean = (0.0, 0.0, 1.0 * sign)
     low, high = z - 0.25 * sign, z
 
     def at(y: float) -> float:
