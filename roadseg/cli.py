@@ -111,7 +111,9 @@ def _split(tokens: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _peek_config(own: list[str]) -> Path | None:
-    return next((Path(b) for a, b in zip(own, own[1:], strict=False) if a == "--config"), None)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    return parser.parse_known_args([token for token in own if token not in ("-h", "--help")])[0].config
 
 
 def _log_to(stream: Any) -> None:
@@ -150,11 +152,9 @@ def _stage_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _stage(until: str) -> Callable[[argparse.Namespace, Config], int]:
     def call(a: argparse.Namespace, config: Config) -> int:
-        from roadseg.pipeline import run
+        from roadseg.pipeline import run, run_folder
 
-        folder = a.workspace / "runs" / a.name
-        folder.mkdir(parents=True, exist_ok=True)
-        log.addHandler(_JsonLines(folder / "log.jsonl"))
+        log.addHandler(_JsonLines(run_folder(a.workspace, a.name) / "log.jsonl"))
         result = run(config, until, workspace=a.workspace, name=a.name, wait=not a.no_wait)  # type: ignore[arg-type]
         for stage, output in result.outputs.items():
             print(f"{stage:<9} {output.folder}")
@@ -258,11 +258,11 @@ def _releases(a: argparse.Namespace, config: Config) -> int:
 
 
 def _promote(a: argparse.Namespace, config: Config) -> int:
-    from roadseg.pipeline import store_of
+    from roadseg.pipeline import CACHE, store_of
     from roadseg.push.stage import promote_by_hand
 
     store = store_of(config, a.workspace)
-    champion = promote_by_hand(store, getattr(a, "release", None), a.workspace / "cache")
+    champion = promote_by_hand(store, getattr(a, "release", None), a.workspace / CACHE)
     was = champion.previous[:16] or "none"
     print(f"{'champion':<9} {champion.digest[:16]} (mIoU {100 * champion.miou:.2f} %), was {was}")
     return 0

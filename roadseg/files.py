@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from roadseg.errors import Busy
 
@@ -98,21 +98,33 @@ def lock(path: Path, what: str, *, wait: bool, say: Callable[[str], None] = lamb
     Raises Busy, naming the owner, if another process holds it and `wait` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    while True:
+        with open(path, "a+") as f:
+            _acquire(f, what, wait, say)
+            if not _is_file_at(path, f):
+                continue  # removed by its last owner while we waited: a lock on it keeps nobody out
             f.seek(0)
-            owner = f.read().strip() or "another process"
-            if not wait:
-                raise Busy(
-                    f"{what} is being made by {owner}",
-                    todo="wait for it, or run again without --no-wait",
-                ) from None
-            say(f"waiting for {what}, which is being made by {owner}")
-            fcntl.flock(f, fcntl.LOCK_EX)
+            f.truncate()
+            f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            f.flush()
+            yield
+            return
+
+
+def _acquire(f: TextIO, what: str, wait: bool, say: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         f.seek(0)
-        f.truncate()
-        f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        f.flush()
-        yield
+        owner = f.read().strip() or "another process"
+        if not wait:
+            raise Busy(f"{what} is being made by {owner}", todo="wait for it, or run again without --no-wait") from None
+        say(f"waiting for {what}, which is being made by {owner}")
+        fcntl.flock(f, fcntl.LOCK_EX)
+
+
+def _is_file_at(path: Path, f: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

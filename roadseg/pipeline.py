@@ -6,6 +6,7 @@ Stages are imported where they run, so that a command that needs no torch does n
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from roadseg.config import Config
 from roadseg.errors import ConfigError, DataError, GateRefused, UsageError
-from roadseg.files import read_json, sha256_file, write_atomic, write_json
+from roadseg.files import lock, read_json, sha256_file, write_atomic, write_json
 from roadseg.release.archive import Release, load_release
 from roadseg.release.store import Store, open_store, resolve
 from roadseg.workspace import Output, Workspace
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 Stage = Literal["ingest", "transform", "train", "evaluate", "push"]
 STAGES: tuple[Stage, ...] = ("ingest", "transform", "train", "evaluate", "push")
 HOLDOUT = "holdout"
+RECORD = "run.json"
 CACHE = "cache"  # below the workspace: archives fetched from a remote store
 
 
@@ -43,11 +45,26 @@ class RunResult:
 
 @dataclass
 class _Run:
-    """One run in the making; each stage's method needs those before it."""
+    """One run in the making; each stage's method needs those before it.
+
+    folder: where the record of its outputs is kept up, so that `clean` leaves them alone, also when
+    the run is still going or was killed; None for a single evaluation.
+    """
 
     config: Config
     workspace: Workspace
+    folder: Path | None = None
     outputs: dict[str, Output] = field(default_factory=dict)
+
+    def keep(self, stage: str, output: Output) -> Output:
+        self.outputs[stage] = output
+        if self.folder:
+            outputs = {
+                s: {"stage": o.stage, "key": o.key, "content": o.content, "cached": o.cached}
+                for s, o in self.outputs.items()
+            }
+            write_json(self.folder / RECORD, {"outputs": outputs, "config": self.config.model_dump(mode="json")})
+        return output
 
     def ingest(self, only_splits: tuple[str, ...] = ()) -> Output:
         from roadseg.ingest.stage import VERSION, ingest, source_digest
@@ -60,8 +77,7 @@ class _Run:
         output = self.workspace.make(
             "ingest", VERSION, fields, inputs, lambda work: ingest(data, _given_root(self.config), work, only_splits)
         )
-        self.outputs["ingest"] = output
-        return output
+        return self.keep("ingest", output)
 
     def manifest(self, only_splits: tuple[str, ...] = ()) -> tuple[Manifest, Path, Limits]:
         """The checked frames, the root of their paths, and the limits under which they are read."""
@@ -85,8 +101,7 @@ class _Run:
             {"ingest": self.outputs["ingest"].content},
             lambda work: transform(settings, manifest, root, work, limits, self.config.data.workers),
         )
-        self.outputs["transform"] = output
-        return output
+        return self.keep("transform", output)
 
     def train(self) -> Output:
         from roadseg.train.stage import VERSION, train_candidate
@@ -102,8 +117,7 @@ class _Run:
             lambda work: train_candidate(c, self._whole_shards(shards_output), work, init),
             resumes=True,
         )
-        self.outputs["train"] = output
-        return output
+        return self.keep("train", output)
 
     def _whole_shards(self, output: Output) -> Any:
         """The shards, after those that fail their digest were made again."""
@@ -111,9 +125,13 @@ class _Run:
         from roadseg.transform.stage import rebuild
 
         shards = Shards.load(output.folder)
-        if damaged := shards.damaged():
-            manifest, root, limits = self.manifest()
-            rebuild(damaged, self.config.transform, manifest, root, shards, limits)
+        if not shards.damaged():
+            return shards
+        lock_path, what = output.folder.with_suffix(".lock"), f"transform {output.key}"
+        with lock(lock_path, what, wait=self.workspace.wait, say=log.warning):
+            if damaged := shards.damaged():  # another run may have mended them meanwhile
+                manifest, root, limits = self.manifest()
+                rebuild(damaged, self.config.transform, manifest, root, shards, limits)
         return shards
 
     def _init_release(self) -> Release | None:
@@ -122,8 +140,7 @@ class _Run:
 
     def evaluate(self) -> Output:
         candidate = load_release(self.train().folder / "model.tar.gz")
-        self.outputs["evaluate"] = self.evaluation_of(candidate)
-        return self.outputs["evaluate"]
+        return self.keep("evaluate", self.evaluation_of(candidate))
 
     def evaluation_of(self, release: Release, only_splits: tuple[str, ...] = ()) -> Output:
         """The Evaluation of any release on this config's data."""
@@ -187,19 +204,17 @@ def run(
     """
     if until not in STAGES:
         raise UsageError(f"no stage {until!r}", expected=", ".join(STAGES))
-    this = _Run(config, Workspace(workspace, wait))
-    folder = workspace / "runs" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = run_folder(workspace, name)
+    this = _Run(config, Workspace(workspace, wait), folder)
     steps: dict[str, Callable[[], Any]] = {s: getattr(this, s) for s in STAGES}
+    result = evaluation = None
     try:
         result = steps[until]()
     finally:
-        _record(this, folder)
-    decision = result if until == "push" else None
-    evaluation = None
-    if "evaluate" in this.outputs:
-        evaluation = read_json(this.outputs["evaluate"].folder / "metrics.json")
-        _report(this, folder, evaluation, decision)
+        decision = result if until == "push" else None
+        if "evaluate" in this.outputs:  # also when there is no champion that can be compared with
+            evaluation = read_json(this.outputs["evaluate"].folder / "metrics.json")
+            _report(this, folder, evaluation, decision)
     release = this.outputs["train"].folder / "model.tar.gz" if "train" in this.outputs else None
     finished = RunResult(this.outputs, folder, evaluation, decision, release)
     if decision is not None and decision.outcome == "refused":
@@ -211,6 +226,15 @@ def run(
             todo=f"see {folder / 'report.html'}",
         )
     return finished
+
+
+def run_folder(workspace: Path, name: str) -> Path:
+    """WORKSPACE/runs/NAME, made. Raises UsageError for a name that is a path: `clean` would not find it."""
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise UsageError(f"{name!r}", expected="letters, digits, '.', '_' and '-'", where="--name")
+    folder = workspace / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def evaluate_release(
@@ -261,14 +285,6 @@ def _weights(config: Config) -> str:
             f"no file {weights!r}", expected="none, imagenet or a .safetensors file", where="model.backbone_weights"
         )
     return sha256_file(Path(weights))
-
-
-def _record(this: _Run, folder: Path) -> None:
-    outputs = {
-        stage: {"stage": o.stage, "key": o.key, "content": o.content, "cached": o.cached}
-        for stage, o in this.outputs.items()
-    }
-    write_json(folder / "run.json", {"outputs": outputs, "config": this.config.model_dump(mode="json")})
 
 
 def _report(this: _Run, folder: Path, evaluation: dict[str, Any], decision: Decision | None) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import roadseg
+from roadseg.errors import Busy
 from roadseg.files import content_digest, json_bytes, lock, read_json, sha256_bytes, write_json
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,7 @@ class Workspace:
                 return self._found(stage, key, folder)
             log.info("%-9s making   %s", stage, folder)
             partial = folder.with_suffix(".partial")
-            if partial.exists() and not resumes:
-                shutil.rmtree(partial)
-            partial.mkdir(exist_ok=True)
+            _make_room(folder, partial, resumes)
             started = time.monotonic()
             build(partial)
             seconds = time.monotonic() - started
@@ -93,6 +92,17 @@ class Workspace:
     def _found(self, stage: str, key: str, folder: Path) -> Output:
         log.info("%-9s found    %s", stage, folder)
         return Output(stage, key, read_json(folder / RECORD)["content"], folder, cached=True)
+
+
+def _make_room(folder: Path, partial: Path, resumes: bool) -> None:
+    """`partial` as the build may find it, and nothing in the way of the finished folder."""
+    if folder.exists():  # its record is gone: a removal was killed halfway
+        shutil.rmtree(folder)
+    if partial.exists() and not resumes:
+        shutil.rmtree(partial)
+    partial.mkdir(exist_ok=True)
+    for path in partial.rglob(".*.tmp"):  # of write_atomic, when it was killed; they would count as members
+        path.unlink()
 
 
 @dataclass(frozen=True)
@@ -128,8 +138,6 @@ def remove(leftover: Leftover) -> None:
 
 
 def _held(path: Path) -> bool:
-    from roadseg.errors import Busy
-
     if not path.exists():
         return False
     try:

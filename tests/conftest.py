@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 
+from roadseg.config import Config, load_config
 from roadseg.data.shards import Shard, Shards, write_frame
 from roadseg.files import sha256_file
 from roadseg.labels import IGNORE, LabelClass, LabelSet
+from roadseg.pipeline import RunResult, run
+from roadseg.release.archive import write_archive
 
 cv2.setNumThreads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +37,93 @@ THREE = LabelSet(
     ),
     terms="made by a test",
 )
+
+
+RGB = LabelSet(
+    "three",
+    (
+        LabelClass("void", 4, IGNORE, (9, 9, 9)),
+        LabelClass("red", 7, 0, (200, 0, 0)),
+        LabelClass("green", 11, 1, (0, 200, 0)),
+        LabelClass("blue", 26, 2, (0, 0, 200)),
+    ),
+)
+
+
+def channel_graph(stride: int = 2) -> bytes:
+    """logits [B, 3, H/stride, W/stride] = the image's channels, averaged: the brightest channel wins."""
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["B", 3, "H", "W"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", 3, "h", "w"])
+    size = [stride, stride]
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("AveragePool", ["pixels"], ["logits"], kernel_shape=size, strides=size, ceil_mode=1),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "channels", [image], [logits]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def write_release(
+    path: Path, label_set: LabelSet = RGB, graph: bytes = b"", weights: bytes = b"weights", **changes: Any
+) -> Path:
+    """An archive whose model.json says all that a trained one's does; `changes` replace its keys."""
+    counts = [100 + i for i in range(label_set.num_classes)] + [7]
+    model = {
+        "label_set": label_set.to_json(),
+        "temperature": 1.0,
+        "preprocessing": {"input": "image: uint8 [B, 3, H, W], RGB", "normalisation": "inside the graph"},
+        "architecture": {"backbone": "none", "output_stride": 2, "fusion": "concat"},
+        "parameters": 0,
+        "config": {},
+        "training": {"source": "test", "steps": 1, "data_fingerprints": {"train": "f" * 64}},
+        "train_class_pixels": counts,
+        "package_version": "0",
+        "code_commit": "",
+    }
+    write_archive(path, {**model, **changes}, graph or channel_graph(), weights, "terms of the test")
+    return path
+
+
+@pytest.fixture(scope="session")
+def release_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_release(tmp_path_factory.mktemp("release") / "model.tar.gz")
+
+
+@pytest.fixture
+def quiet_log() -> Iterator[None]:
+    """The command line sets up the package's logger for a process of its own; put it back."""
+    log = logging.getLogger("roadseg")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])
+
+
+MICRO = Path(__file__).parent / "micro.yaml"
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A finished run of micro.yaml. Its workspace is for reading only."""
+
+    config: Config
+    workspace: Path
+    result: RunResult
+
+    @property
+    def contents(self) -> dict[str, str]:
+        return {stage: output.content for stage, output in self.result.outputs.items()}
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Micro:
+    config, workspace = load_config(MICRO), tmp_path_factory.mktemp("micro")
+    return Micro(config, workspace, run(config, workspace=workspace, name="first"))
 
 
 def scene(seed: int, height: int = 48, width: int = 96) -> tuple[np.ndarray, np.ndarray]:

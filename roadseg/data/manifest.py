@@ -118,7 +118,8 @@ class Manifest:
 
 def _broken(found: str, path: Path, line: int = 0) -> DataError:
     where = f"{path}, line {line}" if line else str(path)
-    return DataError(found, expected="the manifest as ingest wrote it", where=where, todo="run ingest again")
+    todo = "remove this folder and run again"
+    return DataError(found, expected="the manifest as ingest wrote it", where=where, todo=todo)
 
 
 def _read(path: Path) -> bytes:

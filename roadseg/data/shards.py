@@ -114,7 +114,9 @@ class Shards:
             )
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise DataError(
-                f"not a readable shard index ({type(e).__name__}: {e})", where=where, todo="run transform again"
+                f"not a readable shard index ({type(e).__name__}: {e})",
+                where=where,
+                todo="remove this folder and run again",
             ) from e
 
     def damaged(self) -> list[tuple[str, int]]:

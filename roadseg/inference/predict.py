@@ -35,7 +35,7 @@ def predict(
     *,
     ids: str = "trainIds",
     overlay: bool = True,
-    limits: Limits = Limits(),
+    limits: Limits | None = None,
 ) -> Predicted:
     """Write <stem>_labelTrainIds.png (or _labelIds.png) and <stem>_overlay.jpg for every image.
 
@@ -43,6 +43,7 @@ def predict(
     labelIds. A file that is no usable image is named, skipped and listed in `failed`.
     Raises UsageError for inputs that don't exist, hold no image, or would write the same file.
     """
+    limits = limits or Limits()
     jobs = list(_jobs(inputs))
     _refuse_clashes(jobs)
     written: list[Path] = []

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +19,7 @@ from roadseg.errors import ImageError, RoadsegError
 from roadseg.images import Limits, read_bytes, read_image, read_label
 from roadseg.ingest.pairs import Pair, plural
 from roadseg.labels import LabelSet
+from roadseg.processes import cores, start_worker
 from roadseg.progress import progress
 
 HASH_SIDE = 11  # 2 x 11 x 11 = 242 bits
@@ -70,15 +68,10 @@ def read_all(root: Path, pairs: Sequence[Pair], label_set: LabelSet, limits: Lim
     return seen
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _in_processes(task: partial[Seen], pairs: Sequence[Pair], workers: int) -> Iterator[Seen]:
     spawn = multiprocessing.get_context("spawn")  # OpenCV and torch can hang in a forked child
     flying: deque[Future[Seen]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker) as pool:
         try:
             for pair in pairs:
                 if len(flying) == 4 * workers:
@@ -93,19 +86,6 @@ def _in_processes(task: partial[Seen], pairs: Sequence[Pair], workers: int) -> I
                 todo="lower data.workers or data.max_image_pixels; a script that calls roadseg must do so "
                 'below `if __name__ == "__main__":`',
             ) from None
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(0)  # there is a process a core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool, once
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def look_at(root: Path, pair: Pair, *, label_set: LabelSet, limits: Limits) -> Seen:

@@ -15,8 +15,8 @@ from roadseg.images import Limits
 from roadseg.ingest import camvid, cityscapes, folder
 from roadseg.ingest.checks import check, listed, refusal
 from roadseg.ingest.pairs import Finding, Pair
-from roadseg.ingest.reading import cores
 from roadseg.labels import CAMVID, CITYSCAPES, TOWN, LabelSet
+from roadseg.processes import cores
 from roadseg.progress import progress
 
 VERSION = 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from roadseg.errors import ArchiveError, GateRefused, PointerMoved, StoreError
+from roadseg.errors import ArchiveError, DataError, GateRefused, PointerMoved, StoreError
 from roadseg.files import sha256_file
 from roadseg.push.gate import Decision, decide
 from roadseg.release.archive import Release
@@ -70,6 +70,12 @@ def _evaluate(champion: Champion | None, evaluate_champion: Callable[[str], dict
             f"the champion {champion.digest[:12]} can't be evaluated ({e})",
             todo="mend or roll back the champion first; nothing was overwritten",
         ) from e
+    except DataError as e:  # the candidate has just been scored on this data: it is the champion that does not fit
+        raise GateRefused(
+            f"the champion {champion.digest[:12]} can't be compared on this data ({e.found})",
+            expected=e.expected,
+            todo="choose another store by store.url; nothing was overwritten",
+        ) from e
 
 
 def _complete(
@@ -108,6 +114,8 @@ def promote_by_hand(store: Store, reference: str | None, cache: Path) -> Champio
             raise StoreError("there is no champion before this one", where=store.address, todo="see `roadseg releases`")
         reference = now.previous
     digest = sha256_file(resolve(reference, store, cache))
+    if now and digest == now.digest:
+        return now  # a second entry would make it its own predecessor, and a rollback would lead nowhere
     document = store.document(digest, EVALUATION)
     if document is None:
         raise StoreError(f"release {digest[:12]} has no {EVALUATION}", where=store.address, todo="push it first")

@@ -69,7 +69,8 @@ class Gradients:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph):
+            # The loader pins memory in a thread of its own meanwhile; it must not spoil the capture.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss = self._compute(self._image, self._label)
         except RuntimeError as e:
             log.warning("steps stay eager: the CUDA graph could not be captured (%s)", str(e).splitlines()[0])

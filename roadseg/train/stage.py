@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -21,7 +23,7 @@ from roadseg.data.augment import Augmentation
 from roadseg.data.loader import Batch, Crops, loader
 from roadseg.data.sampler import Batches
 from roadseg.data.shards import Shards, Split
-from roadseg.errors import ConfigError
+from roadseg.errors import ArchiveError, ConfigError
 from roadseg.images import encode_jpeg
 from roadseg.labels import IGNORE, LabelSet
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus, build
@@ -114,8 +116,18 @@ def _network(m: Model, t: Training, shards: Shards, init: Release | None) -> Dee
     mean, std = (shards.mean, shards.std) if from_scratch else (IMAGENET_MEAN, IMAGENET_STD)
     if init is None:
         return build(architecture, seed=t.seed, weights=m.backbone_weights, mean=mean, std=std)
+    if init.label_set.names != shards.label_set.names:
+        raise ConfigError(
+            f"release {init.digest[:12]} knows other classes ({', '.join(init.label_set.names)})",
+            expected=", ".join(shards.label_set.names),
+            where="training.init_from",
+            todo="start from a release of the same classes, or from model.backbone_weights",
+        )
     network = build(architecture, seed=t.seed, mean=mean, std=std)
-    state = load_tensors(init.members[WEIGHTS])
+    try:
+        state = load_tensors(init.members[WEIGHTS])
+    except SafetensorError as e:
+        raise ArchiveError(f"{WEIGHTS} is not readable ({e})", where=f"release {init.digest[:12]}") from e
     own = network.state_dict()
     wrong = [k for k in own if not k.startswith("auxiliary_heads.") and k not in state]
     wrong += [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
@@ -123,7 +135,7 @@ def _network(m: Model, t: Training, shards: Shards, init: Release | None) -> Dee
         raise ConfigError(
             f"release {init.digest[:12]} has another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
             where="training.init_from",
-            todo="set the model section to that release's architecture, see `roadseg releases`",
+            todo=f"set the model section to that release's: {json.dumps(init.model.get('architecture'))}",
         )
     network.load_state_dict(state, strict=False)
     return network

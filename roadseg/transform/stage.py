@@ -6,20 +6,21 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from roadseg.config import Transform
 from roadseg.data.manifest import Manifest, Sample
 from roadseg.data.shards import Shard, Shards, write_frame
-from roadseg.errors import DataError
+from roadseg.errors import DataError, RoadsegError
 from roadseg.files import sha256_file
 from roadseg.images import Limits, read_image, read_label
 from roadseg.labels import LabelSet
+from roadseg.processes import cores, start_worker
 from roadseg.progress import progress
 
 VERSION = 1
@@ -45,19 +46,34 @@ def transform(
     """Write the shards of every split but test, and shards.json, into `work`.
 
     root: where the manifest's paths start. workers: processes, 0 for one a core.
-    Raises DataError if a file is no longer what ingest saw.
+    Raises DataError if a file is no longer what ingest saw, or if there is no split but test.
     """
     jobs = list(_jobs(settings, manifest, root, work, limits))
+    if not jobs:
+        raise DataError(
+            f"the data has no split but {', '.join(manifest.splits) or 'none'}",
+            expected="train, and best val",
+            todo="add one; a release is scored on test alone by `roadseg evaluate --release R --data.split test`",
+        )
     total = sum(len(job.samples) for job in jobs)
     results: dict[tuple[str, int], tuple[Shard, np.ndarray]] = {}
     with (
-        ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"), _single_thread) as pool,
+        ProcessPoolExecutor(workers or cores(), get_context("spawn"), start_worker) as pool,
         progress(total, "transform", "frame") as bar,
     ):
-        for done in as_completed(pool.submit(_write_shard, job) for job in jobs):
-            job, shard, colours = done.result()
-            results[job.split, job.number] = shard, colours
-            bar.update(len(job.samples))
+        try:
+            for done in as_completed([pool.submit(_write_shard, job) for job in jobs]):
+                job, shard, colours = done.result()
+                results[job.split, job.number] = shard, colours
+                bar.update(len(job.samples))
+        except BrokenProcessPool:
+            raise RoadsegError(
+                "a process that writes shards died",
+                expected="memory for a few decoded frames a process",
+                todo='lower data.workers; a script that calls roadseg must do so below `if __name__ == "__main__":`',
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody wants the other shards
     return _index(manifest, work, results)
 
 
@@ -86,10 +102,6 @@ def _jobs(settings: Transform, manifest: Manifest, root: Path, folder: Path, lim
         for number, first in enumerate(range(0, len(samples), settings.shard_frames)):
             part = samples[first : first + settings.shard_frames]
             yield _Job(split, number, part, manifest.label_set, root, folder / f"{split}-{number:05d}.bin", limits)
-
-
-def _single_thread() -> None:
-    cv2.setNumThreads(0)
 
 
 def _write_shard(job: _Job) -> tuple[_Job, Shard, np.ndarray]:

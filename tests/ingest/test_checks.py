@@ -19,6 +19,7 @@ from roadseg.ingest.checks import check, refusal
 from roadseg.ingest.duplicates import NEAR_BITS, nearest
 from roadseg.ingest.pairs import Finding
 from roadseg.labels import CAMVID, CITYSCAPES, LabelSet
+from roadseg.processes import start_worker
 
 WIDTH, HEIGHT = 96, 64
 
@@ -333,7 +334,7 @@ def test_a_worker_that_dies_is_one_clear_error():
 
 
 def stand_by(ready: object) -> None:
-    reading._start_worker()
+    start_worker()
     ready.set()  # type: ignore[attr-defined]
     signal.pause()
 

@@ -19,29 +19,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from conftest import RGB
 from PIL import Image
 
 from roadseg.config import Serve
 from roadseg.errors import ArchiveError, UsageError
 from roadseg.images import Limits, read_image
 from roadseg.inference.predictor import Predictor
-from roadseg.labels import IGNORE, LabelClass, LabelSet
-from roadseg.release.archive import load_release, load_release_folder, write_archive
+from roadseg.release.archive import load_release, load_release_folder
 from roadseg.serve.app import container_release, container_settings, run
 from roadseg.serve.model import Model
 
-LABELS = LabelSet(
-    "three",
-    (
-        LabelClass("void", 4, IGNORE, (9, 9, 9)),
-        LabelClass("red", 7, 0, (200, 0, 0)),
-        LabelClass("green", 11, 1, (0, 200, 0)),
-        LabelClass("blue", 26, 2, (0, 0, 200)),
-    ),
-)
 MAX_BODY, MAX_PIXELS = 300_000, 60_000
 
 SERVE = """
@@ -86,28 +75,9 @@ run(app, settings, lambda text: print(text, flush=True))
 """
 
 
-def graph() -> bytes:
-    """logits [B, 3, H/2, W/2] = the image's channels, averaged two by two: the brightest channel wins."""
-    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["B", 3, "H", "W"])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", 3, "h", "w"])
-    nodes = [
-        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("AveragePool", ["pixels"], ["logits"], kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1),
-    ]
-    model = helper.make_model(
-        helper.make_graph(nodes, "channels", [image], [logits]),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=10,
-    )
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("release") / "model.tar.gz"
-    write_archive(path, {"label_set": LABELS.to_json(), "temperature": 1.0}, graph(), b"weights", "none")
-    return path
+@pytest.fixture(scope="session")
+def archive(release_path: Path) -> Path:
+    return release_path
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +205,9 @@ def test_label_ids(predictor: Predictor) -> None:
     body = encoded(photo())
     label, palette = decoded(bytes(model.answer(body, Limits()).body))
     expected = predictor(photo())
-    for train_id, c in enumerate(LABELS.trained):
+    for train_id, c in enumerate(RGB.trained):
         assert np.array_equal(label == c.id, expected == train_id)
-    for c in LABELS.classes:
+    for c in RGB.classes:
         assert tuple(palette[3 * c.id : 3 * c.id + 3]) == c.color
 
 

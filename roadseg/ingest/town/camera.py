@@ -29,17 +29,25 @@ class Camera:
 
     def project(self, points_N3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pixels [N, 2] and depths [N]. Points nearer than NEAR_M give meaningless pixels."""
-        q = (points_N3 - self.position) @ self.matrix.T
+        q = points_N3 @ self._matrix_T - self._origin
         depth = q[:, 2]
-        return q[:, :2] / np.maximum(depth, 1e-3)[:, None], depth
+        return q[:, :2] / np.maximum(q[:, 2:], 1e-3), depth
 
     def outline(self, polygon_N3: np.ndarray) -> np.ndarray:
         """A planar polygon's pixels [M, 2], cut at the near plane; M is 0 when all of it is behind."""
-        q = (polygon_N3 - self.position) @ self.matrix.T
+        q = polygon_N3 @ self._matrix_T - self._origin
         ahead = q[:, 2] >= NEAR_M
         if not ahead.all():
             q = _cut(q, ahead)
         return np.clip(q[:, :2] / q[:, 2:], -FAR_PX, FAR_PX)
+
+    @cached_property
+    def _matrix_T(self) -> np.ndarray:
+        return np.ascontiguousarray(self.matrix.T)
+
+    @cached_property
+    def _origin(self) -> np.ndarray:
+        return self.matrix @ self.position
 
     @cached_property
     def ground_to_pixel(self) -> np.ndarray:

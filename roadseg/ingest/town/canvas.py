@@ -58,13 +58,13 @@ class Canvas:
 
     def _box(self, uv: np.ndarray) -> tuple[int, int, int, int]:
         """x0, y0, x1, y1 inside the frame, two pixels wide of the shape; empty if x1 <= x0 or y1 <= y0."""
-        (x0, y0), (x1, y1) = uv.min(axis=0).tolist(), uv.max(axis=0).tolist()
+        x, y, across, down = cv2.boundingRect(uv.astype(np.float32))
         w, h = self.camera.width_px, self.camera.height_px
         return (
-            int(min(max(x0 - 2, 0), w)),
-            int(min(max(y0 - 2, 0), h)),
-            int(min(max(x1 + 3, 0), w)),
-            int(min(max(y1 + 3, 0), h)),
+            min(max(x - 2, 0), w),
+            min(max(y - 2, 0), h),
+            min(max(x + across + 3, 0), w),
+            min(max(y + down + 3, 0), h),
         )
 
     def fill(self, points: np.ndarray, colour: Sequence[float], number: int = 0) -> None:
@@ -144,8 +144,8 @@ class Canvas:
     ) -> None:
         x0, y0, x1, y1 = box
         h, w = tile.shape[:2]
-        a, b = part[0] * w - 0.5, part[1] * w - 0.5
-        source = np.array([[a, h - 0.5], [b, h - 0.5], [b, -0.5], [a, -0.5]], np.float32)
+        a, b = part[0] * (w - 1), part[1] * (w - 1)
+        source = np.array([[a, h - 1], [b, h - 1], [b, 0], [a, 0]], np.float32)
         warp = cv2.getPerspectiveTransform(source, (uv - (x0, y0)).astype(np.float32))
         points = fixed(uv)
         size = (x1 - x0, y1 - y0)
@@ -154,7 +154,8 @@ class Canvas:
             # The fourth material has what the stored three leave over of 255.
             rest = palette[:, 3:]
             coloured = cv2.transform(tile, np.hstack([palette[:, :3] - rest, 255 * rest]))
-            cv2.fillPoly(self.image, [points], cv2.mean(coloured)[:3], cv2.LINE_AA, SHIFT)
+            # The tile covers the pixels whose centres lie inside; this smooths its edge.
+            cv2.polylines(self.image, [points], True, cv2.mean(coloured)[:3], 1, cv2.LINE_AA, SHIFT)
             cv2.warpPerspective(coloured, warp, size, dst=roi, borderMode=cv2.BORDER_TRANSPARENT)
         else:
             warped = cv2.warpPerspective(tile, warp, size)

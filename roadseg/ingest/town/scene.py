@@ -107,15 +107,16 @@ def _far_to_near(items: list[Item]) -> tuple[Item, ...]:
     middle = z0 + z1
     unclear = ~before & ~before.T
     hides = (before & ~before.T) | (unclear & (middle[:, None] < middle[None, :]))
-    left = hides.sum(axis=1)
-    done = np.zeros(len(items), bool)
+    # Whatever still hides nothing unpainted may be painted, the farthest first; where things hide each
+    # other in a ring, the farthest of those with least before them.
+    penalty = np.where(hides, 1e6, 0.0)
+    score = middle - penalty.sum(axis=1)
     order = []
     for _ in items:
-        # Where things hide each other in a ring, the farthest goes first.
-        k = int(np.argmax(np.where(done, -1e9, middle - 1e6 * (left > 0))))
+        k = int(score.argmax())
         order.append(items[k])
-        done[k] = True
-        left -= hides[:, k]
+        score += penalty[:, k]
+        score[k] = -np.inf
     return tuple(order)
 
 

@@ -18,7 +18,7 @@ from roadseg.ingest.town.light import Weather
 from roadseg.labels import CITYSCAPES
 
 # Lossless, and fast: one row filter instead of trying all five halves the time for noisy photographs.
-_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
 _PHOTO_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):
     _PNG += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
@@ -106,7 +106,7 @@ def write_frame(root: Path, place: Place, frame: Frame) -> None:
     """The five files of one frame; its folders exist. The image comes last: where it is, all are."""
     truth = root / "gtFine" / place.split / place.town / f"{place.stem}_gtFine_"
     h, w = frame.label_ids.shape
-    colour = np.take(_COLOURS, frame.label_ids, axis=0)
+    colour = cv2.applyColorMap(frame.label_ids, _COLOURS)
     outlines = {"imgHeight": h, "imgWidth": w, "objects": frame.polygons}
     _named(truth, "polygons.json").write_bytes(json.dumps(outlines, separators=(",", ":")).encode())
     _named(truth, "labelIds.png").write_bytes(_png(frame.label_ids))
@@ -127,6 +127,6 @@ def _png(pixels: np.ndarray, options: list[int] = _PNG) -> bytes:
     return cv2.imencode(".png", pixels, options)[1].tobytes()
 
 
-_COLOURS = np.zeros((256, 3), np.uint8)
+_COLOURS = np.zeros((256, 1, 3), np.uint8)  # RGB by label id
 for _c in CITYSCAPES.classes:
     _COLOURS[_c.id] = _c.color
