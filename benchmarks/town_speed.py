@@ -1,6 +1,6 @@
 """Frames a second of the rendered town on one core: rendering alone, and rendering with writing the five files.
 
-python benchmarks/town_speed.py [--width 512] [--height 256] [--frames 60]
+python benchmarks/town_speed.py [--width 512] [--height 256] [--frames 40]
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
 
-from roadseg.ingest.town import WEATHERS, render
+from roadseg.ingest.town import WEATHERS, Frame, render
+from roadseg.ingest.town.light import Weather
 from roadseg.ingest.town.tree import Place, make_folders, write_frame
 
 ROUNDS = 5
@@ -40,6 +42,10 @@ def rate(work: Callable[[int], object], frames: int) -> tuple[float, float]:
     return statistics.median(rates), max(rates)
 
 
+def _draw(width_px: int, height_px: int, weather: Weather, index: int) -> Frame:
+    return render(1, index, width_px, height_px, weather)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=512)
@@ -50,7 +56,7 @@ def main() -> None:
     render(0, 0, a.width, a.height)  # the textures are made once a process
     print(f"{cpu_name()}, one core, {a.width}x{a.height}, {ROUNDS} rounds of {a.frames} frames")
     for weather in WEATHERS:
-        median, best = rate(lambda i, w=weather: render(1, i, a.width, a.height, w), a.frames)
+        median, best = rate(partial(_draw, a.width, a.height, weather), a.frames)
         print(f"render, {weather:5s}      {median:6.1f} frames/s (best {best:.1f})")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -18,6 +18,9 @@ from roadseg.config import Config, parse_flags
 from roadseg.errors import RoadsegError, UsageError
 
 log = logging.getLogger("roadseg")
+# Threads that spin while they wait cost little on a quiet machine and up to thirty times the whole
+# run on a busy one. Read by OpenMP when torch is loaded, which is later than this.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,10 @@ def _releases(a: argparse.Namespace, config: Config) -> int:
     return 0
 
 
+def _promote_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("release", metavar="R", help="a digest or its prefix")
+
+
 def _promote(a: argparse.Namespace, config: Config) -> int:
     from roadseg.pipeline import CACHE, store_of
     from roadseg.push.stage import promote_by_hand
@@ -346,10 +353,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("answer GET /ping and POST /invocations", _serve, _serve_arguments),
     "deploy": Command("put a release on a SageMaker endpoint", _deploy, _deploy_arguments),
     "releases": Command("what is and was champion", _releases),
-    "promote": Command(
-        "make a release champion by hand", _promote,
-        lambda p: p.add_argument("release", metavar="R", help="a digest or its prefix") and None,
-    ),
+    "promote": Command("make a release champion by hand", _promote, _promote_arguments),
     "rollback": Command("make the previous champion champion again", _promote),
     "config": Command("show the resolved config or its JSON schema", _config, _config_arguments),
     "clean": Command("list, and with --remove remove, what no run needs", _clean, _clean_arguments),

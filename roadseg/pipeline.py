@@ -70,6 +70,8 @@ class _Run:
         from roadseg.ingest.stage import VERSION, ingest, source_digest
 
         data = self.config.data
+        if data.source == "town":
+            only_splits = ()  # the whole of it is there or is rendered
         fields = {**data.key_fields(), "only_splits": only_splits}
         if data.source != "town":
             del fields["town"]
@@ -106,14 +108,14 @@ class _Run:
     def train(self) -> Output:
         from roadseg.train.stage import VERSION, train_candidate
 
-        shards_output = self.transform()
-        init = self._init_release()
         c = self.config
+        init, weights = self._init_release(), _weights(c)  # first: what is wrong here is told before hours of data
+        shards_output = self.transform()
         output = self.workspace.make(
             "train",
             VERSION,
             {"model": c.model.key_fields(), "training": c.training.key_fields()},
-            {"transform": shards_output.content, "weights": _weights(c), "init_from": init.digest if init else ""},
+            {"transform": shards_output.content, "weights": weights, "init_from": init.digest if init else ""},
             lambda work: train_candidate(c, self._whole_shards(shards_output), work, init),
             resumes=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ import torch
 from onnx import TensorProto, helper
 
 from roadseg.config import Config, load_config
+from roadseg.data.manifest import Manifest, Sample
 from roadseg.data.shards import Shard, Shards, write_frame
 from roadseg.files import sha256_file
+from roadseg.images import encode_label_png
 from roadseg.labels import IGNORE, LabelClass, LabelSet
 from roadseg.pipeline import RunResult, run
 from roadseg.release.archive import write_archive
@@ -137,6 +140,24 @@ def scene(seed: int, height: int = 48, width: int = 96) -> tuple[np.ndarray, np.
     colours = np.array([[90, 90, 90], [150, 180, 220], [200, 30, 30]] + [[0, 0, 0]] * 253, np.int16)
     image = colours[label] + rng.integers(-20, 20, (height, width, 3), dtype=np.int16)
     return image.clip(0, 255).astype(np.uint8), label
+
+
+def write_frames(root: Path, label_set: LabelSet, splits: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> Manifest:
+    """PNG files below `root` of (image, train ids) by split, and their manifest; the masks hold ids."""
+    samples = []
+    for split, frames in sorted(splits.items()):
+        for i, (image, label) in enumerate(frames):
+            paths = f"{split}/{i}.png", f"{split}/{i}_ids.png"
+            data = cv2.imencode(".png", image[..., ::-1])[1].tobytes(), encode_label_png(label_set.train_to_id[label])
+            for path, content in zip(paths, data, strict=True):
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                (root / path).write_bytes(content)
+            void = label_set.num_classes
+            histogram = np.bincount(np.minimum(label.ravel(), void), minlength=void + 1).tolist()
+            height, width = label.shape
+            digests = [hashlib.sha256(content).hexdigest() for content in data]
+            samples.append(Sample(split, str(i), "", *paths, "", width, height, *digests, 1, 1, tuple(histogram)))
+    return Manifest("test", label_set, tuple(samples))
 
 
 def write_shards(folder: Path, train: int = 6, val: int = 3) -> Shards:

@@ -49,10 +49,5 @@ def test_it_is_typed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--config-file", "", "--cache-dir", str(tmp_path / "cache")]
     command += ["--follow-imports=silent", "--ignore-missing-imports", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, env={"MYPYPATH": str(root), "PATH": ""})
-    for part in (
-        'Revealed type is "def (path: pathlib.Path | None =, overrides: builtins.dict[builtins.str, Any] | None =)',
-        "-> roadseg.pipeline.RunResult",
-        'Module has no attribute "runn"',
-        'Argument 1 to "Predictor" has incompatible type "int"; expected "Release"',
-    ):
-        assert part.replace(" ", "") in done.stdout.replace(" ", ""), done.stdout + done.stderr
+    for part in ("-> roadseg.config.Config", "-> roadseg.pipeline.RunResult", "[attr-defined]", "[arg-type]"):
+        assert part in done.stdout, done.stdout + done.stderr

@@ -51,11 +51,12 @@ def write_frame(f: BinaryIO, name: str, sequence: str, image: np.ndarray, label:
     assert image.dtype == label.dtype == np.uint8 and image.shape[:2] == label.shape
     f.write(b"\0" * (-f.tell() % ALIGN_BYTES))
     image_offset = f.tell()
-    f.write(np.ascontiguousarray(image))
+    f.write(np.ascontiguousarray(image).data)
     packed = zstandard.compress(np.ascontiguousarray(label).tobytes(), 3)
     label_offset = f.tell()
     f.write(packed)
-    return Frame(name, sequence, *label.shape, image_offset, label_offset, len(packed))
+    height, width = label.shape
+    return Frame(name, sequence, height, width, image_offset, label_offset, len(packed))
 
 
 @dataclass(frozen=True)
@@ -155,5 +156,5 @@ class Split:
         shape, pixels = (frame.height, frame.width), frame.height * frame.width
         image = data[frame.image_offset : frame.image_offset + 3 * pixels].reshape(*shape, 3)
         packed = data[frame.label_offset : frame.label_offset + frame.label_bytes]
-        label = np.frombuffer(zstandard.decompress(packed, pixels), np.uint8).reshape(shape)
+        label = np.frombuffer(zstandard.decompress(packed.data, pixels), np.uint8).reshape(shape)
         return image.view(np.ndarray), label

@@ -69,7 +69,7 @@ def evaluate(predictor: Predictor, images: Images, splits: Sequence[str], scenes
         "runtime": predictor.runtime,
         "source": images.manifest.source,
         "split": main,
-        "images": len(by_image),
+        "images": len(images.manifest.split(main)),
         "data_fingerprint": images.manifest.fingerprint(main),
         **scores(matrix, label_set),
         "confusion": matrix.tolist(),
@@ -100,8 +100,8 @@ def _score_split(predictor: Predictor, images: Images, split: str) -> tuple[np.n
         for sample, (image, label) in read_ahead(samples, images.read):
             matrix = confusion(label, predictor(image), label_set.num_classes)
             total += matrix
-            miou = scores(matrix, label_set)["miou"]
-            by_image.append((1.0 if miou is None else miou, sample))
+            if (miou := scores(matrix, label_set)["miou"]) is not None:
+                by_image.append((miou, sample))
             bar.update()
     return total, by_image
 
@@ -120,11 +120,11 @@ def read_ahead(
 
 
 def _brief(predictor: Predictor, images: Images, split: str) -> dict[str, Any]:
-    matrix, by_image = _score_split(predictor, images, split)
+    matrix, _ = _score_split(predictor, images, split)
     kept = ("miou", "pixel_accuracy", "mean_accuracy", "class_iou", "pixels")
     result = scores(matrix, images.manifest.label_set)
     return {
-        "images": len(by_image),
+        "images": len(images.manifest.split(split)),
         "data_fingerprint": images.manifest.fingerprint(split),
         **{k: result[k] for k in kept},
     }
@@ -132,7 +132,7 @@ def _brief(predictor: Predictor, images: Images, split: str) -> dict[str, Any]:
 
 def _quantiles(mious: Sequence[float]) -> dict[str, float]:
     names = {"minimum": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "maximum": 1.0}
-    return {name: float(np.quantile(mious, q)) for name, q in names.items()}
+    return {name: float(np.quantile(mious, q)) for name, q in names.items()} if mious else {}
 
 
 def _write_scenes(

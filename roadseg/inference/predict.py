@@ -18,6 +18,7 @@ from roadseg.progress import progress
 
 log = logging.getLogger(__name__)
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+OURS = ("_labelTrainIds.png", "_labelIds.png", "_overlay.jpg")  # what an earlier run wrote beside its inputs
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ def predict(
 ) -> Predicted:
     """Write <stem>_labelTrainIds.png (or _labelIds.png) and <stem>_overlay.jpg for every image.
 
-    inputs: files, or folders whose images keep their relative paths below `out`. ids: trainIds or
-    labelIds. A file that is no usable image is named, skipped and listed in `failed`.
-    Raises UsageError for inputs that don't exist, hold no image, or would write the same file.
+    inputs: files, or folders whose images keep their relative paths below `out`; there, files with the
+    endings above are passed over. ids: trainIds or labelIds. A file that is no usable image is named,
+    skipped and listed in `failed`. Raises UsageError for inputs that don't exist, hold no image, or
+    would write the same file.
     """
     limits = limits or Limits()
     jobs = list(_jobs(inputs))
@@ -75,6 +77,7 @@ def _jobs(inputs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
     for given in inputs:
         if given.is_dir():
             found = sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found = [p for p in found if not p.name.endswith(OURS)]
             if not found:
                 raise UsageError("no image in this folder", expected=", ".join(sorted(SUFFIXES)), where=str(given))
             yield from ((p, p.relative_to(given).with_suffix("")) for p in found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import onnxruntime as ort
+import onnxruntime as ort  # type: ignore[import-untyped]
 
 from roadseg.errors import ArchiveError
 from roadseg.inference.upsample import upsample_argmax
@@ -19,7 +19,8 @@ from roadseg.release.archive import Release
 class Predictor:
     """Scores images with a release. Safe to call from several threads.
 
-    threads: of the runtime, 0 for one a core. Raises ArchiveError when the runtime refuses the graph.
+    threads: of the runtime, 0 for one a core. Raises ArchiveError when the runtime refuses the graph, or
+    the graph is not one from `image` to `logits` of the release's classes.
     """
 
     def __init__(self, release: Release, threads: int = 0) -> None:
@@ -32,6 +33,19 @@ class Predictor:
         except Exception as e:  # onnxruntime raises its own bare exceptions, none of them importable
             raise ArchiveError(f"onnxruntime refuses the graph ({e})", where=release.digest) from e
         self.release = release
+        self._check()
+
+    def _check(self) -> None:
+        where = f"release {self.release.digest[:12]}"
+        takes, gives = self._session.get_inputs(), self._session.get_outputs()
+        names = [v.name for v in takes], [v.name for v in gives]
+        if names != (["image"], ["logits"]):
+            found = f"its graph takes {', '.join(names[0])} and gives {', '.join(names[1])}"
+            raise ArchiveError(found, expected="image and logits", where=where)
+        shape, classes = gives[0].shape, self.label_set.num_classes
+        if len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != classes):
+            found = f"its graph gives logits of {shape[1] if len(shape) == 4 else 'no'} classes"
+            raise ArchiveError(found, expected=f"{classes}, those of its label set", where=where)
 
     @property
     def label_set(self) -> LabelSet:

@@ -34,7 +34,7 @@ def ingest(data: Data, root: Path, work: Path, only_splits: tuple[str, ...] = ()
     """
     if data.source == "town":
         root = work / "tree"
-        _render(data, root, only_splits)
+        _render(data, root)
     pairs, findings, label_set = _source(data, root)
     wanted = set(only_splits)
     if data.holdout_sequences and (not wanted or wanted & {"train", HOLDOUT}):
@@ -86,13 +86,11 @@ def _source(data: Data, root: Path) -> tuple[list[Pair], list[Finding], LabelSet
     return *cityscapes.pairs(root), TOWN if data.source == "town" else CITYSCAPES
 
 
-def _render(data: Data, tree: Path, only_splits: Sequence[str]) -> None:
+def _render(data: Data, tree: Path) -> None:
+    """Every split, also when only one is asked for: which scenes a split has depends on those before it."""
     from roadseg.ingest import town  # only the town needs its renderer
 
-    frames = {split: getattr(data.town, split) for split in ("train", "val", "test")}
-    holding_out = bool(data.holdout_sequences) and HOLDOUT in only_splits
-    wanted = {s for s in frames if not only_splits or s in only_splits or (s == "train" and holding_out)}
-    splits = {split: count for split, count in frames.items() if count and split in wanted}
+    splits = {split: n for split in ("train", "val", "test") if (n := getattr(data.town, split))}
     with progress(sum(splits.values()), "render the town", "frames") as bar:
         town.write_tree(
             tree, splits, data.town.seed, data.town.width_px, data.town.height_px, data.town.weather,

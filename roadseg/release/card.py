@@ -12,11 +12,12 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
     model, a = release.model, release.model["architecture"]
     trained = model["training"]
     rows = [
-        f"| {c['name']} | {_percent(evaluation['class_iou'][c['name']])} | {100 * (c['train_frequency'] or 0):.2f} |"
+        f"| {_plain(c['name'])} | {_percent(evaluation['class_iou'][c['name']])} "
+        f"| {100 * (c['train_frequency'] or 0):.2f} |"
         for c in evaluation["classes"]
     ]
     scored = sorted((iou, name) for name, iou in evaluation["class_iou"].items() if iou is not None)
-    weakest = ", ".join(f"{name} ({100 * iou:.1f} %)" for iou, name in scored[:3])
+    weakest = ", ".join(f"{_plain(name)} ({100 * iou:.1f} %)" for iou, name in scored[:3])
     lines = [
         f"# roadseg release {release.digest[:12]}",
         "",
@@ -55,3 +56,8 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
 
 def _percent(value: float | None) -> str:
     return "absent" if value is None else f"{100 * value:.2f}"
+
+
+def _plain(name: str) -> str:
+    """A class name as text of one table cell: it comes from anybody's label file."""
+    return " ".join(name.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")

@@ -185,10 +185,12 @@ def test_town_is_rendered_into_work_and_read_as_cityscapes(work, rendered, tmp_p
     assert source_digest(data, work) == source_digest(data, tmp_path)
 
 
-def test_town_renders_only_what_is_asked(work, rendered):
+def test_one_split_of_the_town_is_the_same_as_in_the_whole_town(work, rendered):
+    """Rendered alone, val would get the scenes of train."""
     data = Data(town=Town(train=4, val=2, test=1, width_px=64, height_px=32), workers=1)
-    assert ingest(data, work / "tree", work, ("val",)).splits == ("val",)
-    assert rendered == [{"val": 2}]
+    alone = ingest(data, work / "tree", work, ("val",))
+    assert alone.splits == ("val",) and rendered == [{"train": 4, "val": 2, "test": 1}]
+    assert alone.fingerprint("val") == ingest(data, work / "tree", work).fingerprint("val")
 
 
 def test_real_camvid(work, real_data):

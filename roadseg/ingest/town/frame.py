@@ -19,7 +19,7 @@ from roadseg.ingest.town.sky import paint_sky
 from roadseg.ingest.town.visibility import visible
 from roadseg.labels import CITYSCAPES
 
-WEATHERS = ("clear", "night", "fog", "rain")
+WEATHERS: tuple[Weather, ...] = ("clear", "night", "fog", "rain")
 _HAS_INSTANCES = frozenset(c.id for c in CITYSCAPES.classes if c.has_instances)
 _NAMES = {c.id: c.name for c in CITYSCAPES.classes}
 
@@ -29,7 +29,7 @@ class Frame:
     """image: uint8 [H, W, 3] RGB. label_ids: uint8 [H, W], Cityscapes ids. instance_ids: uint16
     [H, W], the label id, or label id * 1000 + n for what has instances. polygons: the outlines of
     what is visible, {"label": name, "polygon": [[x, y], ...]}, far to near: painted in this order
-    they give label_ids, except for pixels seen through gaps of something nearer."""
+    they give label_ids, but for single pixels on borders and what is seen through gaps of something nearer."""
 
     image: np.ndarray
     label_ids: np.ndarray
@@ -152,6 +152,8 @@ def _polygons(canvas: Canvas) -> list[dict]:
         shown = (canvas.objects[y0:y1, x0:x1] == number).view(np.uint8)
         outlines, _ = cv2.findContours(shown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=(x0, y0))
         for outline in outlines:
-            if len(outline) >= 3:
-                found.append({"label": _NAMES[canvas.labels[number]], "polygon": outline[:, 0].tolist()})
+            # Staircases become lines, as a hand would draw them; the labels move by less than a pixel.
+            corners = cv2.approxPolyDP(outline, 0.6, True)
+            if len(corners) >= 3:
+                found.append({"label": _NAMES[canvas.labels[number]], "polygon": corners[:, 0].tolist()})
     return found

@@ -1,0 +1,165 @@
+"""Killed anywhere and run again, the whole way ends with the same bytes; stopped politely, it says so."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import MICRO, Micro
+
+import roadseg
+from roadseg.files import content_digest, read_json
+from roadseg.train import checkpoint
+from roadseg.workspace import LEAVE_OUT, Workspace
+
+pytestmark = pytest.mark.fault
+DEADLINE_S = 240
+
+
+def start(workspace: Path) -> subprocess.Popen[bytes]:
+    """`roadseg run` in a process group of its own. One thread, as in the tests: it decides how floats are summed."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(roadseg.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "roadseg.cli", "run", "--config", str(MICRO), "--workspace", str(workspace)]
+    with open(workspace.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def when(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> bool:
+    """Wait until `there()`; False if the process ended before."""
+    until = time.monotonic() + DEADLINE_S
+    while not there():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < until, "it neither ends nor goes on"
+        time.sleep(0.002)
+    return True
+
+
+def finish(workspace: Path) -> str:
+    process = start(workspace)
+    code, log = process.wait(DEADLINE_S), workspace.with_suffix(".log").read_text()
+    assert code == 0, log
+    return log
+
+
+def contents(workspace: Path) -> dict[str, str]:
+    """By stage, read again from the files and not believed."""
+    found = {}
+    for record in workspace.glob("stages/*/*/stage.json"):
+        found[record.parent.parent.name] = content_digest(record.parent, LEAVE_OUT)
+        assert read_json(record)["content"] == found[record.parent.parent.name]
+    return found
+
+
+def assert_like(micro: Micro, workspace: Path) -> None:
+    assert contents(workspace) == micro.contents
+    assert not list(workspace.glob("stages/*/*.partial")) and not list(workspace.rglob("*.tmp"))
+    store = workspace / "store"
+    digest = read_json(store / "champion.json")["digest"]
+    assert [p.name for p in (store / "releases").iterdir()] == [digest]
+    names = {p.name for p in (store / "releases" / digest).iterdir()}
+    assert names == {"model.tar.gz", "evaluation.json", "card.md", "decision.json"}
+    assert [p.name for p in (store / "history").iterdir()] == ["000001.json"]
+
+
+def test_killed_in_every_stage_and_run_again_the_same_comes_out(micro: Micro, tmp_path: Path) -> None:
+    workspace = tmp_path / "w"
+    stages, history = workspace / "stages", lambda: next(stages.glob("train/*.partial/history.jsonl"), None)
+
+    def exporting() -> bool:
+        path = history()
+        return path is not None and '"step": 6, "split"' in path.read_text()
+
+    moments: list[tuple[str, Callable[[], bool], float]] = [
+        ("ingest", lambda: any(stages.glob("ingest/*.partial/tree/leftImg8bit/*/*/*.png")), 0),
+        ("transform", lambda: any(stages.glob("transform/*.partial")), 0.1),
+        ("train", lambda: any(stages.glob("train/*.partial/checkpoints/step-00000002.json")), 0),
+        ("export", exporting, 1.0),
+    ]
+    for number, (stage, there, delay_s) in enumerate(moments):
+        process = start(workspace)
+        assert when(process, there), workspace.with_suffix(".log").read_text()
+        time.sleep(delay_s)
+        if number % 2:  # the whole group, or the run alone, whose workers must then end by themselves
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        assert process.wait(30) == -signal.SIGKILL, "it was through already"
+        assert (stages / ("train" if stage == "export" else stage)).exists()
+        assert not (workspace / "store").exists()
+    log = finish(workspace)
+    assert "going on after step 6 of 6" in log
+    assert_like(micro, workspace)
+
+
+def test_sigterm_in_training_is_143_with_a_checkpoint_and_it_goes_on(micro: Micro, tmp_path: Path) -> None:
+    workspace = tmp_path / "w"
+    process = start(workspace)
+    stages = workspace / "stages"
+    assert when(process, lambda: any(stages.glob("train/*.partial/checkpoints/step-00000001.json")))
+    process.terminate()
+    assert process.wait(60) == 143, workspace.with_suffix(".log").read_text()
+    assert "roadseg run: stopped by SIGTERM after step" in workspace.with_suffix(".log").read_text()
+    found = checkpoint.newest(next(stages.glob("train/*.partial")) / "checkpoints")
+    assert found and 1 <= found[0] < 6
+    log = finish(workspace)
+    assert f"going on after step {found[0]} of 6" in log
+    assert_like(micro, workspace)
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_what_a_kill_left_half_written_is_no_part_of_the_result(tmp_path: Path, resumes: bool) -> None:
+    """A write that was cut off leaves a hidden file, which must not become a member of the output."""
+
+    def build(work: Path) -> None:
+        (work / "a").write_text("whole")
+
+    workspace = Workspace(tmp_path)
+    whole = workspace.make("s", 1, {}, {}, build, resumes=resumes)
+    partial = whole.folder.with_suffix(".partial")
+    whole.folder.rename(partial)
+    (partial / "stage.json").unlink()
+    (partial / ".a.12.34.tmp").write_bytes(b"wh")
+    (partial / "checkpoints").mkdir()
+    (partial / "checkpoints" / ".step-1.json.12.34.tmp").write_bytes(b"{")
+    assert workspace.make("s", 1, {}, {}, build, resumes=resumes).content == whole.content
+
+
+def test_a_removal_that_was_killed_halfway_stands_in_nobody_s_way(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    whole = workspace.make("s", 1, {}, {}, lambda work: (work / "a").touch())
+    (whole.folder / "stage.json").unlink()  # what the removal took first
+    assert workspace.make("s", 1, {}, {}, lambda work: (work / "a").touch()).content == whole.content
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(5))
+def test_fifty_kills_at_random_instants(micro: Micro, tmp_path: Path, seed: int) -> None:
+    """Ten a seed, spread over the time that the first, uninterrupted run took."""
+    started = time.monotonic()
+    finish(tmp_path / "whole")
+    whole_s = time.monotonic() - started
+    rng, workspace, kills, round_ = random.Random(seed), tmp_path / "w0", 0, 0
+    while kills < 10:
+        process = start(workspace)
+        try:
+            process.wait(rng.uniform(0, whole_s))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL) if rng.random() < 0.5 else process.kill()
+            process.wait(30)
+            kills += 1
+            continue
+        assert process.returncode == 0, workspace.with_suffix(".log").read_text()
+        assert_like(micro, workspace)
+        round_ += 1
+        workspace = tmp_path / f"w{round_}"
+    finish(workspace)
+    assert_like(micro, workspace)

@@ -1,0 +1,371 @@
+"""The whole way on micro.yaml: what is made, what is made again, what is refused."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MICRO, Micro
+
+from roadseg.cli import main
+from roadseg.config import Config, load_config
+from roadseg.data.shards import Shards
+from roadseg.errors import Busy, DataError, GateRefused, StoreError, UsageError
+from roadseg.files import lock, read_json, sha256_file
+from roadseg.ingest.stage import HOLDOUT
+from roadseg.pipeline import evaluate_release, find_release, run, run_folder, store_of
+from roadseg.push.stage import promote_by_hand
+from roadseg.release.archive import load_release
+from roadseg.workspace import leftovers
+
+LATER = {"push": {"min_gain": 0.9}, "training": {"seed": 5}}  # no six steps gain 0.9
+
+
+def config_of(**sections: dict[str, Any]) -> Config:
+    return load_config(MICRO, sections)
+
+
+def made(workspace: Path, stage: str) -> set[str]:
+    return {p.name for p in (workspace / "stages" / stage).iterdir()}
+
+
+# ---- a run, and again -----------------------------------------------------------------------
+
+
+def test_the_five_stages_leave_what_they_promise(micro: Micro) -> None:
+    result = micro.result
+    assert list(result.outputs) == ["ingest", "transform", "train", "evaluate"]
+    for stage, names in {
+        "ingest": ["manifest.jsonl", "dataset.json", "findings.json", "tree"],
+        "transform": ["shards.json", "train-00000.bin", "train-00001.bin", "val-00000.bin"],
+        "train": ["model.tar.gz", "history.jsonl", "contact_sheet.jpg", "checkpoints"],
+        "evaluate": ["metrics.json", "report.html", "scenes"],
+    }.items():
+        output = result.outputs[stage]
+        assert not output.cached and output.folder == micro.workspace / "stages" / stage / output.key
+        assert all((output.folder / name).exists() for name in [*names, "stage.json"])
+    checkpoints = result.outputs["train"].folder / "checkpoints"
+    assert [p.name for p in checkpoints.glob("*.safetensors")] == ["step-00000006.safetensors"]
+    assert made(micro.workspace, "train") == {result.outputs["train"].key}  # no lock, nothing partial
+    assert result.decision and result.decision.outcome == "promoted" and result.release
+
+
+def test_metrics_are_of_the_archive_that_ships(micro: Micro) -> None:
+    assert micro.result.release and micro.result.evaluation and micro.result.decision
+    metrics = read_json(micro.result.outputs["evaluate"].folder / "metrics.json")
+    assert metrics == micro.result.evaluation
+    digest = sha256_file(micro.result.release)
+    assert metrics["release"] == digest == micro.result.decision.candidate
+    assert metrics["images"] == 4 and 0 <= metrics["miou"] <= 1 and len(metrics["class_iou"]) == 19
+    assert metrics["model"]["parameters"] > 0 and metrics["training"]["steps"] == 6
+    store = store_of(micro.config, micro.workspace)
+    champion = store.champion()
+    assert champion and (champion.digest, champion.miou, champion.serial) == (digest, metrics["miou"], 1)
+    for name in ("evaluation.json", "card.md", "decision.json"):
+        assert store.document(digest, name)
+
+
+def test_the_run_is_recorded(micro: Micro) -> None:
+    folder = micro.result.folder
+    record = read_json(folder / "run.json")
+    assert {s: o["content"] for s, o in record["outputs"].items()} == micro.contents
+    assert Config.model_validate(record["config"]) == micro.config
+    page = (folder / "report.html").read_text()
+    assert "learning rate" in page.lower() and "promoted" in page and page.count("data:image/jpeg") >= 9
+    assert read_json(folder / "decision.json")["outcome"] == "promoted"
+
+
+def test_a_second_run_makes_nothing_and_is_quick(micro: Micro) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (micro.workspace / "stages").rglob("*")}
+    started = time.monotonic()
+    again = run(micro.config, workspace=micro.workspace, name="second")
+    assert time.monotonic() - started < 3
+    assert all(o.cached for o in again.outputs.values())
+    assert {s: o.content for s, o in again.outputs.items()} == micro.contents
+    assert {p: p.stat().st_mtime_ns for p in (micro.workspace / "stages").rglob("*")} == before
+    assert again.decision and again.decision.outcome == "unchanged"
+    assert len(store_of(micro.config, micro.workspace).history()) == 1
+
+
+def test_elsewhere_with_other_workers_the_same_comes_out(
+    micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(data={"workers": 2}, training={"checkpoint_every": 4})
+    result = run(config, workspace=Path("elsewhere"), name="other")
+    assert {s: o.content for s, o in result.outputs.items()} == micro.contents
+    assert {s: o.key for s, o in result.outputs.items()} == {s: o.key for s, o in micro.result.outputs.items()}
+
+
+# ---- another candidate, on a damaged shard --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Two:
+    """A copy of micro's workspace in which another seed was trained and refused."""
+
+    workspace: Path
+    config: Config
+    refusal: GateRefused
+    log: str
+    damaged: Path
+    pointer: bytes
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def two(micro: Micro, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    workspace = tmp_path_factory.mktemp("two") / "w"
+    shutil.copytree(micro.workspace, workspace)
+    damaged = workspace / "stages" / "transform" / micro.result.outputs["transform"].key / "train-00001.bin"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 3] ^= 16
+    damaged.write_bytes(data)
+    pointer = (workspace / "store" / "champion.json").read_bytes()
+    config, handler, log = config_of(**LATER), _Lines(), logging.getLogger("roadseg")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with pytest.raises(GateRefused) as caught:
+            run(config, workspace=workspace, name="later")
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    return Two(workspace, config, caught.value, "\n".join(handler.lines), damaged, pointer)
+
+
+@pytest.fixture
+def copy_of_two(two: Two, tmp_path: Path) -> Iterator[Two]:
+    shutil.copytree(two.workspace, tmp_path / "w")
+    yield replace(two, workspace=tmp_path / "w")
+
+
+def test_a_changed_training_key_makes_train_again_but_not_what_is_before_it(two: Two, micro: Micro) -> None:
+    outputs = read_json(two.workspace / "runs" / "later" / "run.json")["outputs"]
+    assert {s: o["cached"] for s, o in outputs.items()} == {
+        "ingest": True, "transform": True, "train": False, "evaluate": False,
+    }  # fmt: skip
+    assert outputs["train"]["key"] != micro.result.outputs["train"].key
+    assert outputs["transform"]["content"] == micro.contents["transform"]
+
+
+@pytest.mark.fault
+def test_a_damaged_shard_is_said_and_made_again(two: Two, micro: Micro) -> None:
+    assert f"shard {two.damaged.name} is damaged; making it again" in two.log
+    original = micro.result.outputs["transform"].folder / two.damaged.name
+    assert two.damaged.read_bytes() == original.read_bytes()
+    assert Shards.load(two.damaged.parent).damaged() == [] and not list(two.damaged.parent.glob("*.tmp"))
+
+
+def test_a_lesser_candidate_is_refused_with_the_table(two: Two) -> None:
+    assert two.refusal.exit_code == 4 and "stays: mIoU" in str(two.refusal)
+    assert "champion  candidate" in two.log and "\nroad " in two.log
+    assert (two.workspace / "store" / "champion.json").read_bytes() == two.pointer
+    folder = two.workspace / "runs" / "later"
+    decision = read_json(folder / "decision.json")
+    assert decision["outcome"] == "refused" and "refused" in (folder / "report.html").read_text()
+    assert store_of(two.config, two.workspace).releases() == [decision["champion"]]
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_on_the_command_line_that_is_4(two: Two, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--training.seed", "5", "--push.min-gain", "0.9", "--workspace", str(two.workspace)]
+    assert main(["run", "--config", str(MICRO), *flags]) == 4
+    err = capsys.readouterr().err
+    assert "roadseg run: the champion" in err and "champion  candidate" in err
+
+
+def test_promoted_then_rolled_back_and_forth_by_hand(copy_of_two: Two) -> None:
+    workspace = copy_of_two.workspace
+    config = config_of(**{**LATER, "push": {"min_gain": -1}})
+    store = store_of(config, workspace)
+    first = store.champion()
+    result = run(config, workspace=workspace)
+    assert result.decision and result.decision.outcome == "promoted" and result.outputs["train"].cached
+    second = store.champion()
+    assert first and second and (second.serial, second.previous) == (2, first.digest)
+    assert promote_by_hand(store, None, workspace / "cache").digest == first.digest
+    assert promote_by_hand(store, second.digest[:10], workspace / "cache").digest == second.digest
+    assert promote_by_hand(store, second.digest[:10], workspace / "cache").serial == 4  # it is champion: nothing to do
+    assert [c.digest for c in store.history()] == [first.digest, second.digest, first.digest, second.digest]
+    assert promote_by_hand(store, None, workspace / "cache").digest == first.digest
+    for reference in ("champion", first.digest, first.digest[:8], str(result.release)):
+        release = load_release(find_release(config, workspace, reference))
+        assert release.digest == (second.digest if reference == str(result.release) else first.digest)
+    with pytest.raises(StoreError, match="0 releases match"):
+        find_release(config, workspace, first.digest[:7])
+
+
+# ---- a champion that can't be compared with -------------------------------------------------
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"\xff", b'{"digest": "x"}'], ids=repr)
+def test_an_unreadable_pointer_is_refused_and_left_as_it_is(copy_of_two: Two, content: bytes) -> None:
+    pointer = copy_of_two.workspace / "store" / "champion.json"
+    pointer.write_bytes(content)
+    for config in (config_of(), copy_of_two.config):  # the candidate that is champion, and another
+        with pytest.raises(GateRefused, match="the champion can't be read") as caught:
+            run(config, workspace=copy_of_two.workspace, name="r")
+        assert caught.value.exit_code == 4
+        assert pointer.read_bytes() == content
+    assert (copy_of_two.workspace / "runs" / "r" / "report.html").exists()  # the scores are there all the same
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("how", ["gone", "archive flipped", "archive gone", "pointer to nothing"])
+def test_a_broken_champion_is_refused_and_left_as_it_is(copy_of_two: Two, how: str) -> None:
+    store = copy_of_two.workspace / "store"
+    pointer, archive = store / "champion.json", next(store.glob("releases/*/model.tar.gz"))
+    if how == "gone":
+        pointer.unlink()
+    elif how == "archive flipped":
+        data = bytearray(archive.read_bytes())
+        data[1000] ^= 1
+        archive.write_bytes(data)
+    elif how == "archive gone":
+        archive.unlink()
+    else:
+        pointer.write_bytes(pointer.read_bytes().replace(archive.parent.name.encode(), b"0" * 64))
+    before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    with pytest.raises(GateRefused, match="the champion"):
+        run(copy_of_two.config, workspace=copy_of_two.workspace)
+    assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before
+
+
+# ---- any release on any data ----------------------------------------------------------------
+
+
+def test_a_release_is_scored_on_a_root_with_one_split_alone(micro: Micro, tmp_path: Path) -> None:
+    tree = micro.result.outputs["ingest"].folder / "tree"
+    for kind in ("leftImg8bit", "gtFine"):
+        shutil.copytree(tree / kind / "val", tmp_path / "data" / kind / "val")
+    config = config_of(data={"source": "cityscapes", "root": str(tmp_path / "data")})
+    metrics, folder = evaluate_release(config, str(micro.result.release), workspace=tmp_path / "w")
+    ours = micro.result.evaluation
+    assert ours and metrics["source"] == "cityscapes" and metrics["confusion"] == ours["confusion"]
+    assert metrics["data_fingerprint"] == ours["data_fingerprint"] and metrics["release"] == ours["release"]
+    assert (folder / "report.html").exists() and not (tmp_path / "w" / "runs").exists()
+    absent = config_of(data={"source": "cityscapes", "root": str(tmp_path / "data"), "split": "test"})
+    with pytest.raises(DataError, match="test"):
+        evaluate_release(absent, str(micro.result.release), workspace=tmp_path / "w")
+
+
+def test_the_champion_is_the_default_and_the_evaluation_is_shared(two: Two, micro: Micro) -> None:
+    metrics, _ = evaluate_release(micro.config, workspace=two.workspace)
+    assert metrics == micro.result.evaluation
+
+
+def test_a_champion_of_other_classes_refuses_the_candidate(micro: Micro, release_path: Path, tmp_path: Path) -> None:
+    """A store that was used for another data set."""
+    from roadseg.release.store import Champion, FolderStore
+
+    shutil.copytree(micro.workspace / "stages", tmp_path / "stages")
+    store = FolderStore(tmp_path / "store")
+    digest = store.publish(release_path, {})
+    store.promote(Champion(digest, 0.5, "f" * 64, 1), None)
+    with pytest.raises(GateRefused, match="can't be compared on this data .*choose another store") as caught:
+        run(micro.config, workspace=tmp_path)
+    assert "the release knows 3 classes" in str(caught.value) and store.releases() == [digest]
+
+
+def test_held_out_sequences_are_a_split_of_their_own(micro: Micro, tmp_path: Path) -> None:
+    shutil.copytree(micro.workspace / "stages", tmp_path / "stages")
+    rows = (micro.result.outputs["ingest"].folder / "manifest.jsonl").read_text()
+    sequence = next(s for s in ("ahlfurt_000000", "ahlfurt") if f'"sequence":"{s}"' in rows)
+    config = config_of(data={"holdout_sequences": [sequence]}, training={"steps": 1})
+    result = run(config, "evaluate", workspace=tmp_path)
+    assert result.evaluation and result.evaluation["split"] == "val"
+    other = result.evaluation["other_splits"]
+    assert other.keys() == {HOLDOUT} and other[HOLDOUT]["images"] == 3
+    assert set(Shards.load(result.outputs["transform"].folder).shards) == {"train", "val", HOLDOUT}
+    only = config_of(data={"holdout_sequences": [sequence], "split": HOLDOUT}, training={"steps": 1})
+    again = run(only, "evaluate", workspace=tmp_path)
+    assert again.outputs["train"].cached and again.evaluation and again.evaluation["miou"] == other[HOLDOUT]["miou"]
+
+
+# ---- two runs, and what a run leaves --------------------------------------------------------
+
+
+def test_two_runs_at_once_make_everything_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "roadseg")
+    results: list[Any] = []
+    start = threading.Barrier(2)
+
+    def one(name: str) -> None:
+        start.wait()
+        results.append(run(config_of(), "transform", workspace=tmp_path, name=name))
+
+    threads = [threading.Thread(target=one, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [o.content for o in results[0].outputs.values()] == [o.content for o in results[1].outputs.values()]
+    for stage in ("ingest", "transform"):
+        assert sorted(r.outputs[stage].cached for r in results) == [False, True]
+    assert "waiting for ingest" in caplog.text
+
+
+def test_what_another_run_makes_is_busy_at_once(micro: Micro) -> None:
+    output = micro.result.outputs["train"]
+    away = output.folder.with_suffix(".away")
+    output.folder.rename(away)
+    try:
+        with lock(output.folder.with_suffix(".lock"), "", wait=True):
+            started = time.monotonic()
+            with pytest.raises(Busy, match=f"train {output.key} is being made by process"):
+                run(micro.config, "train", workspace=micro.workspace, name="busy", wait=False)
+            assert time.monotonic() - started < 2
+    finally:
+        output.folder.with_suffix(".lock").unlink()
+        away.rename(output.folder)
+
+
+def test_what_a_run_still_going_has_made_is_no_leftover(micro: Micro, tmp_path: Path, monkeypatch: Any) -> None:
+    seen = []
+
+    def spying(*_: object) -> None:
+        seen.extend(leftovers(tmp_path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("roadseg.transform.stage.transform", spying)
+    with pytest.raises(KeyboardInterrupt):
+        run(micro.config, workspace=tmp_path)
+    assert seen == []
+    assert [left.path.name for left in leftovers(tmp_path)] == [f"{micro.result.outputs['transform'].key}.partial"]
+
+
+def test_clean_takes_what_no_run_names(copy_of_two: Two) -> None:
+    assert leftovers(copy_of_two.workspace) == []
+    for record in copy_of_two.workspace.glob("runs/*/run.json"):
+        if record.parent.name != "first":
+            record.unlink()
+    assert [left.path.parent.name for left in leftovers(copy_of_two.workspace)] == ["evaluate", "train"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "a b", "x\n"])
+def test_a_run_s_name_is_no_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="--name"):
+        run_folder(tmp_path, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_are_five_stages(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no stage 'deploy'; expected ingest, transform"):
+        run(config_of(), "deploy", workspace=tmp_path)  # type: ignore[arg-type]

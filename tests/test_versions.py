@@ -1,0 +1,76 @@
+"""Whether a stage's code changed and nobody decided if its outputs are still good.
+
+Each stage's VERSION is part of its outputs' keys. The files below decide what comes out of a stage;
+when one changes, so may the result, and then VERSION has to move. `python tests/test_versions.py
+--record` (make versions) writes the hashes as they are now into stage_sources.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from roadseg.files import json_bytes, read_json, sha256_bytes, sha256_file, write_json
+
+PACKAGE = Path(__file__).parents[1] / "roadseg"
+RECORDED = Path(__file__).parent / "stage_sources.json"
+READING = ("images.py", "image_formats.py", "labels.py", "data/manifest.py")
+SOURCES: dict[str, tuple[str, ...]] = {
+    "ingest": ("ingest/**/*.py", *READING),
+    "transform": ("transform/*.py", "data/shards.py", *READING),
+    "train": (
+        "train/*.py", "model/*.py", "data/augment.py", "data/loader.py", "data/sampler.py", "data/shards.py",
+        "metrics/*.py", "release/archive.py", "release/export.py", "labels.py",
+    ),
+    "evaluate": ("evaluate/*", "metrics/*.py", "inference/predictor.py", "inference/upsample.py", *READING),
+}  # fmt: skip
+NO_OUTPUT = {"push"}  # never cached: its decision is about the champion of the moment
+
+
+def files(stage: str) -> list[Path]:
+    """The stage's source files. A pattern without a match would hide a renamed file: it is an error."""
+    found: set[Path] = set()
+    for pattern in SOURCES[stage]:
+        matches = {p for p in PACKAGE.glob(pattern) if p.is_file()}
+        assert matches, f"{stage}: nothing matches roadseg/{pattern}; correct SOURCES in {Path(__file__).name}"
+        found |= matches
+    return sorted(found)
+
+
+def source_hash(stage: str) -> str:
+    return sha256_bytes(json_bytes([(p.relative_to(PACKAGE).as_posix(), sha256_file(p)) for p in files(stage)]))
+
+
+def version(stage: str) -> int:
+    number = importlib.import_module(f"roadseg.{stage}.stage").VERSION
+    assert isinstance(number, int)
+    return number
+
+
+@pytest.mark.parametrize("stage", SOURCES)
+def test_a_changed_stage_had_its_version_looked_at(stage: str) -> None:
+    recorded = read_json(RECORDED)[stage]
+    if [version(stage), source_hash(stage)] != [recorded["version"], recorded["sources"]]:
+        pytest.fail(
+            f"the code that decides what `{stage}` makes has changed since its VERSION ({version(stage)}) was last "
+            f"looked at. Decide whether VERSION of {stage} moves (roadseg/{stage}/stage.py; it does if the same "
+            "inputs can now give other bytes), then run `make versions`",
+            pytrace=False,
+        )
+
+
+def test_every_stage_is_looked_after() -> None:
+    from roadseg.pipeline import STAGES
+
+    assert set(STAGES) == set(SOURCES) | NO_OUTPUT
+    assert set(read_json(RECORDED)) == set(SOURCES)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--record"]:
+        sys.exit("usage: python tests/test_versions.py --record")
+    write_json(RECORDED, {stage: {"version": version(stage), "sources": source_hash(stage)} for stage in SOURCES})
+    print(f"recorded in {RECORDED}")

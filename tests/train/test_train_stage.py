@@ -1,0 +1,192 @@
+"""From shards to the candidate archive, on the three-class set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import RGB, THREE, write_release, write_shards
+from safetensors.torch import load as load_tensors
+
+from roadseg.config import Config, load_config
+from roadseg.data.shards import Shards
+from roadseg.errors import ArchiveError, ConfigError
+from roadseg.files import read_json_lines
+from roadseg.inference.predictor import Predictor
+from roadseg.labels import LabelSet
+from roadseg.release.archive import WEIGHTS, Release, load_release
+from roadseg.train import checkpoint, stage
+from roadseg.train.stage import choose_device, train_candidate
+
+MODEL = {
+    "backbone": "test_efficientnet", "backbone_weights": "none", "channels": 8, "head": "separable",
+    "atrous_rates": [1, 2, 3],
+}  # fmt: skip
+TRAINING = {"steps": 3, "batch_size": 2, "crop_px": [32, 64], "device": "cpu", "workers": 0, "ema_decay": 0.5}
+
+
+def config(model: dict[str, Any] | None = None, **training: Any) -> Config:
+    return load_config(None, {"model": {**MODEL, **(model or {})}, "training": {**TRAINING, **training}})
+
+
+class Started(Exception):
+    """Raised in place of training, with what the loop would have got."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.network, self.batches, self.validation, _, self.weights, self.settings = arguments[:6]
+
+
+def start(c: Config, shards: Shards, work: Path, init: Release | None = None) -> Started:
+    def stop(*arguments: Any) -> None:
+        raise Started(*arguments)
+
+    work.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Started) as caught:
+        patch.setattr(stage, "train", stop)
+        train_candidate(c, shards, work, init)
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shards, Path]:
+    """Shards, and the folder of a candidate that was trained on them."""
+    folder = tmp_path_factory.mktemp("train")
+    shards = write_shards(folder / "shards")
+    (folder / "work").mkdir()
+    train_candidate(config(), shards, folder / "work")
+    return shards, folder / "work"
+
+
+def test_the_archive_is_the_average_of_the_last_step(made: tuple[Shards, Path]) -> None:
+    shards, work = made
+    release = load_release(work / "model.tar.gz")
+    _, tensors = checkpoint.newest(work / "checkpoints") or (0, {})
+    shipped = load_tensors(release.members[WEIGHTS])
+    assert shipped and not any(name.startswith("auxiliary_heads.") for name in shipped)
+    assert all(torch.equal(value, tensors[f"average.{name}"]) for name, value in shipped.items())
+    assert any(not torch.equal(value, tensors[f"network.{name}"]) for name, value in shipped.items())
+    assert not (work / "model.onnx").exists()
+
+
+def test_it_says_what_it_is_and_what_it_was_trained_on(made: tuple[Shards, Path]) -> None:
+    shards, work = made
+    release = load_release(work / "model.tar.gz")
+    model = release.model
+    assert release.label_set == THREE and release.members["LICENSE-DATA"] == THREE.terms.encode()
+    assert model["training"] == {"source": "test", "steps": 3, "data_fingerprints": shards.fingerprints}
+    assert model["train_class_pixels"] == shards.class_pixels["train"]
+    assert model["export_agreement"] >= 0.9999 and model["temperature"] > 0
+    counted = {k: v for k, v in load_tensors(release.members[WEIGHTS]).items() if k not in ("mean", "std")}
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    assert model["parameters"] == sum(v.numel() for k, v in counted.items() if not k.endswith(buffers))
+    assert model["config"]["training"]["steps"] == 3 and "device" not in model["config"]["training"]
+    assert model["preprocessing"]["mean"] == [120.0] * 3  # from scratch: the data's own, not ImageNet's
+    sheet = cv2.imread(str(work / "contact_sheet.jpg"))
+    assert sheet.shape == (2 * 2 * 120, 4 * 240, 3)  # six samples in two rows, each image over label
+
+
+def test_the_shipped_graph_scores_what_validation_saw(made: tuple[Shards, Path]) -> None:
+    shards, work = made
+    predictor, split = Predictor(load_release(work / "model.tar.gz"), 1), shards.split("val")
+    right = valid = 0
+    for i in range(len(split)):
+        image, label = split.read(i)
+        right += int((predictor(image) == label)[label != 255].sum())
+        valid += int((label != 255).sum())
+    told = [r for r in read_json_lines(work / "history.jsonl") if r.get("split") == "val"][-1]
+    assert told["step"] == 3 and told["pixel_accuracy"] == pytest.approx(right / valid, abs=1e-3)
+
+
+def test_it_starts_from_a_release(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, work = made
+    release = load_release(work / "model.tar.gz")
+    network = start(config(seed=9), shards, tmp_path / "w", release).network
+    state = network.state_dict()
+    for name, value in load_tensors(release.members[WEIGHTS]).items():
+        assert torch.equal(state[name], value), name
+    assert any(name.startswith("auxiliary_heads.") for name in state)  # which no release has: they are new
+    scratch = start(config(seed=9), shards, tmp_path / "s").network.state_dict()
+    assert any(not torch.equal(scratch[name], state[name]) for name in scratch)
+
+
+@pytest.mark.parametrize("change", [{"channels": 16}, {"fusion": "concat"}, {"head": "dense"}, {"low_levels": [4]}])
+def test_a_release_of_another_architecture_is_refused(
+    made: tuple[Shards, Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    shards, work = made
+    release = load_release(work / "model.tar.gz")
+    with pytest.raises(ConfigError, match="training.init_from: release .* has another architecture") as caught:
+        train_candidate(config(change), shards, tmp_path, release)
+    assert '"channels": 8' in str(caught.value)  # what to set the model section to
+
+
+def test_a_release_of_other_classes_is_refused(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    """As many classes would fit the tensors and mean something else."""
+    shards, work = made
+    release = load_release(work / "model.tar.gz")
+    with pytest.raises(ConfigError, match=r"knows other classes \(road, sky, car\); expected red, green, blue"):
+        train_candidate(config(), replace(shards, label_set=RGB), tmp_path, release)
+
+
+def test_weights_that_are_no_safetensors_are_refused(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    release = load_release(write_release(tmp_path / "model.tar.gz", THREE, weights=b"\x80\x04N."))
+    with pytest.raises(ArchiveError, match="weights.safetensors is not readable"):
+        train_candidate(config(), shards, tmp_path, release)
+
+
+def test_enet_weights_are_those_of_train(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    assert start(config(), shards, tmp_path / "a").weights is None
+    weights = start(config(class_weights="enet"), shards, tmp_path / "b").weights
+    valid = [500, 400, 60]
+    assert weights == pytest.approx([1 / math.log(1.02 + n / sum(valid)) for n in valid])
+
+
+def test_length_is_steps_or_epochs(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    for n, (length, steps) in enumerate([({"steps": 7}, 7), ({"steps": None, "epochs": 2}, 6), ({"steps": None}, 180)]):
+        started = start(config(**length), shards, tmp_path / str(n))
+        assert started.settings.steps == steps and started.settings.validate_every == max(1, math.ceil(steps / 10))
+    epochs = start(config(steps=None, epochs=1, batch_size=4), shards, tmp_path / "e")
+    assert epochs.settings.steps == 2  # 6 frames: the second batch reaches into the next epoch
+
+
+def test_every_split_but_train_is_validated_on(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    three = replace(shards, shards={**shards.shards, "holdout": shards.shards["val"]})
+    assert start(config(), three, tmp_path).validation.keys() == {"val", "holdout"}
+
+
+def test_without_train_there_is_nothing_to_learn_from(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    only_val = replace(shards, shards={"val": shards.shards["val"]})
+    with pytest.raises(ConfigError, match="the data set has no train split; evaluate a release on it instead"):
+        train_candidate(config(), only_val, tmp_path)
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    assert choose_device("cpu").type == "cpu" and choose_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("toaster", "cuda:99", ""):
+        with pytest.raises(ConfigError, match=f"training.device: device '{name}' is not available here"):
+            choose_device(name)
+
+
+def test_the_contact_sheet_is_the_same_for_the_same_seed(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, work = made
+    sheets = []
+    for n, seed in enumerate([0, 0, 1]):
+        start(config(seed=seed), shards, tmp_path / str(n))
+        sheets.append((tmp_path / str(n) / "contact_sheet.jpg").read_bytes())
+    assert sheets[0] == sheets[1] == (work / "contact_sheet.jpg").read_bytes() != sheets[2]
+
+
+def test_label_sets_with_many_ids_for_a_class_keep_their_names() -> None:
+    several = LabelSet("s", (*THREE.classes, replace(THREE.classes[0], name="parking", id=9)))
+    assert several.names == THREE.names and np.flatnonzero(several.id_to_train == 0).tolist() == [7, 9]
