@@ -1,6 +1,6 @@
 """The README's picture: a rendered frame, the champion's label map over it, and the truth.
 
-    python benchmarks/readme_picture.py WORKSPACE FRAME_NAME docs/town-prediction.jpg
+python benchmarks/readme_picture.py WORKSPACE FRAME_NAME docs/town-prediction.jpg
 """
 
 from __future__ import annotations

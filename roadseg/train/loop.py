@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from roadseg.data.augment import generator
 from roadseg.data.loader import Batch
 from roadseg.data.shards import Split
 from roadseg.errors import Interrupted, NonFiniteLoss
-from roadseg.files import read_json_lines
+from roadseg.files import read_json_lines, write_atomic
 from roadseg.labels import IGNORE
 from roadseg.metrics.iou import scores
 from roadseg.progress import progress
@@ -115,7 +117,7 @@ class History:
         """Go on after `step`: rows of later steps, written by a run that was killed, are dropped."""
         self._path, self._rows = path, ""
         kept = [row for row in read_json_lines(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def add(self, **row: Any) -> None:
         self._rows += json.dumps(row) + "\n"
@@ -124,13 +126,21 @@ class History:
         """Must come before a checkpoint is saved: its step's rows are never written again."""
         with open(self._path, "a", encoding="utf-8") as f:
             f.write(self._rows)
+            f.flush()
+            os.fsync(f.fileno())
         self._rows = ""
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Inside, SIGTERM and SIGINT are only noted; the yielded function returns the signal, or 0."""
+    """Inside, SIGTERM and SIGINT are only noted; the yielded function returns the signal, or 0.
+
+    Python lets only the main thread handle signals; elsewhere they stay as they are.
+    """
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
     old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: caught[0] if caught else 0
@@ -216,7 +226,7 @@ def train(
             if due or validated or stopped():
                 save(done)
                 last_save = time.monotonic()
-            if stopped() and done < s.steps:
+            if stopped():
                 name = signal.Signals(stopped()).name
                 raise Interrupted(f"stopped by {name} after step {done}; run again to go on", signal_number=stopped())
     history.flush()

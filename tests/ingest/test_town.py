@@ -243,6 +243,8 @@ def test_splits_share_neither_scenes_nor_towns() -> None:
         towns.setdefault(p.split, set()).add(p.town)
     assert all(len(t) > 1 for t in towns.values())
     assert len(set.union(*towns.values())) == sum(len(t) for t in towns.values())
+    smaller = list(places({"val": 5, "train": 7}))
+    assert set(smaller) <= set(todo)
     hashes = {digest(render(2, p.index, 64, 32)) for p in todo}
     assert len(hashes) == 70
 

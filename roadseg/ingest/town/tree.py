@@ -16,6 +16,7 @@ from roadseg.errors import UsageError
 from roadseg.ingest.town.frame import Frame, render
 from roadseg.ingest.town.light import Weather
 from roadseg.labels import CITYSCAPES
+from roadseg.processes import start_worker
 
 # Lossless, and fast: one row filter instead of trying all five halves the time for noisy photographs.
 _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
@@ -29,6 +30,8 @@ _TOWNS = (
     "quellheim", "rosenfurt", "seewald", "tannau", "ulmenau", "vierlinden", "wiesental", "zellbrueck",
 )  # fmt: skip
 TOWNS_PER_SPLIT = 3
+KNOWN_SPLITS = ("train", "val", "test")
+FRAMES_A_SPLIT = 10_000_000  # far more than anyone renders, and a multiple of every cycle of the scenes
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,22 @@ class Place:
 def places(splits: Mapping[str, int]) -> Iterator[Place]:
     """Every frame of the tree. Splits share neither towns nor indices; a town has 20 frames a sequence.
 
-    Raises UsageError for more splits than there are towns, or a negative number of frames.
+    A frame's place and index follow from its split's name and its number there, so that a smaller tree
+    is a part of a larger one, and val is never a part of another tree's train. Raises UsageError for more
+    splits than there are towns, or a number of frames out of range.
     """
-    if len(splits) * TOWNS_PER_SPLIT > len(_TOWNS) or any(n < 0 for n in splits.values()):
+    order = [*KNOWN_SPLITS, *sorted(set(splits) - set(KNOWN_SPLITS))]
+    if len(order) * TOWNS_PER_SPLIT > len(_TOWNS) or any(not 0 <= n <= FRAMES_A_SPLIT for n in splits.values()):
         raise UsageError(
-            f"splits {dict(splits)}", expected=f"at most {len(_TOWNS) // TOWNS_PER_SPLIT} splits of 0 frames or more"
+            f"splits {dict(splits)}",
+            expected=f"at most {len(_TOWNS) // TOWNS_PER_SPLIT} splits with train, val and test, of 0 frames or more",
         )
-    first = 0
-    for s, (split, count) in enumerate(splits.items()):
+    for split, count in splits.items():
+        s = order.index(split)
         towns = _TOWNS[s * TOWNS_PER_SPLIT : (s + 1) * TOWNS_PER_SPLIT]
         for k in range(count):
             town, n = towns[k % TOWNS_PER_SPLIT], k // TOWNS_PER_SPLIT
-            yield Place(split, town, f"{town}_{n // 20:06d}_{n % 20:06d}", first + k)
-        first += count
+            yield Place(split, town, f"{town}_{n // 20:06d}_{n % 20:06d}", s * FRAMES_A_SPLIT + k)
 
 
 def write_tree(
@@ -85,7 +91,7 @@ def write_tree(
                 progress(done)
         return
     # Forking a process that has used OpenCV's threads can hang.
-    with multiprocessing.get_context("spawn").Pool(workers, cv2.setNumThreads, (0,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:
         for done, _ in enumerate(pool.imap_unordered(write, todo, chunksize=4), 1):
             if progress:
                 progress(done)
