@@ -44,19 +44,21 @@ def cross_entropy(
     """Cross-entropy of the bilinearly upsampled logits, averaged over all valid pixels of the batch.
 
     label: uint8 or int64 of train ids; IGNORE counts nowhere, and a batch of void alone gives 0, not
-    NaN. With class weights the mean is weighted by them. Computed in float32.
+    NaN. With class weights every pixel counts as its true class does, also in the smoothed part of its
+    target (torch weighs that part by the other classes, so that a common class's pixels would give a
+    quarter of their target to rare ones). Computed in float32.
     """
     logits = upsample(logits_BKhw.float(), label_BHW.shape[1], label_BHW.shape[2])
     label = label_BHW.long()
-    total = F.cross_entropy(
-        logits, label, class_weights_K, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="sum"
-    )
-    valid = label != IGNORE
-    if class_weights_K is None:
-        count = valid.sum()
-    else:
-        count = (class_weights_K[label.clamp(max=len(class_weights_K) - 1)] * valid).sum()
-    return total / count.clamp(min=torch.finfo(torch.float32).tiny)
+    log_p = F.log_softmax(logits, dim=1)
+    total = F.nll_loss(log_p, label, class_weights_K, ignore_index=IGNORE, reduction="sum")
+    pixel_weights = (label != IGNORE).float()
+    if class_weights_K is not None:
+        pixel_weights = pixel_weights * class_weights_K[label.clamp(max=len(class_weights_K) - 1)]
+    if label_smoothing:
+        spread = -(log_p.mean(dim=1) * pixel_weights).sum()
+        total = (1 - label_smoothing) * total + label_smoothing * spread
+    return total / pixel_weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def enet_weights(class_pixels: Sequence[int]) -> list[float]:

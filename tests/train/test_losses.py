@@ -17,7 +17,9 @@ def reference(logits: np.ndarray, label: np.ndarray, weights: np.ndarray | None,
             continue
         z = logits[b, :, y, x].astype(np.float64)
         log_p = z - z.max() - np.log(np.exp(z - z.max()).sum())
-        total += -(1 - smoothing) * w[truth] * log_p[truth] - smoothing / k * (w * log_p).sum()
+        target = np.full(k, smoothing / k)
+        target[truth] += 1 - smoothing
+        total += -w[truth] * (target * log_p).sum()
         count += w[truth]
     return total / count if count else 0.0
 
