@@ -241,12 +241,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None = None) -> Config:
     """The config of a YAML file with nested `overrides` laid over it.
 
     Raises ConfigError that lists every wrong value and unknown key by its path.
     """
-    return _validated(merge(read_yaml(path) if path else {}, overrides or {}), str(path) if path else "the config")
+    return _validated(
+        merge(read_yaml(Path(path)) if path else {}, overrides or {}), str(path) if path else "the config"
+    )
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -299,8 +301,8 @@ def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description:
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
-    changed = _difference(dataclasses.asdict(parsed), _as_dict(base))
-    return _validated(merge(raw, changed), str(path) if path else "the flags")
+    given = [flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+    return _validated(merge(raw, _picked(dataclasses.asdict(parsed), given)), str(path) if path else "the flags")
 
 
 def _validated(raw: dict[str, Any], where: str) -> Config:
@@ -360,12 +362,13 @@ def _as_mirror(section: BaseModel) -> Any:
     return _mirror(type(section))(**{n: _as_mirror(v) if isinstance(v, BaseModel) else v for n, v in pairs})
 
 
-def _difference(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+def _picked(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The nested values at these dotted keys, and nothing else."""
     out: dict[str, Any] = {}
-    for name, value in new.items():
-        if isinstance(value, dict):
-            if inner := _difference(value, old[name]):
-                out[name] = inner
-        elif value != old[name]:
-            out[name] = value
+    for key in keys:
+        *sections, name = key.split(".")
+        source, target = values, out
+        for section in sections:
+            source, target = source[section], target.setdefault(section, {})
+        target[name] = source[name]
     return out

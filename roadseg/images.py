@@ -73,7 +73,7 @@ def read_bytes(path: Path, limits: Limits = Limits()) -> bytes:
 
 def read_image(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
     """uint8 [H, W, 3] RGB, upright, contiguous and writable. Raises ImageError, or OSError for a path."""
-    with _named(source):
+    with naming(source):
         format_, whole = _open(source, limits)
         if whole.color_type in (0, 2) and whole.depth == 8:
             pixels = _decode_cv2(whole, cv2.IMREAD_COLOR_RGB)
@@ -84,7 +84,7 @@ def read_image(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
 
 def read_label(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
     """uint8 or uint16 [H, W] of ids as stored. Raises ImageError, or OSError for a path."""
-    with _named(source):
+    with naming(source):
         format_, whole = _open(source, limits)
         if format_ == "jpeg":
             raise ImageError("a mask saved as jpeg", expected="a lossless one: jpeg changes ids", todo="export as PNG")
@@ -94,12 +94,12 @@ def read_label(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
 
 
 @contextmanager
-def _named(source: Path | bytes) -> Iterator[None]:
-    """Puts the path of a failing file into its ImageError."""
+def naming(source: Path | str | bytes) -> Iterator[None]:
+    """Puts the path of a failing file into its ImageError; bytes have none."""
     try:
         yield
     except ImageError as e:
-        if e.where or not isinstance(source, Path):
+        if e.where or isinstance(source, bytes):
             raise
         raise ImageError(e.found, expected=e.expected, where=str(source), todo=e.todo) from None
 

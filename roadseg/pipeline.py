@@ -6,6 +6,7 @@ Stages are imported where they run, so that a command that needs no torch does n
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,9 @@ class _Run:
     def keep(self, stage: str, output: Output) -> Output:
         self.outputs[stage] = output
         if self.folder:
-            outputs = {
+            record = self.folder / RECORD
+            earlier = read_json(record)["outputs"] if record.exists() else {}  # later stages of the run before
+            outputs = earlier | {
                 s: {"stage": o.stage, "key": o.key, "content": o.content, "cached": o.cached}
                 for s, o in self.outputs.items()
             }
@@ -141,6 +144,7 @@ class _Run:
         return load_release(find_release(self.config, self.workspace.path, reference)) if reference else None
 
     def evaluate(self) -> Output:
+        self._scored_splits(self.manifest()[0].splits)  # what is wrong here is told before hours of training
         candidate = load_release(self.train().folder / "model.tar.gz")
         return self.keep("evaluate", self.evaluation_of(candidate))
 
@@ -173,8 +177,9 @@ class _Run:
         return [split] + [s for s in present if s == HOLDOUT and s != split]
 
     def push(self) -> Decision:
-        from roadseg.push.stage import push
+        from roadseg.push.stage import push, read_champion
 
+        read_champion(self.store())  # likewise: a store that can't be read
         output = self.evaluate()
         archive = self.outputs["train"].folder / "model.tar.gz"
 
@@ -206,6 +211,7 @@ def run(
     """
     if until not in STAGES:
         raise UsageError(f"no stage {until!r}", expected=", ".join(STAGES))
+    _refuse_spawned()
     folder = run_folder(workspace, name)
     this = _Run(config, Workspace(workspace, wait), folder)
     steps: dict[str, Callable[[], Any]] = {s: getattr(this, s) for s in STAGES}
@@ -237,6 +243,15 @@ def run_folder(workspace: Path, name: str) -> Path:
     folder = workspace / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _refuse_spawned() -> None:
+    """A worker process that runs its parent's script again would wait for its parent for ever."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UsageError(
+            "a script without a __main__ guard was run again by one of its own worker processes",
+            todo='put the call of roadseg below `if __name__ == "__main__":`',
+        )
 
 
 def evaluate_release(

@@ -133,6 +133,10 @@ def leftovers(workspace: Path) -> list[Leftover]:
 
 
 def remove(leftover: Leftover) -> None:
+    """Remove it; one that a run took up again in the meantime is left alone."""
+    if leftover.path.suffix == ".partial" and _held(leftover.path.with_suffix(".lock")):
+        return
+    (leftover.path / RECORD).unlink(missing_ok=True)  # first: what has a record counts as whole
     shutil.rmtree(leftover.path)
     leftover.path.with_suffix(".lock").unlink(missing_ok=True)
 

@@ -94,3 +94,14 @@ def test_the_schema_knows_every_section() -> None:
 def test_show_is_a_config_again() -> None:
     config = load_config(CONFIGS[0])
     assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_a_flag_mends_a_wrong_value_of_the_file_also_with_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("training: {batch_size: abc}\ndata: {source: folder}\n")
+    config = parse_flags(path, ["--training.batch-size", "8", "--data.source=town"], "roadseg run", "")
+    assert (config.training.batch_size, config.data.source) == (8, "town")
+
+
+def test_a_path_may_be_a_string() -> None:
+    assert load_config(str(CONFIGS[0])) == load_config(CONFIGS[0])

@@ -65,6 +65,7 @@ def loader(crops: Crops, batches: Batches, workers: int, pin: bool) -> DataLoade
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole group; only the loop may answer it, with a checkpoint first.
+    # Signals often reach the whole group; only the loop may answer them, with a checkpoint first. A
+    # worker ends when the loader says so, or when it finds its parent gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -140,6 +140,9 @@ class Split:
         self._where = [(folder / shard.file, frame) for shard in shards for frame in shard.frames]
         self._maps: dict[Path, np.memmap] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a map would be pickled as the bytes of its whole file
+
     def __len__(self) -> int:
         return len(self._where)
 

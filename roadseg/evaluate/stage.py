@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from roadseg.data.frames import read_frame
 from roadseg.data.manifest import Manifest, Sample
 from roadseg.errors import DataError
 from roadseg.evaluate.report import Scene, panels, picture, render
 from roadseg.files import read_json, write_json
-from roadseg.images import Limits, read_image, read_label
+from roadseg.images import Limits
 from roadseg.inference.predictor import Predictor
 from roadseg.metrics.confusion import confusion
 from roadseg.metrics.iou import scores
@@ -38,11 +39,7 @@ class Images:
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """(image uint8 [H, W, 3] RGB, train ids uint8 [H, W])."""
-        image = read_image(self.root / sample.image, self.limits)
-        ids = read_label(self.root / sample.label, self.limits)
-        if image.shape[:2] != ids.shape or ids.shape != (sample.height, sample.width):
-            raise DataError("its size changed since ingest", where=sample.image, todo="run ingest again")
-        return image, self.manifest.label_set.id_to_train[ids]
+        return read_frame(self.root, sample, self.manifest.label_set, self.limits)
 
 
 def evaluate(predictor: Predictor, images: Images, splits: Sequence[str], scenes: int, work: Path) -> dict[str, Any]:

@@ -5,14 +5,13 @@ Shapes: B images, K classes, h w the network's output, H W the image.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from roadseg.errors import ArchiveError
 from roadseg.inference.upsample import upsample_argmax
 from roadseg.labels import LabelSet
+from roadseg.processes import cores
 from roadseg.release.archive import Release
 
 
@@ -25,7 +24,7 @@ class Predictor:
 
     def __init__(self, release: Release, threads: int = 0) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or os.cpu_count() or 1
+        options.intra_op_num_threads = threads or cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:

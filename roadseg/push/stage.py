@@ -33,7 +33,7 @@ def push(
     Raises GateRefused when the champion can't be read or compared, StoreError when the store fails.
     """
     for _ in range(ATTEMPTS):
-        champion = _read_champion(store)
+        champion = read_champion(store)
         if champion and champion.digest == candidate.digest:
             decision = decide(evaluation, evaluation, min_gain)
             _complete(store, archive, candidate, evaluation, champion, min_gain)
@@ -51,7 +51,8 @@ def push(
     raise StoreError(f"the champion changed {ATTEMPTS} times while deciding", where=store.address, todo="push again")
 
 
-def _read_champion(store: Store) -> Champion | None:
+def read_champion(store: Store) -> Champion | None:
+    """The champion, or None if there never was one. Raises GateRefused when that can't be told."""
     try:
         return store.champion()
     except StoreError as e:
@@ -105,10 +106,11 @@ def _json(value: Any) -> bytes:
 def promote_by_hand(store: Store, reference: str | None, cache: Path) -> Champion:
     """Point to a release without the gate: `reference`, or the champion before this one if None.
 
-    Its mIoU is the one its evaluation.json in the store says. Raises StoreError when there is no
-    such release or nothing to go back to.
+    Its mIoU is the one it last had as champion, or else its evaluation.json in the store says. Going
+    back twice goes back two champions. Raises StoreError when there is no such release or nothing to
+    go back to.
     """
-    now = store.champion()
+    now, going_back = store.champion(), reference is None
     if reference is None:
         if now is None or not now.previous:
             raise StoreError("there is no champion before this one", where=store.address, todo="see `roadseg releases`")
@@ -116,10 +118,19 @@ def promote_by_hand(store: Store, reference: str | None, cache: Path) -> Champio
     digest = sha256_file(resolve(reference, store, cache))
     if now and digest == now.digest:
         return now  # a second entry would make it its own predecessor, and a rollback would lead nowhere
+    past = next((c for c in reversed(store.history()) if c.digest == digest), None)
+    champion = _successor(digest, _known_evaluation(store, digest, past), now)
+    if going_back and past:
+        champion = replace(champion, previous=past.previous)
+    store.promote(champion, now)
+    return champion
+
+
+def _known_evaluation(store: Store, digest: str, past: Champion | None) -> dict[str, Any]:
+    if past:
+        return {"miou": past.miou, "data_fingerprint": past.data_fingerprint}
     document = store.document(digest, EVALUATION)
     if document is None:
         raise StoreError(f"release {digest[:12]} has no {EVALUATION}", where=store.address, todo="push it first")
-    evaluation = json.loads(document)
-    champion = _successor(digest, evaluation, now)
-    store.promote(champion, now)
-    return champion
+    evaluation: dict[str, Any] = json.loads(document)
+    return evaluation

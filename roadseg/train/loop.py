@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from roadseg.data.augment import generator
 from roadseg.data.loader import Batch
 from roadseg.data.shards import Split
-from roadseg.errors import Interrupted, NonFiniteLoss
+from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
 from roadseg.files import read_json_lines, write_atomic
-from roadseg.labels import IGNORE
+from roadseg.labels import IGNORE, LabelSet
 from roadseg.metrics.iou import scores
 from roadseg.progress import progress
 from roadseg.train import checkpoint
@@ -92,10 +92,14 @@ def batch_loss(output: Any, label_BHW: Tensor, class_weights: Tensor | None, s: 
 
 
 @torch.inference_mode()
-def validate(network: nn.Module, split: Split, num_classes: int, device: torch.device, bf16: bool) -> Tensor:
-    """int64 [K, K] confusion (rows truth) of whole frames, one at a time, on the CPU."""
+def validate(
+    network: nn.Module, split: Split, num_classes: int, device: torch.device, bf16: bool, stopped: Callable[[], int]
+) -> Tensor:
+    """int64 [K, K] confusion (rows truth) of whole frames, one at a time, on the CPU; cut short once `stopped`."""
     matrix = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     for index in range(len(split)):
+        if stopped():
+            break
         image, label = split.read(index)
         image_BHWC, label_HW = (
             torch.from_numpy(image.copy())[None].to(device),
@@ -153,7 +157,7 @@ def train(
     network: nn.Module,
     batches: Callable[[int], Iterator[Batch]],
     validation: dict[str, Split],
-    label_set: Any,
+    label_set: LabelSet,
     class_weights: Sequence[float] | None,
     s: Settings,
     device: torch.device,
@@ -192,7 +196,7 @@ def train(
         source = batches(start)
         for step in range(start, s.steps):
             waited = time.monotonic()
-            batch = next(source)
+            batch = _next(source)
             waited = time.monotonic() - waited
             torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
@@ -213,17 +217,15 @@ def train(
             validated = done % s.validate_every == 0 or done == s.steps
             if validated:
                 for split, frames in validation.items():
-                    result = scores(
-                        validate(average.network, frames, label_set.num_classes, device, s.bf16).numpy(), label_set
-                    )
+                    matrix = validate(average.network, frames, label_set.num_classes, device, s.bf16, stopped)
+                    if stopped():
+                        break
+                    result = scores(matrix.numpy(), label_set)
                     history.add(step=done, split=split, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
                     log.info("step %d: %s mIoU %.4f", done, split, result["miou"] or 0.0)
-            due = (
-                done % s.checkpoint_every == 0
-                if s.checkpoint_every
-                else time.monotonic() - last_save > CHECKPOINT_EVERY_S
-            )
-            if due or validated or stopped():
+            # A validation that was cut short has no scores to save; the checkpoint before it stands.
+            cut_short = validated and stopped()
+            if (validated or stopped() or _due(done, last_save, s)) and not cut_short:
                 save(done)
                 last_save = time.monotonic()
             if stopped():
@@ -232,6 +234,24 @@ def train(
     history.flush()
     checkpoint.prune(folder, 1)
     return average.network
+
+
+def _due(step: int, last_save_s: float, s: Settings) -> bool:
+    if s.checkpoint_every:
+        return step % s.checkpoint_every == 0
+    return time.monotonic() - last_save_s > CHECKPOINT_EVERY_S
+
+
+def _next(source: Iterator[Batch]) -> Batch:
+    try:
+        return next(source)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise RoadsegError(
+            "a loader process died",
+            todo="memory or /dev/shm may be full: lower training.workers or training.batch_size; run again to go on",
+        ) from e
 
 
 def _non_finite(loss: float, norm: float, step: int, batch: Batch) -> NonFiniteLoss:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +23,12 @@ from roadseg.data.loader import Batch, Crops, loader
 from roadseg.data.sampler import Batches
 from roadseg.data.shards import Shards, Split
 from roadseg.errors import ArchiveError, ConfigError
+from roadseg.files import sha256_file
 from roadseg.images import encode_jpeg
 from roadseg.labels import IGNORE, LabelSet
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus, build
-from roadseg.release.archive import WEIGHTS, Release, write_archive
+from roadseg.processes import cores
+from roadseg.release.archive import TERMS, WEIGHTS, Release, write_archive
 from roadseg.release.export import check_export, export_onnx
 from roadseg.train.loop import Settings, train
 from roadseg.train.losses import enet_weights
@@ -54,7 +55,7 @@ def train_candidate(config: Config, shards: Shards, work: Path, init: Release | 
     network = _network(config.model, t, shards, init)
     crops = Crops(frames, _augmentation(t), t.seed, _fill(shards))
     write_contact_sheet(crops, shards.label_set, work / "contact_sheet.jpg")
-    workers = t.workers if t.workers >= 0 else (min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0)
+    workers = t.workers if t.workers >= 0 else (min(8, cores() - 1) if device.type == "cuda" else 0)
 
     def batches(step: int) -> Iterator[Batch]:
         order = Batches(len(frames), t.batch_size, t.seed, step, steps)
@@ -64,7 +65,7 @@ def train_candidate(config: Config, shards: Shards, work: Path, init: Release | 
     weights = enet_weights(shards.class_pixels["train"][:-1]) if t.class_weights == "enet" else None
     average = train(network, batches, validation, shards.label_set, weights, _settings(t, steps, device), device, work)
     assert isinstance(average, DeepLabV3Plus)
-    _pack(config, shards, average.inference_network().cpu(), steps, validation or {"train": frames}, work)
+    _pack(config, shards, average.inference_network().cpu(), steps, validation or {"train": frames}, init, work)
 
 
 def choose_device(name: str) -> torch.device:
@@ -157,10 +158,16 @@ def write_contact_sheet(crops: Crops, label_set: LabelSet, path: Path, samples: 
 
 
 def _pack(
-    config: Config, shards: Shards, network: DeepLabV3Plus, steps: int, validation: dict[str, Split], work: Path
+    config: Config,
+    shards: Shards,
+    network: DeepLabV3Plus,
+    steps: int,
+    validation: dict[str, Split],
+    init: Release | None,
+    work: Path,
 ) -> None:
     """Export the averaged network, prove the graph equal to it on real frames, and write model.tar.gz."""
-    split = next(iter(validation.values()))
+    split = validation.get("val") or next(iter(validation.values()))  # a held-out split is for scoring alone
     chosen = np.linspace(0, len(split) - 1, min(CHECKED_FRAMES, len(split))).astype(int)
     samples = [split.read(int(i))[0].copy() for i in chosen]
     onnx_path = work / "model.onnx"
@@ -180,15 +187,27 @@ def _pack(
         "architecture": network.architecture.to_json(),
         "parameters": network.count_parameters(),
         "config": {k: config.key_fields()[k] for k in ("model", "training")},
-        "training": {"source": shards.source, "steps": steps, "data_fingerprints": shards.fingerprints},
+        "training": {
+            "source": shards.source,
+            "steps": steps,
+            "data_fingerprints": shards.fingerprints,
+            "started_from": f"release {init.digest}" if init else _weights(config.model.backbone_weights),
+        },
         "train_class_pixels": shards.class_pixels["train"],
         "export_agreement": agreement,
         "package_version": roadseg.__version__,
         "code_commit": _commit(),
     }
-    write_archive(work / "model.tar.gz", model, onnx_path.read_bytes(), save_tensors(tensors), shards.label_set.terms)
+    terms = shards.label_set.terms
+    if init:
+        terms += f"\n\nStarted from release {init.digest}, whose data terms are:\n" + init.members[TERMS].decode()
+    write_archive(work / "model.tar.gz", model, onnx_path.read_bytes(), save_tensors(tensors), terms)
     onnx_path.unlink()
     log.info("exported graph agrees with the network on %.4f %% of pixels", 100 * agreement)
+
+
+def _weights(given: str) -> str:
+    return given if given in ("none", "imagenet") else f"backbone weights {sha256_file(Path(given))}"
 
 
 def _commit() -> str:

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from roadseg.config import Transform
+from roadseg.data.frames import read_frame
 from roadseg.data.manifest import Manifest, Sample
 from roadseg.data.shards import Shard, Shards, write_frame
 from roadseg.errors import DataError, RoadsegError
 from roadseg.files import sha256_file
-from roadseg.images import Limits, read_image, read_label
+from roadseg.images import Limits
 from roadseg.labels import LabelSet
 from roadseg.processes import cores, start_worker
 from roadseg.progress import progress
@@ -110,11 +111,7 @@ def _write_shard(job: _Job) -> tuple[_Job, Shard, np.ndarray]:
     partial = job.file.with_suffix(".tmp")
     with open(partial, "wb") as f:
         for sample in job.samples:
-            image = read_image(job.root / sample.image, job.limits)
-            ids = read_label(job.root / sample.label, job.limits)
-            if image.shape[:2] != ids.shape or ids.shape != (sample.height, sample.width):
-                raise DataError("its size changed since ingest", where=sample.image, todo="run ingest again")
-            label = job.label_set.id_to_train[ids]
+            image, label = read_frame(job.root, sample, job.label_set, job.limits)
             frames.append(write_frame(f, sample.name, sample.sequence, image, label))
             for channel in range(3):
                 colours[channel] += np.bincount(image[..., channel].ravel(), minlength=256)

@@ -121,7 +121,7 @@ def test_files_that_changed_since_ingest_or_are_too_large(predictor: Predictor, 
         scored(predictor, tmp_path, max_pixels=10)
     manifest = write_frames(tmp_path / "data", RGB, {"val": [frame(0, 0)]})
     write_frames(tmp_path / "data", RGB, {"val": [frame(1, 0)]})
-    with pytest.raises(DataError, match="val/0.png: its size changed since ingest"):
+    with pytest.raises(DataError, match="val/0.png: changed since ingest"):
         evaluate(predictor, Images(manifest, tmp_path / "data", Limits()), ["val"], 1, tmp_path)
 
 
