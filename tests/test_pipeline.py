@@ -224,7 +224,7 @@ def test_an_unreadable_pointer_is_refused_and_left_as_it_is(copy_of_two: Two, co
             run(config, workspace=copy_of_two.workspace, name="r")
         assert caught.value.exit_code == 4
         assert pointer.read_bytes() == content
-    assert (copy_of_two.workspace / "runs" / "r" / "report.html").exists()  # the scores are there all the same
+    assert not (copy_of_two.workspace / "runs" / "r" / "run.json").exists()  # told before any stage ran
 
 
 @pytest.mark.fault

@@ -23,10 +23,11 @@ pytestmark = pytest.mark.fault
 DEADLINE_S = 240
 
 
-def start(workspace: Path) -> subprocess.Popen[bytes]:
+def start(workspace: Path, *flags: str) -> subprocess.Popen[bytes]:
     """`roadseg run` in a process group of its own. One thread, as in the tests: it decides how floats are summed."""
     environment = {**os.environ, "PYTHONPATH": str(Path(roadseg.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "roadseg.cli", "run", "--config", str(MICRO), "--workspace", str(workspace)]
+    command += flags
     with open(workspace.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -99,12 +100,15 @@ def test_killed_in_every_stage_and_run_again_the_same_comes_out(micro: Micro, tm
     assert_like(micro, workspace)
 
 
-def test_sigterm_in_training_is_143_with_a_checkpoint_and_it_goes_on(micro: Micro, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to_the_group", [False, True])
+def test_sigterm_in_training_is_143_with_a_checkpoint_and_it_goes_on(
+    micro: Micro, tmp_path: Path, to_the_group: bool
+) -> None:
     workspace = tmp_path / "w"
-    process = start(workspace)
+    process = start(workspace, "--training.workers", "2" if to_the_group else "0")
     stages = workspace / "stages"
     assert when(process, lambda: any(stages.glob("train/*.partial/checkpoints/step-00000001.json")))
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM) if to_the_group else process.terminate()
     assert process.wait(60) == 143, workspace.with_suffix(".log").read_text()
     assert "roadseg run: stopped by SIGTERM after step" in workspace.with_suffix(".log").read_text()
     found = checkpoint.newest(next(stages.glob("train/*.partial")) / "checkpoints")

@@ -162,7 +162,17 @@ def test_by_hand_back_and_forth(made: Made, tmp_path: Path) -> None:
     assert (back.digest, back.miou, back.serial) == (made.digest(1), 0.5, 3)
     before = made.bytes()
     assert promote_by_hand(made.store, made.digest(1)[:8], tmp_path).serial == 3 and made.bytes() == before
-    assert promote_by_hand(made.store, None, tmp_path).digest == made.digest(2)
+    with pytest.raises(StoreError, match="no champion before"):  # going back again does not go forth
+        promote_by_hand(made.store, None, tmp_path)
+    assert promote_by_hand(made.store, made.digest(2), tmp_path).digest == made.digest(2)
+
+
+def test_two_rollbacks_go_back_two_champions(made: Made, tmp_path: Path) -> None:
+    made.mious[3] = 0.9
+    for number in (1, 2, 3):
+        made.push(number)
+    back = [promote_by_hand(made.store, None, tmp_path).digest for _ in range(2)]
+    assert back == [made.digest(2), made.digest(1)]
 
 
 def test_by_hand_only_what_was_evaluated(made: Made, tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def test_it_says_what_it_is_and_what_it_was_trained_on(made: tuple[Shards, Path]
     release = load_release(work / "model.tar.gz")
     model = release.model
     assert release.label_set == THREE and release.members["LICENSE-DATA"] == THREE.terms.encode()
-    assert model["training"] == {"source": "test", "steps": 3, "data_fingerprints": shards.fingerprints}
+    assert model["training"] == {
+        "source": "test", "steps": 3, "data_fingerprints": shards.fingerprints, "started_from": "none"
+    }  # fmt: skip
     assert model["train_class_pixels"] == shards.class_pixels["train"]
     assert model["export_agreement"] >= 0.9999 and model["temperature"] > 0
     counted = {k: v for k, v in load_tensors(release.members[WEIGHTS]).items() if k not in ("mean", "std")}

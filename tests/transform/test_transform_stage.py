@@ -82,7 +82,7 @@ def test_a_file_that_changed_since_ingest(tmp_path: Path) -> None:
     manifest = frames(tmp_path / "data", train=3)
     (tmp_path / "data" / "train" / "1_ids.png").write_bytes(encode_label_png(np.zeros((4, 4), np.uint8)))
     (tmp_path / "work").mkdir()
-    with pytest.raises(DataError, match="train/1.png: changed since ingest"):
+    with pytest.raises(DataError, match="train/1_ids.png: changed since ingest"):
         transform(SETTINGS, manifest, tmp_path / "data", tmp_path / "work", Limits(), 1)
     (tmp_path / "data" / "train" / "1.png").unlink()
     with pytest.raises((OSError, RoadsegError), match="1.png"):
@@ -111,9 +111,11 @@ def test_damaged_shards_are_made_again_and_others_left(tmp_path: Path, caplog: p
 def test_a_shard_that_the_originals_no_longer_give(tmp_path: Path) -> None:
     manifest, shards = made(tmp_path, train=2)
     (tmp_path / "work" / "train-00000.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="no longer give this shard"):
+        rebuild(shards.damaged(), Transform(shard_frames=1), manifest, tmp_path / "data", shards, Limits())
     image = np.full((40, 60, 3), 9, np.uint8)
     (tmp_path / "data" / manifest.samples[0].image).write_bytes(cv2.imencode(".png", image)[1].tobytes())
-    with pytest.raises(DataError, match="no longer give this shard"):
+    with pytest.raises(DataError, match="changed since ingest"):
         rebuild(shards.damaged(), SETTINGS, manifest, tmp_path / "data", shards, Limits())
 
 
