@@ -1,6 +1,6 @@
 """Forward and backward of one batch; on CUDA replayed as one graph.
 
-Run eagerly, a step of this network launches some 2,500 kernels and the CPU is what bounds it; a
+Run eagerly, a step is bound by the CPU that launches its many small kernels (docs/experiments.md); a
 graph launches them at once. Clipping, the optimizer and the average stay outside: they are few
 kernels, and the loop must look at the loss before it lets the optimizer step.
 """
