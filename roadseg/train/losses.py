@@ -19,7 +19,7 @@ from roadseg.labels import IGNORE
 def upsample(logits_BKhw: Tensor, height_px: int, width_px: int) -> Tensor:
     """Bilinear, align_corners=False: F.interpolate as two matrix products, whose gradient is fast.
 
-    On an H100 the gradient of F.interpolate alone took a quarter of a training step's kernel time (docs/experiments.md).
+    On an H100 the gradient of F.interpolate alone took a quarter of a step's kernel time (docs/experiments.md).
     """
     rows = _interpolation(logits_BKhw.shape[2], height_px, logits_BKhw.device)
     columns = _interpolation(logits_BKhw.shape[3], width_px, logits_BKhw.device)
