@@ -10,12 +10,11 @@ Had the town's colours given its classes away, these would score well.
 from __future__ import annotations
 
 import argparse
-import platform
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from machine import cpu_name
 
 from roadseg.ingest.town import render
 from roadseg.ingest.town.tree import places
@@ -23,14 +22,6 @@ from roadseg.labels import IGNORE, TOWN
 
 WIDTH, HEIGHT = 256, 128
 COLOUR_BINS, X_BINS, Y_BINS = 10, 6, 16
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def pixels(seed: int, split: str, splits: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:

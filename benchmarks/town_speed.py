@@ -6,7 +6,6 @@ python benchmarks/town_speed.py [--width 512] [--height 256] [--frames 40]
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
@@ -15,20 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import cv2
+from machine import cpu_name
 
 from roadseg.ingest.town import WEATHERS, Frame, render
 from roadseg.ingest.town.light import Weather
 from roadseg.ingest.town.tree import Place, make_folders, write_frame
 
 ROUNDS = 5
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def rate(work: Callable[[int], object], frames: int) -> tuple[float, float]:

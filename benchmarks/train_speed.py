@@ -1,0 +1,142 @@
+"""Milliseconds of a training step without loading, beside segmentation_models.pytorch and the reference model.
+
+    python benchmarks/train_speed.py [--size 360x480] [--batch 16] [--classes 11] [--steps 30]
+
+A step is all that the loop does between two batches: copy to the device, forward, loss, backward,
+clipping, the finite check, AdamW, the average of the weights. Peers get the same loss on logits
+upsampled by F.interpolate, under autocast, channels last, and no average. Rounds of all forms are
+interleaved; medians are printed. segmentation_models.pytorch is left out where it is not installed.
+On CUDA the precision is bf16, elsewhere fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from machine import cpu_name
+from reference_model import ReferenceModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from roadseg.data.loader import Batch
+from roadseg.labels import IGNORE
+from roadseg.model import Architecture, build
+from roadseg.train.ema import EMA
+from roadseg.train.gradients import EAGER_STEPS, Gradients
+from roadseg.train.losses import cross_entropy
+
+ROUNDS = 5
+
+
+def ours(architecture: Architecture, batch: Batch, device: torch.device, graph: bool) -> Callable[[], object]:
+    network = build(architecture, seed=0).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=device.type == "cuda")
+    average = EMA(network, 0.999)
+    weights = torch.ones(architecture.num_classes, device=device)
+
+    def loss_of(output: object, label: Tensor) -> Tensor:
+        main, *auxiliary = [output] if isinstance(output, Tensor) else [output.logits, *output.auxiliary]  # type: ignore[attr-defined]
+        return cross_entropy(main, label, weights, 0.05) + sum(
+            0.4 * cross_entropy(a, label, weights, 0.05) for a in auxiliary
+        )
+
+    gradients = Gradients(network, loss_of, device, device.type == "cuda", graph)
+
+    def step() -> None:
+        loss = gradients(batch)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        torch.stack([loss, norm]).tolist()
+        optimizer.step()
+        average.update(1)
+
+    return step
+
+
+def peer(network: nn.Module, batch: Batch, device: torch.device) -> Callable[[], object]:
+    network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=device.type == "cuda")
+
+    def step() -> None:
+        image = batch.image_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        label = batch.label_BHW.to(device, non_blocking=True).long()
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = network(image)
+        logits = F.interpolate(logits.float(), size=label.shape[1:], mode="bilinear")
+        loss = F.cross_entropy(logits, label, ignore_index=IGNORE)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        torch.stack([loss.detach(), norm]).tolist()
+        optimizer.step()
+
+    return step
+
+
+def forms(a: argparse.Namespace, batch: Batch, device: torch.device) -> dict[str, Callable[[], object]]:
+    heads = Architecture(a.classes, auxiliary=True)
+    plain = Architecture(a.classes)
+    made = {
+        "roadseg, two auxiliary heads, eager": ours(heads, batch, device, False),
+        "roadseg, no auxiliary heads, eager": ours(plain, batch, device, False),
+    }
+    if device.type == "cuda":
+        made["roadseg, two auxiliary heads, CUDA graph"] = ours(heads, batch, device, True)
+        made["roadseg, no auxiliary heads, CUDA graph"] = ours(plain, batch, device, True)
+        finer = Architecture(a.classes, auxiliary=True, low_levels=(8, 4, 2))
+        made["roadseg, two auxiliary heads, stride-2 level, CUDA graph"] = ours(finer, batch, device, True)
+    made["reference model, eager"] = peer(ReferenceModel(a.classes), batch, device)
+    try:
+        from segmentation_models_pytorch import DeepLabV3Plus
+    except ImportError:
+        print("segmentation_models.pytorch is not installed: left out")
+    else:
+        network = DeepLabV3Plus("tu-mobilenetv2_100", encoder_weights=None, classes=a.classes)
+        made["segmentation_models.pytorch, same backbone, eager"] = peer(network, batch, device)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="360x480", help="height x width of a crop")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--classes", type=int, default=11)
+    parser.add_argument("--steps", type=int, default=30, help="steps a round")
+    a = parser.parse_args()
+    height, width = map(int, a.size.split("x"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    print(f"{name}, PyTorch {torch.__version__}, Python {platform.python_version()}, batch {a.batch} of {a.size}")
+    torch.backends.cudnn.benchmark = True
+    draw = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (a.batch, height, width, 3), dtype=torch.uint8, generator=draw)
+    label = torch.randint(0, a.classes, (a.batch, height, width), dtype=torch.uint8, generator=draw)
+    if device.type == "cuda":
+        image, label = image.pin_memory(), label.pin_memory()
+    steps = forms(a, Batch(image, label, ()), device)
+    for step in steps.values():
+        for _ in range(EAGER_STEPS + 5 if device.type == "cuda" else 1):
+            step()
+    took: dict[str, list[float]] = {form: [] for form in steps}
+    for _ in range(ROUNDS):
+        for form, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(a.steps):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            took[form].append((time.perf_counter() - start) / a.steps)
+    print("| form | ms a step | images/s |\n|---|---|---|")
+    for form, seconds in took.items():
+        median = statistics.median(seconds)
+        print(f"| {form} | {median * 1000:.1f} | {a.batch / median:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
