@@ -168,7 +168,7 @@ def train(
     batches(step): the batches from 0-based `step` on. validation: splits scored every
     `s.validate_every` steps. Checkpoints and history.jsonl lie in `work`; what is there is gone on
     from. Raises NonFiniteLoss before the step that would spoil the weights, Interrupted after a
-    signal, with a checkpoint saved.
+    signal, with a checkpoint saved; during a validation the one before it stands.
     """
     torch.backends.cudnn.benchmark = True  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
