@@ -78,6 +78,15 @@ class Transform(Section):
     """Shards: train-ready copies of the frames."""
 
     shard_frames: Positive = Field(64, description="frames in a shard")
+    format: Literal["raw", "jpeg", "lossless"] = Field(
+        "raw", description="of the images: raw for speed, jpeg or lossless for size"
+    )
+    jpeg_quality: Annotated[int, Field(ge=50, le=100)] = Field(95, description="of format jpeg")
+    shards: str = Field(
+        "",
+        description="train from these finished shards (a folder or s3://bucket/prefix) instead",
+        json_schema_extra=_OUT,
+    )
 
 
 class Model(Section):
@@ -142,6 +151,9 @@ class Training(Section):
     )
     clip_norm: Annotated[float, Field(ge=0)] = Field(5.0, description="gradient norm limit; 0: none")
     augment: Augment = Field(Augment(), description="random draws")
+    class_uniform: Fraction = Field(
+        0.0, description="share of samples that are crops around a class drawn uniformly, instead of a frame"
+    )
     seed: int = Field(0, description="of initial weights, order and draws")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
     init_from: str = Field(
@@ -153,6 +165,14 @@ class Training(Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=_OUT)
     cuda_graph: bool = Field(True, description="on CUDA, forward and backward as one graph", json_schema_extra=_OUT)
+    augment_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="where crops are scaled, turned and coloured; auto: where the training is",
+        json_schema_extra=_OUT,
+    )
+    frames_on_gpu: Literal["auto", "never", "always"] = Field(
+        "auto", description="hold all of train in GPU memory; auto: if it fits in a quarter", json_schema_extra=_OUT
+    )
     workers: Annotated[int, Field(ge=-1)] = Field(
         -1, description="loader processes; 0: none, -1: chosen by the machine", json_schema_extra=_OUT
     )

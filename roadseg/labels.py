@@ -17,7 +17,11 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class LabelClass:
-    """One class as it stands in the masks. `train_id` is IGNORE for what is not learned."""
+    """One class as it stands in the masks. `train_id` is IGNORE for what is not learned.
+
+    cityscapes: the Cityscapes train class that it counts as where data sets are brought together; ""
+    for none, None for the one of the same name if there is one.
+    """
 
     name: str
     id: int
@@ -25,6 +29,7 @@ class LabelClass:
     color: tuple[int, int, int]  # RGB
     category: str = ""
     has_instances: bool = False
+    cityscapes: str | None = None
 
 
 @dataclass(frozen=True)

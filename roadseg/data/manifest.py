@@ -8,16 +8,17 @@ an absolute path, so equal data gives equal bytes wherever it lies.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from roadseg.data.masks import MaskForm
 from roadseg.errors import DataError
 from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
 from roadseg.labels import LabelSet
 
-SCHEMA = 1
+SCHEMA = 2
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -27,7 +28,8 @@ class Sample:
 
     Paths are posix, relative to the data root; `instances` is "" where there are none. `name` is unique
     in its split; `sequence` is "" where unknown. `width`, `height` in pixels, of the upright image.
-    `histogram`: pixels by train id, void last.
+    `histogram`: pixels by train id, void last. `part`: which part of a mixed data set it is from, "" when
+    it is not mixed.
     """
 
     split: str
@@ -43,15 +45,27 @@ class Sample:
     image_bytes: int
     label_bytes: int
     histogram: tuple[int, ...]
+    part: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All samples of a data set, sorted by (split, name)."""
+    """All samples of a data set, sorted by (split, name).
+
+    label_set: what is learned and scored. forms: how the masks of each part are written; where none
+    are given, they hold the label set's own ids. part_weights: of a mixed data set, how often a sample
+    is drawn from each part.
+    """
 
     source: str
     label_set: LabelSet
     samples: tuple[Sample, ...]
+    forms: dict[str, MaskForm] = field(default_factory=dict)
+    part_weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.forms:
+            object.__setattr__(self, "forms", {"": MaskForm("ids", self.label_set)})
 
     @cached_property
     def _by_split(self) -> dict[str, tuple[Sample, ...]]:
@@ -80,7 +94,9 @@ class Manifest:
         Names and places of files don't matter; it changes with any byte of any image or label.
         """
         pairs = sorted((s.image_sha256, s.label_sha256) for s in self.split(split))
-        return sha256_bytes(json_bytes([pairs, self.label_set.mapping_digest]))
+        parts = {s.part for s in self.split(split)}
+        meaning = {part: self.forms[part].digest for part in sorted(parts)}
+        return sha256_bytes(json_bytes([pairs, meaning.get("", meaning)]))
 
     def histogram(self, split: str) -> tuple[int, ...]:
         """Pixels of the split by train id, void last."""
@@ -98,7 +114,14 @@ class Manifest:
             }
             for split, samples in self._by_split.items()
         }
-        return {"schema": SCHEMA, "source": self.source, "label_set": self.label_set.to_json(), "splits": splits}
+        return {
+            "schema": SCHEMA,
+            "source": self.source,
+            "label_set": self.label_set.to_json(),
+            "forms": {part: form.to_json() for part, form in self.forms.items()},
+            "part_weights": self.part_weights,
+            "splits": splits,
+        }
 
     def save(self, folder: Path) -> None:
         ordered = sorted(self.samples, key=lambda s: (s.split, s.name))
@@ -108,9 +131,9 @@ class Manifest:
     @staticmethod
     def load(folder: Path) -> Manifest:
         """Raises DataError with file and line for anything that `save` would not have written."""
-        source, label_set, splits = _read_dataset(folder / "dataset.json")
-        samples = _read_samples(folder / "manifest.jsonl", label_set.num_classes + 1)
-        manifest = Manifest(source, label_set, samples)
+        empty, splits = _read_dataset(folder / "dataset.json")
+        samples = _read_samples(folder / "manifest.jsonl", empty.label_set.num_classes + 1, set(empty.forms))
+        manifest = replace(empty, samples=samples)
         if json_bytes(manifest.summary()["splits"]) != json_bytes(splits):
             raise _broken("its samples are not those that dataset.json sums up", folder / "manifest.jsonl")
         return manifest
@@ -129,7 +152,7 @@ def _read(path: Path) -> bytes:
         raise _broken("there is no such file", path) from None
 
 
-def _read_dataset(path: Path) -> tuple[str, LabelSet, Any]:
+def _read_dataset(path: Path) -> tuple[Manifest, Any]:
     try:
         data = json.loads(_read(path))
         if data["schema"] != SCHEMA:
@@ -138,18 +161,20 @@ def _read_dataset(path: Path) -> tuple[str, LabelSet, Any]:
         if not all(isinstance(c.id, int) and isinstance(c.train_id, int) for c in label_set.classes):
             raise TypeError("class ids are no whole numbers")
         label_set.mapping_digest, label_set.trained  # noqa: B018 (fails here on train ids that are not 0..n-1)
-        return str(data["source"]), label_set, data["splits"]
+        forms = {str(part): MaskForm.from_json(form) for part, form in data["forms"].items()}
+        weights = {str(part): float(weight) for part, weight in data["part_weights"].items()}
+        return Manifest(str(data["source"]), label_set, (), forms, weights), data["splits"]
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError) as e:
         raise _broken(f"is no dataset.json ({type(e).__name__}: {e})", path) from None
 
 
-def _read_samples(path: Path, bins: int) -> tuple[Sample, ...]:
+def _read_samples(path: Path, bins: int, parts: set[str]) -> tuple[Sample, ...]:
     samples: list[Sample] = []
     for number, line in enumerate(_read(path).split(b"\n"), 1):
         if not line:
             continue
         try:
-            samples.append(_sample(json.loads(line), bins))
+            samples.append(_sample(json.loads(line), bins, parts))
         except (ValueError, TypeError, RecursionError) as e:
             raise _broken(f"is no sample ({e})", path, number) from None
         if len(samples) > 1 and (samples[-1].split, samples[-1].name) <= (samples[-2].split, samples[-2].name):
@@ -157,7 +182,7 @@ def _read_samples(path: Path, bins: int) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
-def _sample(row: Any, bins: int) -> Sample:
+def _sample(row: Any, bins: int, parts: set[str]) -> Sample:
     kinds = {f.name: f.type for f in fields(Sample)}
     if not isinstance(row, dict) or set(row) != set(kinds):
         raise ValueError(f"its keys are not {', '.join(kinds)}")
@@ -171,6 +196,8 @@ def _sample(row: Any, bins: int) -> Sample:
             raise ValueError(f"{name} is no SHA-256")
         if name in ("image", "label", "instances") and (value.startswith("/") or ".." in value.split("/")):
             raise ValueError(f"{name} points out of the data root")
+    if row["part"] not in parts:
+        raise ValueError(f"part {row['part']!r} is none of the data set's")
     histogram = row["histogram"]
     if not isinstance(histogram, list) or any(type(n) is not int or n < 0 for n in histogram):
         raise ValueError("histogram is no list of whole numbers from 0")

@@ -28,7 +28,11 @@ INDEX = "shards.json"
 
 @dataclass(frozen=True)
 class Frame:
-    """Where one frame lies. Offsets and sizes in bytes, from the start of the shard file."""
+    """Where one frame lies. Offsets and sizes in bytes, from the start of the shard file.
+
+    part: of a mixed data set, "" otherwise. centroids: (train id, y, x) in pixels of the frame, where
+    a class has pixels: what class-uniform sampling puts its crops on.
+    """
 
     name: str
     sequence: str
@@ -37,6 +41,8 @@ class Frame:
     image_offset: int
     label_offset: int
     label_bytes: int
+    part: str = ""
+    centroids: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,3 +167,9 @@ class Split:
         packed = data[frame.label_offset : frame.label_offset + frame.label_bytes]
         label = np.frombuffer(zstandard.decompress(packed.data, pixels), np.uint8).reshape(shape)
         return image.view(np.ndarray), label
+
+    def read_box(self, index: int, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """(image uint8 [height, width, 3] RGB, label uint8 [height, width]) of a box that lies in the frame."""
+        image, label = self.read(index)
+        box = slice(top, top + height), slice(left, left + width)
+        return image[box], label[box]

@@ -39,7 +39,7 @@ class Images:
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """(image uint8 [H, W, 3] RGB, train ids uint8 [H, W])."""
-        return read_frame(self.root, sample, self.manifest.label_set, self.limits)
+        return read_frame(self.root, sample, self.manifest.forms[sample.part], self.limits)
 
 
 def evaluate(predictor: Predictor, images: Images, splits: Sequence[str], scenes: int, work: Path) -> dict[str, Any]:

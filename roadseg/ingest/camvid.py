@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from roadseg.ingest.pairs import Finding, Pair, below, by_key, empty, match, not_there, pictures, unusable_names
+from roadseg.ingest.findings import Finding
+from roadseg.ingest.pairs import Pair, below, by_key, empty, match, not_there, pictures, unusable_names
 
 LOOKED_FOR = "train/ with trainannot/, val/ with valannot/, or test/ with testannot/"
 

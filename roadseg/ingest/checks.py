@@ -10,7 +10,8 @@ from roadseg.data.manifest import Sample
 from roadseg.errors import DataError
 from roadseg.images import Limits
 from roadseg.ingest.duplicates import duplicates
-from roadseg.ingest.pairs import Finding, Pair, plural, split_order
+from roadseg.ingest.findings import Finding, plural
+from roadseg.ingest.pairs import Pair, split_order
 from roadseg.ingest.reading import Seen, read_all
 from roadseg.labels import IGNORE, LabelSet
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from roadseg.ingest.pairs import Finding, Pair, by_key, empty, match, not_there, pictures, plural, unusable_names
+from roadseg.ingest.findings import Finding, plural
+from roadseg.ingest.pairs import Pair, by_key, empty, match, not_there, pictures, unusable_names
 
 LOOKED_FOR = (
     "leftImg8bit/<train|val|test>/<city>/*_leftImg8bit.png with gtFine/<train|val|test>/<city>/*_gtFine_labelIds.png"

@@ -26,7 +26,8 @@ from typing import Any
 import yaml
 
 from roadseg.errors import ConfigError
-from roadseg.ingest.pairs import Finding, Pair, by_key, empty, match, not_there, pictures, unusable_names
+from roadseg.ingest.findings import Finding
+from roadseg.ingest.pairs import Pair, by_key, empty, match, not_there, pictures, unusable_names
 from roadseg.labels import IGNORE, LabelClass, LabelSet
 
 _KEYS = ("name", "classes", "ignore", "splits", "image_suffix", "label_suffix", "sequence", "terms")

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from roadseg.errors import DataError
+from roadseg.ingest.findings import Finding, plural
 
 # Which files are pictures goes by these endings; what a picture is goes by its content.
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -16,7 +16,10 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its label; posix paths relative to the data root, `instances` "" where there are none."""
+    """An image and its label; posix paths relative to the data root, `instances` "" where there are none.
+
+    part: which source of a mixed data set it is from, "" where it is not mixed.
+    """
 
     split: str
     name: str
@@ -24,27 +27,7 @@ class Pair:
     image: str
     label: str
     instances: str = ""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong (error: refuses) or doubtful (warning: goes on) in the data.
-
-    split: where, "train and val" if between two, "" if in none. files: one entry each, beginning with a
-    path, what was found there after ": ". count: of what `message` counts, mostly len(files).
-    """
-
-    code: str
-    severity: Literal["error", "warning"]
-    split: str
-    files: tuple[str, ...]
-    count: int
-    message: str
-    fix: str
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    part: str = ""
 
 
 def split_order(splits: Iterable[str]) -> list[str]:

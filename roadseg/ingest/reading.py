@@ -17,7 +17,8 @@ import numpy as np
 
 from roadseg.errors import ImageError, RoadsegError
 from roadseg.images import Limits, read_bytes, read_image, read_label
-from roadseg.ingest.pairs import Pair, plural
+from roadseg.ingest.findings import plural
+from roadseg.ingest.pairs import Pair
 from roadseg.labels import LabelSet
 from roadseg.processes import cores, start_worker
 from roadseg.progress import progress

@@ -14,7 +14,8 @@ from roadseg.files import json_bytes, sha256_bytes, sha256_file, write_json
 from roadseg.images import Limits
 from roadseg.ingest import camvid, cityscapes, folder
 from roadseg.ingest.checks import check, listed, refusal
-from roadseg.ingest.pairs import Finding, Pair
+from roadseg.ingest.findings import Finding
+from roadseg.ingest.pairs import Pair
 from roadseg.labels import CAMVID, CITYSCAPES, TOWN, LabelSet
 from roadseg.processes import cores
 from roadseg.progress import progress

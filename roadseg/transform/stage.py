@@ -16,11 +16,11 @@ import numpy as np
 from roadseg.config import Transform
 from roadseg.data.frames import read_frame
 from roadseg.data.manifest import Manifest, Sample
+from roadseg.data.masks import MaskForm
 from roadseg.data.shards import Shard, Shards, write_frame
 from roadseg.errors import DataError, RoadsegError
 from roadseg.files import sha256_file
 from roadseg.images import Limits
-from roadseg.labels import LabelSet
 from roadseg.processes import cores, start_worker
 from roadseg.progress import progress
 
@@ -35,7 +35,7 @@ class _Job:
     split: str
     number: int
     samples: tuple[Sample, ...]
-    label_set: LabelSet
+    forms: dict[str, MaskForm]
     root: Path
     file: Path
     limits: Limits
@@ -102,7 +102,7 @@ def _jobs(settings: Transform, manifest: Manifest, root: Path, folder: Path, lim
         samples = manifest.split(split)
         for number, first in enumerate(range(0, len(samples), settings.shard_frames)):
             part = samples[first : first + settings.shard_frames]
-            yield _Job(split, number, part, manifest.label_set, root, folder / f"{split}-{number:05d}.bin", limits)
+            yield _Job(split, number, part, manifest.forms, root, folder / f"{split}-{number:05d}.bin", limits)
 
 
 def _write_shard(job: _Job) -> tuple[_Job, Shard, np.ndarray]:
@@ -111,7 +111,7 @@ def _write_shard(job: _Job) -> tuple[_Job, Shard, np.ndarray]:
     partial = job.file.with_suffix(".tmp")
     with open(partial, "wb") as f:
         for sample in job.samples:
-            image, label = read_frame(job.root, sample, job.label_set, job.limits)
+            image, label = read_frame(job.root, sample, job.forms[sample.part], job.limits)
             frames.append(write_frame(f, sample.name, sample.sequence, image, label))
             for channel in range(3):
                 colours[channel] += np.bincount(image[..., channel].ravel(), minlength=256)

@@ -17,7 +17,7 @@ from roadseg.images import Limits, encode_jpeg, encode_label_png
 from roadseg.ingest import camvid, cityscapes, reading
 from roadseg.ingest.checks import check, refusal
 from roadseg.ingest.duplicates import NEAR_BITS, nearest
-from roadseg.ingest.pairs import Finding
+from roadseg.ingest.findings import Finding
 from roadseg.labels import CAMVID, CITYSCAPES, LabelSet
 from roadseg.processes import start_worker
 
