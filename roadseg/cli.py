@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import roadseg
-from roadseg.config import Config, load_config, parse_flags
+from roadseg.config import Config, load_config
 from roadseg.errors import RoadsegError, UsageError
+from roadseg.flags import parse_flags
 
 log = logging.getLogger("roadseg")
 # Threads that spin while they wait make training a third faster on a quiet CPU and up to thirty times

@@ -1,15 +1,15 @@
-"""The configuration: one pydantic section a concern, read from YAML and overridden by flags.
+"""The configuration: one pydantic section a concern, read from YAML; flags.py lays flags over it.
 
 Fields marked `_OUT` change where or how fast something is made, never what: they stay out of keys.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,7 +32,12 @@ class Section(BaseModel):
             if isinstance(extra, dict) and extra.get("in_key") is False:
                 continue
             value = getattr(self, name)
-            kept[name] = value.key_fields() if isinstance(value, Section) else self.model_dump(mode="json")[name]
+            if isinstance(value, Section):
+                kept[name] = value.key_fields()
+            elif isinstance(value, dict):
+                kept[name] = {k: v.key_fields() if isinstance(v, Section) else v for k, v in value.items()}
+            else:
+                kept[name] = self.model_dump(mode="json")[name]
         return kept
 
 
@@ -48,14 +53,61 @@ class Town(Section):
     weather: Literal["clear", "night", "fog", "rain"] = Field("clear", description="light and weather")
 
 
+Source = Literal[
+    "cityscapes",
+    "cityscapes-coarse",
+    "camvid",
+    "camvid-32",
+    "bdd100k",
+    "mapillary-v1.2",
+    "mapillary-v2",
+    "idd",
+    "kitti",
+    "acdc",
+    "comma10k",
+    "folder",
+]
+
+
+class Part(Section):
+    """One data set of a mixed one."""
+
+    source: Source = Field(description="the data set's form")
+    root: Path | None = Field(None, description="where it lies", json_schema_extra=_OUT)
+    labels: Path | None = Field(
+        None, description="YAML of classes and folders, for source folder", json_schema_extra=_OUT
+    )
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of train's samples, against other weights")
+    splits: tuple[str, ...] = Field((), description="take only these of its splits; empty: all")
+
+    @model_validator(mode="after")
+    def _described(self) -> Part:
+        if (self.source == "folder") != (self.labels is not None):
+            raise ValueError("labels, a YAML of classes and folders, is for source 'folder', which needs it")
+        if self.root is None and self.source != "folder":
+            raise ValueError(f"source {self.source} needs root, the folder it lies in")
+        return self
+
+
 class Data(Section):
     """What is learned and scored: a source, where it lies, which parts."""
 
-    source: Literal["town", "cityscapes", "camvid", "folder"] = Field("town", description="the data set's form")
+    source: Literal[Source, "town", "mix"] = Field("town", description="the data set's form")
     root: Path | None = Field(None, description="where the data set lies; the town needs none", json_schema_extra=_OUT)
     labels: Path | None = Field(
         None, description="YAML of classes and folders, for source folder", json_schema_extra=_OUT
     )
+    mix: dict[str, Part] = Field({}, description="for source mix: data sets by name, in YAML")
+    taxonomy: Literal["auto", "native", "cityscapes"] = Field(
+        "auto",
+        description="classes to learn: the data set's own, or the 19 of Cityscapes that they map to; "
+        "auto: own, and of a mix the 19",
+    )
+    download: bool = Field(
+        False, description="fetch Cityscapes with your own account first, into data.root", json_schema_extra=_OUT
+    )
+    allow: tuple[str, ...] = Field((), description="codes of errors to go on with; what they concern is left out")
+    forbid: tuple[str, ...] = Field((), description="codes of warnings that refuse, as errors do")
     split: str = Field("val", description="the split that evaluation scores", json_schema_extra=_OUT)
     holdout_sequences: tuple[str, ...] = Field(
         (), description="sequences taken out of train into the split 'holdout', scored beside data.split"
@@ -71,6 +123,10 @@ class Data(Section):
     def _root_given(self) -> Data:
         if self.source == "folder" and self.labels is None:
             raise ValueError("source 'folder' needs data.labels, a YAML of its classes and folders")
+        if (self.source == "mix") != bool(self.mix):
+            raise ValueError("data.mix, data sets by name, is for source 'mix', which needs at least one")
+        if wrong := [name for name in self.mix if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+            raise ValueError(f"the name {wrong[0]!r} in data.mix; expected letters, digits, - and _")
         return self
 
 
@@ -266,9 +322,7 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
 
     Raises ConfigError that lists every wrong value and unknown key by its path.
     """
-    return _validated(
-        merge(read_yaml(Path(path)) if path else {}, overrides or {}), str(path) if path else "the config"
-    )
+    return validated(merge(read_yaml(Path(path)) if path else {}, overrides or {}), str(path) if path else "the config")
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -297,98 +351,17 @@ def describe(error: ValidationError, where: str) -> str:
 
 
 def _names_at(loc: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] = Config
+    kind: Any = Config
     for part in loc:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
-    return list(model.model_fields)
+        if get_origin(kind) is dict:  # sections by name: what they are called is free
+            kind = get_args(kind)[1]
+        else:
+            kind = kind.model_fields[str(part)].annotation
+    return list(kind.model_fields)
 
 
-def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description: str) -> Config:
-    """The config of a YAML file, overridden by flags such as `--training.batch-size 4`.
-
-    Wrong values of file and flags are reported together. `--help` prints every flag with the
-    file's values as defaults, and exits.
-    """
-    import tyro  # 0.2 s that a server need not spend
-
-    raw = read_yaml(path) if path else {}
-    base = _valid_part(raw)
-    parsed = tyro.cli(
-        _mirror(Config),
-        args=list(flags),
-        default=_as_mirror(base),
-        prog=prog,
-        description=description,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-    )
-    given = [flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
-    return _validated(merge(raw, _picked(dataclasses.asdict(parsed), given)), str(path) if path else "the flags")
-
-
-def _validated(raw: dict[str, Any], where: str) -> Config:
+def validated(raw: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as e:
         raise ConfigError(describe(e, where)) from None
-
-
-def _valid_part(raw: dict[str, Any]) -> Config:
-    """The config with every wrong value of `raw` left at its default, for the flags to build on."""
-    for _ in range(100):
-        try:
-            return Config.model_validate(raw)
-        except ValidationError as e:
-            for error in e.errors():
-                raw = _without(raw, [str(part) for part in error["loc"]])
-    return Config()
-
-
-def _without(raw: dict[str, Any], loc: list[str]) -> dict[str, Any]:
-    out = dict(raw)
-    below = out.get(loc[0])
-    if len(loc) > 1 and isinstance(below, dict) and loc[1] in below:
-        out[loc[0]] = _without(below, loc[1:])
-    else:
-        out.pop(loc[0], None)
-    return out
-
-
-_mirrors: dict[type[BaseModel], type] = {}
-
-
-def _mirror(model: type[BaseModel]) -> type:
-    """A plain dataclass with the model's fields and no checks: tyro parses, pydantic judges."""
-    import tyro
-
-    if model not in _mirrors:
-        fields = []
-        for name, field in model.model_fields.items():
-            kind: Any = field.annotation
-            if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
-                kind = _mirror(kind)
-            fields.append((name, Annotated[kind, tyro.conf.arg(help=field.description)]))
-        _mirrors[model] = dataclasses.make_dataclass(model.__name__, fields)
-        _mirrors[model].__doc__ = model.__doc__
-    return _mirrors[model]
-
-
-def _as_dict(section: BaseModel) -> dict[str, Any]:
-    pairs = ((name, getattr(section, name)) for name in type(section).model_fields)
-    return {name: _as_dict(v) if isinstance(v, BaseModel) else v for name, v in pairs}
-
-
-def _as_mirror(section: BaseModel) -> Any:
-    pairs = ((name, getattr(section, name)) for name in type(section).model_fields)
-    return _mirror(type(section))(**{n: _as_mirror(v) if isinstance(v, BaseModel) else v for n, v in pairs})
-
-
-def _picked(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The nested values at these dotted keys, and nothing else."""
-    out: dict[str, Any] = {}
-    for key in keys:
-        *sections, name = key.split(".")
-        source, target = values, out
-        for section in sections:
-            source, target = source[section], target.setdefault(section, {})
-        target[name] = source[name]
-    return out

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -190,3 +190,20 @@ CAMVID = LabelSet(
 
 # The town's masks use the Cityscapes ids, so a town model and a Cityscapes model are comparable.
 TOWN = LabelSet("cityscapes", CITYSCAPES.classes, terms="Rendered by roadseg; no third-party data, Apache-2.0.")
+
+_TRAIN_IDS = {c.name: c.train_id for c in CITYSCAPES.trained}
+
+
+def in_cityscapes(label_set: LabelSet) -> LabelSet:
+    """The same classes and ids, their train ids those of the 19 Cityscapes classes that they map to.
+
+    What maps to none is void. The result has gaps, so its `trained` may fail: it says what masks mean,
+    while CITYSCAPES says what is learned.
+    """
+    return replace(label_set, classes=tuple(replace(c, train_id=_in_cityscapes(c)) for c in label_set.classes))
+
+
+def _in_cityscapes(c: LabelClass) -> int:
+    if c.train_id == IGNORE and c.cityscapes is None:
+        return IGNORE
+    return _TRAIN_IDS.get(c.name if c.cityscapes is None else c.cityscapes, IGNORE)

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from roadseg.config import Config, load_config, parse_flags
+from roadseg.config import Config, load_config
 from roadseg.errors import ConfigError
+from roadseg.flags import parse_flags
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -105,3 +106,30 @@ def test_a_flag_mends_a_wrong_value_of_the_file_also_with_the_default(tmp_path: 
 
 def test_a_path_may_be_a_string() -> None:
     assert load_config(str(CONFIGS[0])) == load_config(CONFIGS[0])
+
+
+MIX = """
+data:
+  source: mix
+  mix:
+    city: {source: cityscapes, root: /a, weight: 2}
+    drive: {source: bdd100k, root: /b, splits: [train]}
+"""
+
+
+def test_a_mix_is_read_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MIX)
+    data = parse_flags(path, ["--data.split", "val"], "roadseg run", "").data
+    assert data.mix["city"].weight == 2 and data.mix["drive"].splits == ("train",)
+    key = data.key_fields()["mix"]
+    assert key["city"] == {"source": "cityscapes", "weight": 2.0, "splits": []}  # where it lies is in no key
+
+
+def test_wrong_keys_of_a_mix_are_named_by_their_path(tmp_path: Path) -> None:
+    text = MIX.replace("weight: 2", "wieght: 2").replace("root: /b, ", "")
+    said = wrong(tmp_path, text)
+    assert "data.mix.city.wieght: unknown key; perhaps you meant weight" in said
+    assert "data.mix.drive" in said and "needs root" in said
+    assert "needs at least one" in wrong(tmp_path, "data: {source: mix}")
+    assert "is for source 'mix'" in wrong(tmp_path, MIX.replace("source: mix", "source: town"))
