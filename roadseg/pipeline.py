@@ -267,6 +267,11 @@ def evaluate_release(
     return read_json(output.folder / "metrics.json"), output.folder
 
 
+def dataset(config: Config, workspace: Path, wait: bool = True) -> tuple[Manifest, Path, Limits]:
+    """The checked frames of the config's data, the root of their paths, and the limits to read them under."""
+    return _Run(config, Workspace(workspace, wait)).manifest()
+
+
 def store_of(config: Config, workspace: Path) -> Store:
     a = config.aws
     return open_store(config.store.url, workspace / "store", region=a.region, endpoint_url=a.endpoint_url)
