@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from roadseg.aws import aws_client, aws_session, error_code, said_plainly
 from roadseg.config import Aws
 from roadseg.errors import ConfigError, RoadsegError, StoreError
 from roadseg.files import json_bytes, sha256_bytes, sha256_file
 from roadseg.release.store import Store
-from roadseg.release.store_s3 import S3Store, aws_client, aws_session, error_code, said_plainly
+from roadseg.release.store_s3 import S3Store
 
 VARIANT = "AllTraffic"  # one name for good: SageMaker shifts traffic only between variants of the same name
 PACKAGE_ARN = "<the ModelPackageArn that create_model_package answers>"

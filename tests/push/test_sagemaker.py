@@ -16,11 +16,12 @@ import pytest
 from botocore.model import Shape
 from moto.server import ThreadedMotoServer
 
+from roadseg.aws import aws_client
 from roadseg.config import Aws
 from roadseg.errors import ConfigError, RoadsegError, StoreError
 from roadseg.push.sagemaker import PACKAGE_ARN, VARIANT, deploy
 from roadseg.release.store import Champion, FolderStore
-from roadseg.release.store_s3 import S3Store, aws_client
+from roadseg.release.store_s3 import S3Store
 
 pytestmark = pytest.mark.aws
 REGION = "us-east-1"

@@ -20,10 +20,11 @@ from botocore.httpsession import URLLib3Session
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
+from roadseg.aws import aws_client
 from roadseg.errors import ConfigError, PointerMoved, RoadsegError, StoreError
 from roadseg.files import sha256_bytes
 from roadseg.release.store import ARCHIVE, Champion, FolderStore, Store, champion_bytes, open_store, resolve
-from roadseg.release.store_s3 import S3Store, aws_client
+from roadseg.release.store_s3 import S3Store
 
 pytestmark = pytest.mark.aws
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"

@@ -1,0 +1,102 @@
+"""How roadseg speaks to AWS: one way to connect, and every failure a sentence.
+
+boto3 is an extra and is imported on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from roadseg.errors import ConfigError, RoadsegError, StoreError
+
+_NOT_VALID = (
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+)
+
+
+def aws_session() -> Any:
+    """A boto3 session of its own: the shared default one is not safe between threads."""
+    try:
+        import boto3  # type: ignore[import-untyped]
+    except ImportError:
+        raise RoadsegError("AWS needs the package boto3", todo="pip install 'roadseg[aws]'") from None
+    with said_plainly("AWS"):
+        return boto3.session.Session()
+
+
+def aws_client(service: str, *, region: str = "", endpoint_url: str = "") -> Any:
+    """A boto3 client that gives up within seconds where nobody answers."""
+    session = aws_session()
+    from botocore.config import Config  # type: ignore[import-untyped]
+
+    config = Config(
+        connect_timeout=2,
+        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 3},
+        s3={"addressing_style": "path" if endpoint_url else "auto"},
+    )
+    with said_plainly(f"AWS {service}"):
+        try:
+            return session.client(service, region_name=region or None, endpoint_url=endpoint_url or None, config=config)
+        except ValueError:  # a plain one is botocore's word for an address it can't parse
+            raise ConfigError("no address", expected="http(s)://host", where="aws.endpoint_url") from None
+
+
+@contextmanager
+def said_plainly(where: str, error: type[RoadsegError] = StoreError) -> Iterator[None]:
+    """Turns botocore's errors into `error`, without secrets, signatures or request ids."""
+    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as e:
+        found, todo = _explained(e)
+        raise error(found, where=where, todo=todo) from None
+
+
+def error_code(e: Any) -> str:
+    """S3's name of a ClientError; a HEAD has no body, so there it is the HTTP status."""
+    return str(e.response.get("Error", {}).get("Code", ""))
+
+
+def _explained(e: Exception) -> tuple[str, str]:
+    from botocore import exceptions as b  # type: ignore[import-untyped]
+
+    signing_in = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws sso login`"
+    if isinstance(e, b.ClientError):
+        return _refused(e, signing_in)
+    if isinstance(e, b.NoCredentialsError | b.PartialCredentialsError):
+        return "no AWS credentials were found", signing_in
+    if isinstance(e, b.ProfileNotFound | b.CredentialRetrievalError):
+        return "the AWS credentials could not be had from the profile", "check AWS_PROFILE and ~/.aws/config"
+    if isinstance(e, b.SSOError | b.TokenRetrievalError):
+        return "the AWS sign-in has expired", "run `aws sso login`"
+    if isinstance(e, b.NoRegionError):
+        return "no AWS region is set", "set aws.region or AWS_REGION"
+    if isinstance(e, b.ConnectionError | b.HTTPClientError | b.IncompleteReadError):
+        return f"AWS could not be reached ({type(e).__name__})", "check the network, aws.region and aws.endpoint_url"
+    return f"the request could not be made ({type(e).__name__}: {e})", ""
+
+
+def _refused(e: Any, signing_in: str) -> tuple[str, str]:
+    code, operation = error_code(e), e.operation_name
+    if "Expired" in code:
+        return "the AWS credentials have expired", signing_in
+    if code in _NOT_VALID:
+        return "the AWS credentials are not valid", signing_in
+    if code == "NoSuchBucket":
+        return "the bucket does not exist", "create it, or correct store.url"
+    if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "301", "IllegalLocationConstraintException"):
+        return "the bucket is in another region", "set aws.region to the bucket's"
+    if code in ("SlowDown", "Throttling", "ThrottlingException", "TooManyRequestsException", "503"):
+        return f"AWS asks to slow down ({operation})", "run again in a minute"
+    message = str(e.response.get("Error", {}).get("Message", ""))[:500]
+    if "AccessDenied" in code or code in ("403", "Forbidden", "AllAccessDisabled"):
+        return f"access denied to {operation} ({message})", "give this identity the permissions of docs/deploy.md"
+    return f"{operation} failed ({code}: {message})", ""
