@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import roadseg
+from roadseg.cli_data import data, data_arguments
 from roadseg.config import Config, load_config
 from roadseg.errors import RoadsegError, UsageError
 from roadseg.flags import parse_flags
@@ -205,27 +206,6 @@ def _evaluate(a: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("diff",), help="diff: how far B is from A")
-    parser.add_argument("a", metavar="A", help="a config's YAML, perhaps with :SPLIT, or a release")
-    parser.add_argument("b", metavar="B", help="likewise")
-    parser.add_argument("--release", metavar="R", help="whose backbone looks; default: the one compared, or champion")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-
-
-def _data(a: argparse.Namespace, config: Config) -> int:
-    from dataclasses import asdict
-
-    from roadseg.data_diff import data_diff
-
-    diff = data_diff(a.a, a.b, config, workspace=a.workspace, release=a.release)
-    if a.json:
-        print(json.dumps({"verdict": diff.verdict, "rows": [asdict(row) for row in diff.rows]}, indent=1))
-    else:
-        print(diff.text)
-    return 0
-
-
 # ---- using releases -------------------------------------------------------------------------
 
 
@@ -375,7 +355,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("... and train and export a candidate", _stage("train"), _stage_arguments),
     "evaluate": Command("... and score it; or score any release on any data", _evaluate, _evaluate_arguments),
     "push": Command("... and promote it if it beats the champion", _stage("push"), _stage_arguments),
-    "data": Command("compare data sets: roadseg data diff A B", _data, _data_arguments),
+    "data": Command("diff A B: how far apart data sets are; errors: labels a release doubts", data, data_arguments),
     "predict": Command("label maps and overlays for images and folders", _predict, _predict_arguments),
     "serve": Command("answer GET /ping and POST /invocations", _serve, _serve_arguments),
     "deploy": Command("put a release on a SageMaker endpoint", _deploy, _deploy_arguments),

@@ -21,6 +21,7 @@ from roadseg.data.frames import read_frame
 from roadseg.errors import RoadsegError, UsageError
 from roadseg.labels import IGNORE
 from roadseg.progress import progress
+from roadseg.report.page import css_color, fill, picture
 
 if TYPE_CHECKING:
     from roadseg.data.manifest import Manifest, Sample
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 GRID_PX = 128  # a label is judged on at most so many columns: a wrong object is larger than one of them
 EDGE_PX = 1  # of that grid: where classes meet, every model and every annotator is unsure
 SHOWN_PAIRS = 3
+SHOWN = 50  # images on the page
+PICTURE_PX = 480
+_TEMPLATE = Path(__file__).parent / "report" / "label_errors.html"
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,20 @@ def _suspects(
         named = tuple((classes[a], classes[b], n / len(mine)) for (a, b), n in pairs)
         found.append(Suspect(one.sample, float(mine.mean()), named, mask.reshape(one.shape)))
     return sorted(found, key=lambda s: (-s.share, s.sample.name))[:most]
+
+
+def render(title: str, suspects: Sequence[Suspect], manifest: Manifest, root: Path, limits: Limits) -> str:
+    """An offline HTML page: image, and its label with the doubted places left in full colour."""
+    palette = manifest.label_set.palette
+    shown = []
+    for s in suspects[:SHOWN]:
+        image, label = read_frame(root, s.sample, manifest.forms[s.sample.part], limits)
+        doubted = cv2.resize(s.mask.astype(np.uint8), label.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT) > 0
+        colours = palette[label]
+        marked = np.where(doubted[..., None], colours, (0.25 * colours + 0.35 * image).astype(np.uint8))
+        shown.append((s, picture(image, PICTURE_PX), picture(marked, PICTURE_PX)))
+    legend = [(c.name, css_color(c.color)) for c in manifest.label_set.trained]
+    return fill(_TEMPLATE, title=title, shown=shown, total=len(suspects), legend=legend)
 
 
 def table(suspects: Sequence[Suspect]) -> str:

@@ -22,6 +22,7 @@ from roadseg.workspace import Output, Workspace
 
 if TYPE_CHECKING:
     from roadseg.data.manifest import Manifest
+    from roadseg.data.shards import Shards
     from roadseg.images import Limits
     from roadseg.push.gate import Decision
 
@@ -30,6 +31,7 @@ Stage = Literal["ingest", "transform", "train", "evaluate", "push"]
 STAGES: tuple[Stage, ...] = ("ingest", "transform", "train", "evaluate", "push")
 HOLDOUT = "holdout"
 RECORD = "run.json"
+DATA_REPORT = "log/data_report.html"  # in ingest's output, and in the run's folder
 CACHE = "cache"  # below the workspace: archives fetched from a remote store
 
 
@@ -78,11 +80,27 @@ class _Run:
         fields = {**data.key_fields(), "only_splits": only_splits}
         if data.source != "town":
             del fields["town"]
-        inputs = {"source": source_digest(data, _given_root(self.config))}
+        root = self.root()
+        inputs = {"source": source_digest(data, root)}
         output = self.workspace.make(
-            "ingest", VERSION, fields, inputs, lambda work: ingest(data, _given_root(self.config), work, only_splits)
+            "ingest", VERSION, fields, inputs, lambda work: ingest(data, root, work, only_splits, self.folder)
         )
+        if self.folder and (output.folder / DATA_REPORT).exists():
+            write_atomic(self.folder / Path(DATA_REPORT).name, (output.folder / DATA_REPORT).read_bytes())
         return self.keep("ingest", output)
+
+    def root(self) -> Path:
+        """Where the data lies. Raises ConfigError when it was not said, DataError when it is not there."""
+        data = self.config.data
+        if data.source == "mix":
+            from roadseg.ingest.sources import mixed_root
+
+            return mixed_root(data, self.workspace.path / CACHE / "mixes")
+        if data.root is None and data.source not in ("town", "folder"):
+            raise ConfigError(
+                f"source {data.source} needs the folder it lies in", where="data.root", todo="pass --data.root FOLDER"
+            )
+        return data.root or Path()  # the town is rendered; a folder's YAML may name its folders itself
 
     def manifest(self, only_splits: tuple[str, ...] = ()) -> tuple[Manifest, Path, Limits]:
         """The checked frames, the root of their paths, and the limits under which they are read."""
@@ -90,7 +108,7 @@ class _Run:
         from roadseg.images import Limits
 
         folder = (self.outputs.get("ingest") or self.ingest(only_splits)).folder
-        root = folder / "tree" if self.config.data.source == "town" else _given_root(self.config)
+        root = folder / "tree" if self.config.data.source == "town" else self.root()
         limits = Limits(self.config.data.max_file_bytes, self.config.data.max_image_pixels)
         return Manifest.load(folder), root, limits
 
@@ -105,6 +123,7 @@ class _Run:
             settings.key_fields(),
             {"ingest": self.outputs["ingest"].content},
             lambda work: transform(settings, manifest, root, work, limits, self.config.data.workers),
+            resumes=True,
         )
         return self.keep("transform", output)
 
@@ -113,18 +132,36 @@ class _Run:
 
         c = self.config
         init, weights = self._init_release(), _weights(c)  # first: what is wrong here is told before hours of data
-        shards_output = self.transform()
+        shards, content = self._shards()
         output = self.workspace.make(
             "train",
             VERSION,
             {"model": c.model.key_fields(), "training": c.training.key_fields()},
-            {"transform": shards_output.content, "weights": weights, "init_from": init.digest if init else ""},
-            lambda work: train_candidate(c, self._whole_shards(shards_output), work, init),
+            {"transform": content, "weights": weights, "init_from": init.digest if init else ""},
+            lambda work: train_candidate(c, shards(), work, init),
             resumes=True,
         )
         return self.keep("train", output)
 
-    def _whole_shards(self, output: Output) -> Any:
+    def _shards(self) -> tuple[Callable[[], Shards], str]:
+        """What reads the shards to train from, and their content digest."""
+        from roadseg.data.shards import Shards
+
+        address = self.config.transform.shards
+        if not address:
+            output = self.transform()
+            return lambda: self._whole_shards(output), output.content
+        a = self.config.aws
+        given = Shards.load(address, region=a.region, endpoint_url=a.endpoint_url)
+        if damaged := given.damaged():
+            raise DataError(
+                f"{len(damaged)} of its shards are missing or damaged",
+                where=f"transform.shards {address}",
+                todo="copy them there again",
+            )
+        return lambda: given, given.content
+
+    def _whole_shards(self, output: Output) -> Shards:
         """The shards, after those that fail their digest were made again."""
         from roadseg.data.shards import Shards
         from roadseg.transform.stage import rebuild
@@ -284,17 +321,6 @@ def find_release(config: Config, workspace: Path, reference: str) -> Path:
         config = config.model_copy(update={"store": config.store.model_copy(update={"url": url})})
         reference = rest.split("/")[0] or "champion"
     return resolve(reference, store_of(config, workspace), workspace / CACHE)
-
-
-def _given_root(config: Config) -> Path:
-    data = config.data
-    if data.root is None:
-        if data.source in ("town", "folder"):
-            return Path()  # the town is rendered; a folder's YAML may name its folders itself
-        raise ConfigError(
-            f"source {data.source} needs the folder it lies in", where="data.root", todo="pass --data.root FOLDER"
-        )
-    return data.root
 
 
 def _weights(config: Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,11 @@ import cv2
 import numpy as np
 import pytest
 from conftest import RGB, write_frames
+from html_page import assert_inert
 
 from roadseg.errors import UsageError
 from roadseg.images import Limits
-from roadseg.label_errors import find_suspects, table
+from roadseg.label_errors import find_suspects, render, table
 from roadseg.labels import CITYSCAPES
 
 pytest.importorskip("cleanlab")
@@ -62,6 +64,16 @@ def test_images_with_wrong_objects_come_first_and_say_what_for_what(tmp_path: Pa
     labelled, seen, share = found[0].pairs[0]
     assert (labelled, seen) == (RGB.names[2], RGB.names[1]) and share > 0.03
     assert found[0].mask.any() and f"labelled {labelled}, seen {seen}" in table(found)
+
+
+def test_the_page_shows_them_and_is_inert(tmp_path: Path) -> None:
+    manifest = tree(tmp_path, {3})
+    found = find_suspects(Seer(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    evil = replace(found[0].sample, name="<img onerror=alert(1)>")
+    page = render("<b>t</b>", [replace(found[0], sample=evil), *found[1:]], manifest, tmp_path, Limits())
+    assert_inert(page)
+    assert page.count("data:image/jpeg") == 2 * len(found) and "<img onerror" not in page
+    assert f"labelled {RGB.names[2]}, seen {RGB.names[1]}" in page
 
 
 def test_nothing_is_doubted_in_right_labels(tmp_path: Path) -> None:

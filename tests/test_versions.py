@@ -17,15 +17,17 @@ from roadseg.files import json_bytes, read_json, sha256_bytes, sha256_file, writ
 
 PACKAGE = Path(__file__).parents[1] / "roadseg"
 RECORDED = Path(__file__).parent / "stage_sources.json"
-READING = ("images.py", "image_formats.py", "labels.py", "data/manifest.py")
+MASKS = ("data/masks.py", "data/polygons.py", "data/coco.py", "data/rle.py")
+READING = ("images.py", "image_formats.py", "labels.py", "data/manifest.py", "data/frames.py", *MASKS)
 SOURCES: dict[str, tuple[str, ...]] = {
     "ingest": ("ingest/**/*.py", *READING),
-    "transform": ("transform/*.py", "data/shards.py", *READING),
+    "transform": ("transform/*.py", "data/shard*.py", *READING),
     "train": (
-        "train/*.py", "model/*.py", "data/augment.py", "data/loader.py", "data/sampler.py", "data/shards.py",
+        "train/*.py", "model/*.py", "data/*augment.py", "data/gpu_kernel.py", "data/loader.py", "data/sampler.py",
+        "data/feed.py", "data/resident.py", "data/shard*.py", "data/profile.py",
         "metrics/*.py", "release/archive.py", "release/export.py", "labels.py",
     ),
-    "evaluate": ("evaluate/*", "metrics/*.py", "inference/predictor.py", "inference/upsample.py", *READING),
+    "evaluate": ("evaluate/*", "report/*", "metrics/*.py", "inference/predictor.py", "inference/upsample.py", *READING),
 }  # fmt: skip
 NO_OUTPUT = {"push"}  # never cached: its decision is about the champion of the moment
 

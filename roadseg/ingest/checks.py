@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 from roadseg.data.manifest import Sample
+from roadseg.data.masks import MaskForm
 from roadseg.errors import DataError
 from roadseg.images import Limits
-from roadseg.ingest.duplicates import duplicates
-from roadseg.ingest.findings import Finding, plural
+from roadseg.ingest.duplicates import NearPair, duplicates, near_pairs
+from roadseg.ingest.findings import CODES, Finding, judged, plural, require_codes
+from roadseg.ingest.label_values import value_findings
+from roadseg.ingest.outliers import histogram_drift, outliers
 from roadseg.ingest.pairs import Pair, split_order
 from roadseg.ingest.reading import Seen, read_all
-from roadseg.labels import IGNORE, LabelSet
+from roadseg.ingest.void_as_class import void_as_class
+from roadseg.labels import LabelSet
 
 _SHOWN_FILES = 3
-_MANY_IDS = 8  # so many different ids, none above the train ids, are train ids and not chance
+_CITY = re.compile(r"(.*[^\W\d_])_\d{6}")  # of a sequence named as Cityscapes names them, aachen_000000
 
 # code of a problem with one file: what is counted, what to do
 _FILE_PROBLEMS = {
@@ -25,86 +32,133 @@ _FILE_PROBLEMS = {
     "unreadable-instances": ("instance map", "that can't be read", "fetch it again, or remove it"),
     "swapped": ("pair", "with image and label swapped", "exchange the two files"),
     "size-differs": ("file", "of another size than the label", "export image and label at one size, upright"),
-    "unknown-id": ("label", "with ids that the label set lacks", ""),
 }
+_NO_PAIR = frozenset(code for code, c in CODES.items() if c.leaves_out == "pair")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """samples: the sound ones, sorted by split and name. findings: of the files' content. seen: every pair.
+
+    near: images that are the same or nearly so, the most similar first.
+    """
+
+    samples: tuple[Sample, ...]
+    findings: list[Finding]
+    seen: list[Seen]
+    near: list[NearPair]
 
 
 def check(
-    root: Path, pairs: Sequence[Pair], label_set: LabelSet, limits: Limits, workers: int = 0, unlabelled: str = ""
-) -> tuple[tuple[Sample, ...], list[Finding]]:
-    """Decodes every file of `pairs` and returns the sound samples, sorted, and what was found.
+    root: Path,
+    pairs: Sequence[Pair],
+    label_set: LabelSet,
+    forms: Mapping[str, MaskForm],
+    limits: Limits,
+    workers: int = 0,
+    unlabelled: str = "",
+    allow: Collection[str] = frozenset(),
+    forbid: Collection[str] = frozenset(),
+) -> Checked:
+    """Decodes every file of `pairs`, judges what is in them, and takes out what is wrong.
 
-    unlabelled: a split that may be void throughout, because its public labels are placeholders.
+    unlabelled: a split that may be void throughout, because its public labels are placeholders. allow,
+    forbid: codes, as `judged` takes them; raises ConfigError for one that there isn't. What an allowed
+    error concerns is left out of the samples, as CODES says.
     """
-    seen = read_all(root, pairs, label_set, limits, workers)
+    require_codes(allow, forbid)
+    seen = read_all(root, pairs, forms, limits, workers, label_set.num_classes)
     splits = split_order(s.pair.split for s in seen)
     findings: list[Finding] = []
+    causes: dict[str, str] = {}
     for split in splits:
         of_split = [s for s in seen if s.pair.split == split]
-        findings += _file_problems(split, of_split, label_set)
-        findings += _void(split, of_split, placeholder=split == unlabelled)
-        findings += _missing_classes(split, of_split, label_set)
+        for part in sorted({s.pair.part for s in of_split}):
+            values, causes_here = _values(split, part, [s for s in of_split if s.pair.part == part], forms[part])
+            findings += values
+            causes |= causes_here
+        findings += _file_problems(split, of_split, causes)
+        labelled = [s for s in of_split if s.histogram and s.pair.label not in causes and not _of_file(s, "swapped")]
+        findings += _void(split, labelled, placeholder=split == unlabelled)
+        findings += _missing_classes(split, labelled, label_set)
     findings += _shared_sequences(pairs, splits)
-    findings += duplicates(seen)
-    sound = (s for s in seen if not s.problems and s.histogram)
-    return tuple(sorted((_sample(s) for s in sound), key=lambda s: (s.split, s.name))), findings
+    near = near_pairs(seen)
+    findings += duplicates(seen, near) + outliers(seen) + histogram_drift(seen, label_set)
+    sound = [sample for s in seen if (sample := _sample(s, causes.get(s.pair.label, ""))) is not None]
+    samples = tuple(sorted(sound, key=lambda s: (s.split, s.name)))
+    return Checked(samples, judged(findings, allow, forbid), seen, near)
 
 
-def _sample(s: Seen) -> Sample:
+def _values(split: str, part: str, seen: Sequence[Seen], form: MaskForm) -> tuple[list[Finding], dict[str, str]]:
+    where = f"{split} of {part}" if part else split
+    findings, causes = value_findings(where, split, seen, form)
+    rest = [s for s in seen if s.pair.label not in causes and not _of_file(s, "swapped")]
+    return findings + void_as_class(where, split, rest, form), causes
+
+
+def _of_file(s: Seen, code: str) -> tuple[str, ...]:
+    """The files that a pair's problems of that code lie in."""
+    return tuple(path for c, path, _ in s.problems if c == code)
+
+
+def _sample(s: Seen, cause: str) -> Sample | None:
+    """None for a pair that CODES leaves out. cause: what is wrong with the label's values, "" for nothing."""
     p = s.pair
+    wrong = {path for code, path, _ in s.problems if CODES[code].leaves_out in ("pair", "instances")}
+    if wrong & {p.image, p.label} or cause in _NO_PAIR or not s.histogram:
+        return None
+    if p.split == "train" and not any(s.histogram[:-1]):
+        return None
+    instances = "" if p.instances in wrong else p.instances
     return Sample(
-        p.split, p.name, p.sequence, p.image, p.label, p.instances, s.width, s.height,
-        s.image_sha256, s.label_sha256, s.image_bytes, s.label_bytes, s.histogram,
+        p.split, p.name, p.sequence, p.image, p.label, instances, s.width, s.height,
+        s.image_sha256, s.label_sha256, s.image_bytes, s.label_bytes, s.histogram, p.part,
     )  # fmt: skip
 
 
-def _file_problems(split: str, seen: Sequence[Seen], label_set: LabelSet) -> list[Finding]:
+def _file_problems(split: str, seen: Sequence[Seen], causes: Mapping[str, str]) -> list[Finding]:
+    """causes: labels whose values are explained, so that it needs no saying that they can't be read."""
     findings = []
-    train_ids = _look_like_train_ids(seen, label_set)
-    if train_ids:
-        labels = tuple(s.pair.label for s in seen if s.ids)
-        message = f"the labels of {split} hold only 0..{label_set.num_classes - 1} and 255: they are train ids"
-        fix = f"use the masks with the ids of {label_set.name} (*_labelIds.png, not *_labelTrainIds.png)"
-        if label_set.name != "cityscapes":
-            fix = "give masks with the ids of the label set, or list the train ids as its ids"
-        findings.append(Finding("train-ids", "error", split, labels, len(labels), message, fix))
     for code, (noun, what, fix) in _FILE_PROBLEMS.items():
-        entries = tuple(f"{path}: {text}" for s in seen for c, path, text in s.problems if c == code)
-        if not entries or (code == "unknown-id" and train_ids):
+        told = [(s, path, text) for s in seen for c, path, text in s.problems if c == code]
+        if code != "swapped":  # which explains whatever else is wrong with its files
+            told = [t for t in told if not _of_file(t[0], "swapped")]
+        if code == "unreadable-label":
+            told = [t for t in told if t[1] not in causes]
+        if not told:
             continue
+        turned = code == "size-differs" and [s for s, path, _ in told if path == s.pair.image and _turned(s)]
+        if turned:
+            fix += "; a label that was drawn on the picture as stored has to be turned as its EXIF data says"
+        entries = tuple(f"{path}: {text}{_turn(s) if turned and s in turned else ''}" for s, path, text in told)
         message = f"{plural(len(entries), noun)} of {split} {what}"
-        unknown = {i for s in seen for i in s.ids} - label_set.known_ids
-        fix = fix or _unknown_fix(unknown, label_set)
-        findings.append(Finding(code, "error", split, entries, len(entries), message, fix))
+        if code == "swapped" and len(entries) == len(seen) > 1:
+            message = f"all {plural(len(entries), 'pair')} of {split} with image and label swapped: the folders are"
+            fix = "exchange the two folders"
+        findings.append(Finding(code, CODES[code].severity, split, entries, len(entries), message, fix))
     return findings
 
 
-def _look_like_train_ids(seen: Sequence[Seen], label_set: LabelSet) -> bool:
-    """True if no id of the split is one that only an ids mask has, while some id or the spread gives it away."""
-    count, ids = label_set.num_classes, frozenset[int]().union(*(s.ids for s in seen))
-    if all(c.id == c.train_id for c in label_set.trained) or not ids <= {*range(count), IGNORE}:
-        return False
-    return (IGNORE in ids and IGNORE not in label_set.known_ids and len(ids) > 2) or len(ids - {IGNORE}) >= _MANY_IDS
+def _turned(s: Seen) -> bool:
+    """Whether a label of another shape has as many pixels: a quarter turn, and hardly anything else."""
+    return sum(s.histogram) == s.width * s.height
 
 
-def _unknown_fix(unknown: set[int], label_set: LabelSet) -> str:
-    if max(unknown) >= 1000:
-        return "ids from 1000 are instance ids (class x 1000 + number): give the masks of class ids"
-    known = sorted(label_set.known_ids)
-    span = f"{known[0]}..{known[-1]}" if known == list(range(known[0], known[-1] + 1)) else ", ".join(map(str, known))
-    text = f"{label_set.name} has the ids {span}; repair the masks, or declare the ids (data.source folder, data.labels"
-    return text + "; 255 mostly marks void: `ignore: [255]`)" if 255 in unknown else text + ")"
+def _turn(s: Seen) -> str:
+    if s.orientation >= 5:
+        return f"; the photograph is stored on its side, and upright by its EXIF orientation {s.orientation}"
+    return "; a quarter turn apart"
 
 
 def _void(split: str, seen: Sequence[Seen], *, placeholder: bool) -> list[Finding]:
-    labelled = [s for s in seen if s.histogram and not any(c == "unknown-id" for c, _, _ in s.problems)]
+    labelled = [s for s in seen if not _of_file(s, "unknown-id") and not _of_file(s, "unknown-color")]
     void = tuple(s.pair.label for s in labelled if not any(s.histogram[:-1]))
     single = tuple(s.pair.label for s in labelled if sum(n > 0 for n in s.histogram[:-1]) == 1)
     findings = []
     if void and placeholder and len(void) == len(labelled):
         message = f"all labels of {split} are void: placeholders, as the public ones are"
         fix = f"nothing; {split} can be predicted, not scored"
-        findings.append(Finding("all-void", "warning", split, void, len(void), message, fix))
+        findings.append(Finding("no-labels", "warning", split, void, len(void), message, fix))
     elif void:
         message = f"{plural(len(void), 'label')} of {split} with nothing but void"
         fix = "label them, or take the pairs out: nothing can be learned or scored there"
@@ -116,37 +170,62 @@ def _void(split: str, seen: Sequence[Seen], *, placeholder: bool) -> list[Findin
 
 
 def _missing_classes(split: str, seen: Sequence[Seen], label_set: LabelSet) -> list[Finding]:
-    histograms = [s.histogram[:-1] for s in seen if s.histogram]
-    totals = [sum(column) for column in zip(*histograms, strict=True)]
+    totals = [sum(column) for column in zip(*(s.histogram[:-1] for s in seen), strict=True)]
     missing = [name for name, total in zip(label_set.names, totals, strict=False) if not total]
     if not missing or not any(totals):
         return []
-    message = f"{split} has no pixel of {len(missing)} of {plural(len(totals), 'class').replace('classs', 'classes')}: "
+    message = f"{split} has no pixel of {len(missing)} of {plural(len(totals), 'class', 'classes')}: "
     fix = "they can't be learned from it" if split == "train" else f"scores on {split} leave them out"
     return [Finding("class-missing", "warning", split, (), len(missing), message + ", ".join(missing), fix)]
 
 
 def _shared_sequences(pairs: Sequence[Pair], splits: Sequence[str]) -> list[Finding]:
-    sequences = {split: {p.sequence for p in pairs if p.split == split and p.sequence} for split in splits}
     findings = []
     for a, b in combinations(splits, 2):
-        shared = tuple(sorted(sequences[a] & sequences[b]))
-        if shared:
-            images = sum(p.split == b and p.sequence in shared for p in pairs)
-            message = f"{plural(len(shared), 'sequence')} in both {a} and {b} ({plural(images, 'image')} of {b})"
-            fix = f"a score on {b} flatters; data.holdout_sequences makes an honest split out of train"
-            findings.append(Finding("same-sequence", "warning", f"{a} and {b}", shared, len(shared), message, fix))
+        of_a = {p.sequence for p in pairs if p.split == a and p.sequence}
+        of_b = Counter(p.sequence for p in pairs if p.split == b and p.sequence)
+        shared = of_a & of_b.keys()
+        fix = f"a score on {b} flatters; data.holdout_sequences makes an honest split out of train"
+        findings += _shared(
+            "same-sequence", ("sequence", "sequences"), a, b, Counter({s: of_b[s] for s in shared}), fix
+        )
+        cities_a = {_city(s) for s in of_a} - {_city(s) for s in shared} - {""}
+        cities_b: Counter[str] = Counter()
+        for sequence, images in of_b.items():
+            cities_b[_city(sequence)] += images
+        both = Counter({city: cities_b[city] for city in cities_a & cities_b.keys()})
+        fix = f"split by city, as Cityscapes does: a score on {b} says little about towns that were not seen"
+        findings += _shared("same-city", ("city", "cities"), a, b, both, fix)
     return findings
 
 
-def refusal(root: Path, findings: Sequence[Finding]) -> DataError:
-    """One error that lists every finding that is an error, by code, with the first few files of each."""
+def _city(sequence: str) -> str:
+    """Of aachen_000000 aachen; "" of what isn't named so. A part's name stays before it."""
+    named = _CITY.fullmatch(sequence)
+    return named.group(1) if named else ""
+
+
+def _shared(code: str, nouns: tuple[str, str], a: str, b: str, images: Counter[str], fix: str) -> list[Finding]:
+    """images: of split b, by the sequence or city that is in both."""
+    if not images:
+        return []
+    entries = tuple(sorted(images))
+    message = f"{plural(len(entries), *nouns)} in both {a} and {b} ({plural(images.total(), 'image')} of {b})"
+    return [Finding(code, "warning", f"{a} and {b}", entries, len(entries), message, fix)]
+
+
+def refusal(root: Path, findings: Sequence[Finding], report: Path | None = None) -> DataError:
+    """One error that lists every finding that is an error, by code, with the first few files of each.
+
+    report: where all of them are shown, if anywhere.
+    """
     errors = sorted((f for f in findings if f.severity == "error"), key=lambda f: f.code)
     blocks = [f"  {f.code}: {f.message}\n{listed(f, '      ')}    to repair: {f.fix}" for f in errors]
     listing = "\n".join(blocks)  # ends the sentence, so what to do next stands in it and not in todo
     return DataError(
         f"{plural(len(errors), 'error')} in the data\n{listing}\nRepair them and run again; "
-        "nothing is learned from data with errors.",
+        "nothing is learned from data with errors. To go on without what is wrong, name the codes in data.allow."
+        + (f"\nAll files, with pictures: {report}" if report else ""),
         where=str(root),
     )
 

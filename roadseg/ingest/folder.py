@@ -12,64 +12,134 @@
     label_suffix: _mask                           # a.jpg goes with a_mask.png; with a dot, of the whole file name
     sequence: '^([^_]+)_'                         # a regular expression: which drive an image is from
 
-Classes are learned in their order, unless each has a `train_id` (0..n-1; several may share one).
+Classes are learned in their order, unless each has a `train_id` (0..n-1; several may share one). `masks`
+says how the labels are written: ids (the default), palette, colors, polygons (Cityscapes JSON) or coco.
+docs/folder.md has an example of each.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from roadseg.errors import ConfigError
-from roadseg.ingest.findings import Finding
-from roadseg.ingest.pairs import Pair, by_key, empty, match, not_there, pictures, unusable_names
-from roadseg.labels import IGNORE, LabelClass, LabelSet
+from roadseg.data.coco import open_annotations
+from roadseg.data.masks import Kind, MaskForm, Overlap
+from roadseg.errors import ConfigError, ImageError
+from roadseg.images import Limits
+from roadseg.ingest.findings import Finding, plural
+from roadseg.ingest.folder_classes import Masks, classes_of, kind_of, unknown_keys, void_background
+from roadseg.ingest.pairs import PICTURE_SUFFIXES, Pair, by_key, empty, match, not_there, pictures, unusable_names
+from roadseg.labels import LabelClass, LabelSet
 
-_KEYS = ("name", "classes", "ignore", "splits", "image_suffix", "label_suffix", "sequence", "terms")
-_CLASS_KEYS = ("id", "name", "color", "category", "ignore", "train_id")
+_KEYS = (
+    "name", "classes", "ignore", "splits", "masks", "background", "overlap", "image_suffix", "label_suffix",
+    "sequence", "terms",
+)  # fmt: skip
+_FORM_KINDS: dict[Masks, Kind] = {
+    "ids": "ids", "palette": "ids", "colors": "colors", "polygons": "polygons", "coco": "coco",
+}  # fmt: skip
+_LIMITS = Limits()
+Key = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the YAML says. folders: split to (images, labels), relative to the data root."""
+    """What the YAML says. folders: split, images, and labels or, of COCO, the file; relative to the data root."""
 
     label_set: LabelSet
     folders: tuple[tuple[str, str, str], ...]
     image_suffix: str = ""
     label_suffix: str = ""
     sequence: re.Pattern[str] | None = None
+    masks: Masks = "ids"
+    background: int = 0
+    overlap: Overlap = "area"
+
+    @property
+    def form(self) -> MaskForm:
+        return MaskForm(_FORM_KINDS[self.masks], self.label_set, self.background, self.overlap)
 
 
-def pairs(root: Path, description: Description) -> tuple[list[Pair], list[Finding]]:
+def pairs(root: Path, description: Description, limits: Limits = _LIMITS) -> tuple[list[Pair], list[Finding]]:
     """The pairs of every split described whose folders are there, by path without suffix and ending.
 
-    Raises DataError if no split's image folder is there.
+    Raises DataError if no split's image folder is there. A COCO file that can't be read is a finding.
     """
     present = [row for row in description.folders if (root / row[1]).is_dir()]
     if not present:
-        raise not_there(root, ", ".join(f"{images}/ with {labels}/" for _, images, labels in description.folders))
+        end = "" if description.masks == "coco" else "/"
+        looked_for = ", ".join(f"{images}/ with {labels}{end}" for _, images, labels in description.folders)
+        raise not_there(root, looked_for)
     found, findings = [], []
-    for split, image_folder, label_folder in present:
-        image_paths, bad_images = pictures(root, image_folder)
-        label_paths, bad_labels = pictures(root, label_folder)
+    for split, image_folder, labels_at in present:
+        image_paths, bad = pictures(root, image_folder)
+        findings += unusable_names(split, bad)
         images = by_key(image_paths, _key(image_folder, description.image_suffix))
-        labels = by_key(label_paths, _key(label_folder, description.label_suffix))
-        findings += unusable_names(split, bad_images + bad_labels)
         if not images:
             ending = f" named *{description.image_suffix}" if description.image_suffix else ""
             findings.append(empty(split, f"{image_folder}/{ending}"))
-        matched, wrong = match(split, images, labels)
+        if description.masks == "coco":
+            matched, wrong = _coco_pairs(root, split, images, labels_at, limits)
+        else:
+            matched, wrong = _file_pairs(root, split, images, labels_at, description)
         findings += wrong
         found += [Pair(split, k, _sequence(k, description.sequence), image, label) for k, image, label in matched]
     return found, findings
 
 
-def _key(folder: str, suffix: str) -> Any:
+def _file_pairs(
+    root: Path, split: str, images: dict[str, list[str]], folder: str, description: Description
+) -> tuple[list[tuple[str, str, str]], list[Finding]]:
+    endings = (".json",) if description.masks == "polygons" else PICTURE_SUFFIXES
+    paths, bad = pictures(root, folder, endings)
+    matched, wrong = match(split, images, by_key(paths, _key(folder, description.label_suffix)))
+    return matched, unusable_names(split, bad) + wrong
+
+
+def _coco_pairs(
+    root: Path, split: str, images: dict[str, list[str]], file: str, limits: Limits
+) -> tuple[list[tuple[str, str, str]], list[Finding]]:
+    """Labels are "file.json#image id", brought to images by the file names that the file gives them."""
+    try:
+        names = open_annotations(root / file, limits).file_names
+    except (ImageError, OSError) as e:
+        what = e.found if isinstance(e, ImageError) else e.strerror or type(e).__name__
+        expected = f"; expected {e.expected}" if isinstance(e, ImageError) and e.expected else ""
+        message = f"the annotations of {split} can't be read, so its {plural(len(images), 'image')} have no label"
+        fix = "fetch or export the file again; if it is only large, raise data.max_file_bytes"
+        return [], [Finding("unreadable-label", "error", split, (f"{file}: {what}{expected}",), 1, message, fix)]
+    labels: dict[str, list[str]] = {}
+    for id_, name in names.items():
+        labels.setdefault(_meant(name, images), []).append(f"{file}#{id_}")
+    matched, findings = match(split, images, labels)
+    return matched, [_with_names(f, file, names) if f.code == "missing-image" else f for f in findings]
+
+
+def _meant(name: str, images: dict[str, list[str]]) -> str:
+    """The key of the image that a COCO file names: exporters write more folders before it, or fewer, or "\\"."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    if parts and "." in parts[-1]:
+        parts[-1] = parts[-1].rpartition(".")[0]
+    keys = ["/".join(parts[i:]) for i in range(len(parts))]
+    return next((key for key in keys if key in images), "/".join(parts))
+
+
+def _with_names(finding: Finding, file: str, names: dict[str, str]) -> Finding:
+    def entry(text: str) -> str:
+        label, _, more = text.partition(": ")
+        name = names[label.removeprefix(f"{file}#")]
+        return f"{label}: {name if name.isprintable() else ascii(name)[1:-1]}" + (f", {more}" if more else "")
+
+    return replace(finding, files=tuple(map(entry, finding.files)))
+
+
+def _key(folder: str, suffix: str) -> Key:
     def key(path: str) -> str | None:
         inner = path if folder == "." else path.removeprefix(folder + "/")
         whole = inner if "." in suffix else inner.rpartition(".")[0]
@@ -89,113 +159,85 @@ def read_description(path: Path) -> Description:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("no such file", where=str(path), todo="check data.labels") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as e:
         raise ConfigError(f"not readable as YAML ({e})", where=str(path)) from None
-    wrong: list[str] = []
     if not isinstance(data, dict):
-        raise ConfigError(f"holds {_kind(data)}", expected="keys such as classes: and splits:", where=str(path))
-    _unknown_keys(data, _KEYS, "", wrong)
-    classes = _classes(data.get("classes"), data.get("ignore", []), wrong)
-    folders = _folders(data.get("splits"), wrong)
-    texts = {key: data.get(key, "") for key in ("image_suffix", "label_suffix", "terms", "sequence")}
-    texts["name"] = data.get("name", path.stem)
-    for key, value in texts.items():
-        if not isinstance(value, str):
-            wrong.append(f"{key}: is {_kind(value)}; expected text")
-    sequence = None
-    if isinstance(texts["sequence"], str) and texts["sequence"]:
-        try:
-            sequence = re.compile(texts["sequence"])
-        except re.error as e:
-            wrong.append(f"sequence: is no regular expression ({e})")
+        raise ConfigError(f"holds {kind_of(data)}", expected="keys such as classes: and splits:", where=str(path))
+    wrong: list[str] = []
+    unknown_keys(data, _KEYS, "", wrong)
+    masks = _masks(data.get("masks", "ids"), wrong)
+    classes = classes_of(data.get("classes"), data.get("ignore", []), masks, wrong)
+    classes, background = _background(data, masks, classes, wrong)
+    folders = _folders(data.get("splits"), masks, wrong)
+    texts = _texts(data, path.stem, masks, wrong)
+    sequence = _pattern(texts["sequence"], wrong)
+    overlap = data.get("overlap", "area")
+    if overlap not in get_args(Overlap) or ("overlap" in data and masks != "coco"):
+        wrong.append(f"overlap: is {kind_of(overlap)}; expected area or order, with masks: coco")
     if wrong:
         count = f"{len(wrong)} wrong value{'s' if len(wrong) > 1 else ''}"
         raise ConfigError(f"{count}:\n" + "\n".join(f"  {line}" for line in wrong), where=str(path))
     label_set = LabelSet(texts["name"], classes, texts["terms"])
-    return Description(label_set, folders, texts["image_suffix"], texts["label_suffix"], sequence)
-
-
-def _kind(value: Any) -> str:
-    return {type(None): "empty", str: f"the text {value!r}", dict: "a mapping", list: "a list"}.get(
-        type(value), repr(value)
+    return Description(
+        label_set, folders, texts["image_suffix"], texts["label_suffix"], sequence, masks, background, overlap
     )
 
 
-def _unknown_keys(data: dict[Any, Any], known: tuple[str, ...], at: str, wrong: list[str]) -> None:
-    for key in data:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            wrong.append(f"{at}{key}: unknown key" + (f"; perhaps you meant {near[0]}" if near else ""))
+def _masks(value: Any, wrong: list[str]) -> Masks:
+    for known in get_args(Masks):
+        if value == known:
+            return known  # type: ignore[no-any-return]
+    near = difflib.get_close_matches(str(value), get_args(Masks), n=1)
+    hint = f"perhaps you meant {near[0]}" if near else f"expected one of {', '.join(get_args(Masks))}"
+    wrong.append(f"masks: is {kind_of(value)}; {hint}")
+    return "ids"
 
 
-def _is_id(value: Any, limit: int) -> bool:
-    return type(value) is int and 0 <= value <= limit
+def _background(
+    data: dict[Any, Any], masks: Masks, classes: tuple[LabelClass, ...], wrong: list[str]
+) -> tuple[tuple[LabelClass, ...], int]:
+    """(classes, id): with one that is void more, where polygons leave pixels free and the YAML names none."""
+    if masks not in ("polygons", "coco"):
+        if "background" in data:
+            wrong.append("background: is for masks: polygons or coco; in other masks every pixel has a value")
+        return classes, 0
+    value = data.get("background")
+    if "background" not in data:
+        return void_background(classes)
+    for c in classes:
+        if value == c.name or (type(value) is int and value == c.id):
+            return classes, c.id
+    near = difflib.get_close_matches(str(value), [c.name for c in classes], n=1)
+    wrong.append(f"background: is {kind_of(value)}, no class" + (f"; perhaps you meant {near[0]}" if near else ""))
+    return classes, 0
 
 
-def _classes(rows: Any, ignore: Any, wrong: list[str]) -> tuple[LabelClass, ...]:
-    if not isinstance(rows, list) or not rows:
-        wrong.append(f"classes: is {_kind(rows)}; expected a list of {{id, name, color}}")
-        rows = []
-    classes = [c for i, row in enumerate(rows) if (c := _class(row, f"classes.{i}", wrong)) is not None]
-    learned = [c for c in classes if c.train_id != IGNORE]
-    given = [c for c in learned if c.train_id >= 0]
-    if given and len(given) < len(learned):
-        lacking = ", ".join(c.name for c in learned if c.train_id < 0)
-        wrong.append(f"classes: some have a train_id, but not {lacking}; expected all or none")
-    elif given and {c.train_id for c in given} != set(range(len({c.train_id for c in given}))):
-        wrong.append(f"classes: train ids are {sorted({c.train_id for c in given})}; expected 0..n-1 without gaps")
-    elif len(learned) < 2 and len(classes) == len(rows) > 0:
-        wrong.append(f"classes: {len(learned)} to learn; expected at least 2")
-    if not isinstance(ignore, list) or not all(_is_id(i, 255) for i in ignore):
-        wrong.append(f"ignore: is {ignore!r}; expected a list of ids in 0..255")
-        ignore = []
-    for what, values in (("id", [c.id for c in classes] + ignore), ("name", [c.name for c in learned])):
-        for value in sorted({v for v in values if values.count(v) > 1}, key=str):
-            wrong.append(f"classes: the {what} {value} is given {values.count(value)} times; expected once")
-    order = iter(range(len(learned)))
-    numbered = [_numbered(c, next(order)) if c.train_id == -1 else c for c in classes]
-    return (*numbered, *(LabelClass(f"ignored {i}", i, IGNORE, (0, 0, 0)) for i in ignore))
+def _texts(data: dict[Any, Any], name: str, masks: Masks, wrong: list[str]) -> dict[str, str]:
+    texts = {key: data.get(key, "") for key in ("image_suffix", "label_suffix", "terms", "sequence")}
+    texts["name"] = data.get("name", name)
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            wrong.append(f"{key}: is {kind_of(value)}; expected text")
+        elif value and key.endswith("_suffix") and masks == "coco":
+            wrong.append(f"{key}: is not for masks: coco, whose file names the images")
+    return texts
 
 
-def _numbered(c: LabelClass, train_id: int) -> LabelClass:
-    return LabelClass(c.name, c.id, train_id, c.color, c.category)
-
-
-def _class(row: Any, at: str, wrong: list[str]) -> LabelClass | None:
-    """train_id -1 where none is given, to be numbered by order."""
-    if not isinstance(row, dict):
-        wrong.append(f"{at}: is {_kind(row)}; expected {{id, name, color}}")
+def _pattern(text: Any, wrong: list[str]) -> re.Pattern[str] | None:
+    if not isinstance(text, str) or not text:
         return None
-    before = len(wrong)
-    _unknown_keys(row, _CLASS_KEYS, f"{at}.", wrong)
-    if not _is_id(row.get("id"), 255):
-        wrong.append(f"{at}.id: is {_kind(row.get('id'))}; expected a whole number in 0..255")
-    if not isinstance(row.get("name"), str) or not row["name"].strip():
-        wrong.append(f"{at}.name: is {_kind(row.get('name'))}; expected text")
-    color = row.get("color") or _color(row["id"] if _is_id(row.get("id"), 255) else 0)
-    if not isinstance(color, list | tuple) or len(color) != 3 or not all(_is_id(v, 255) for v in color):
-        wrong.append(f"{at}.color: is {color!r}; expected [red, green, blue] in 0..255")
-    if not isinstance(row.get("ignore", False), bool):
-        wrong.append(f"{at}.ignore: is {_kind(row['ignore'])}; expected true or false")
-    if not isinstance(row.get("category", ""), str):
-        wrong.append(f"{at}.category: is {_kind(row['category'])}; expected text")
-    if "train_id" in row and not _is_id(row["train_id"], IGNORE):
-        wrong.append(f"{at}.train_id: is {_kind(row['train_id'])}; expected a whole number in 0..254, or 255 to ignore")
-    if len(wrong) > before:
+    try:
+        return re.compile(text)
+    except re.error as e:
+        wrong.append(f"sequence: is no regular expression ({e})")
         return None
-    train_id = IGNORE if row.get("ignore") else row.get("train_id", -1)
-    return LabelClass(row["name"], row["id"], train_id, (color[0], color[1], color[2]), row.get("category", ""))
 
 
-def _color(id_: int) -> tuple[int, int, int]:
-    """The colour that PASCAL VOC's development kit gives an id: its bits, dealt to red, green and blue."""
-    r, g, b = (sum((id_ >> (3 * i + c) & 1) << (7 - i) for i in range(3)) for c in range(3))
-    return r, g, b
-
-
-def _folders(splits: Any, wrong: list[str]) -> tuple[tuple[str, str, str], ...]:
+def _folders(splits: Any, masks: Masks, wrong: list[str]) -> tuple[tuple[str, str, str], ...]:
+    keys = ("images", "annotations" if masks == "coco" else "labels")
+    form = f"{{images: folder, {keys[1]}: {'file.json' if masks == 'coco' else 'folder'}}}"
     if not isinstance(splits, dict) or not splits:
-        wrong.append(f"splits: is {_kind(splits)}; expected train: {{images: folder, labels: folder}}, ...")
+        wrong.append(f"splits: is {kind_of(splits)}; expected train: {form}, ...")
         return ()
     rows = []
     for split, value in splits.items():
@@ -203,18 +245,25 @@ def _folders(splits: Any, wrong: list[str]) -> tuple[tuple[str, str, str], ...]:
         if not isinstance(split, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", split) or split == "holdout":
             wrong.append(f"{at}: is no name for a split; expected letters, digits, - and _, and not 'holdout'")
         if not isinstance(value, dict):
-            wrong.append(f"{at}: is {_kind(value)}; expected {{images: folder, labels: folder}}")
+            wrong.append(f"{at}: is {kind_of(value)}; expected {form}")
             continue
-        _unknown_keys(value, ("images", "labels"), f"{at}.", wrong)
-        folders = []
-        for key in ("images", "labels"):
-            folder = value.get(key)
-            if not isinstance(folder, str) or not folder:
-                wrong.append(f"{at}.{key}: is {_kind(folder)}; expected a folder")
-            elif folder.startswith("/") or ".." in PurePosixPath(folder).parts:
-                wrong.append(f"{at}.{key}: is {folder}; expected a folder below data.root, such as images/train")
-            else:
-                folders.append(PurePosixPath(folder).as_posix())
-        if len(folders) == 2:
-            rows.append((str(split), folders[0], folders[1]))
+        unknown_keys(value, keys, f"{at}.", wrong)
+        paths = [path for key in keys if (path := _path(value.get(key), f"{at}.{key}", wrong))]
+        if len(paths) == 2:
+            rows.append((str(split), paths[0], paths[1]))
     return tuple(rows)
+
+
+def _path(value: Any, at: str, wrong: list[str]) -> str:
+    """A posix path below the data root; "" for what is none."""
+    file = at.endswith("annotations")
+    if not isinstance(value, str) or not value:
+        wrong.append(f"{at}: is {kind_of(value)}; expected {'a .json file' if file else 'a folder'}")
+    elif value.startswith("/") or ".." in PurePosixPath(value).parts or not value.isprintable():
+        like = "annotations/train.json" if file else "images/train"
+        wrong.append(f"{at}: is {value}; expected a {'file' if file else 'folder'} below data.root, such as {like}")
+    elif file and not value.lower().endswith(".json"):
+        wrong.append(f"{at}: is {value}; expected a .json file")
+    else:
+        return PurePosixPath(value).as_posix()
+    return ""

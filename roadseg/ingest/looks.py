@@ -1,4 +1,4 @@
-"""What a picture looks like, in a few hundred bytes: exposure, sharpness, colour, and a descriptor of its content."""
+"""What a picture looks like, in 1.2 kB: exposure, sharpness, colour, and a small picture to compare it by."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+SMALL_PX = (256, 128)  # width, height that means, shares and the descriptor are measured at
+DESCRIPTOR_PX = (48, 24)
+DESCRIPTOR_ZERO, DESCRIPTOR_STEP = 128, 40  # stored value = 128 + 40 x local contrast
+_CONTRAST_SIGMA_PX = 3.0  # of the descriptor: a 16th of its width
+_FLAT_LUMA = 6.0  # contrasts well below this (of 255) are noise and stay small
+_BLACK_LUMA, _WHITE_LUMA = 8, 247
+_SHARPNESS_ROWS = 64
+
 
 @dataclass(frozen=True)
 class Look:
-    """Measured on uint8 [H, W, 3] RGB, reduced by area averaging.
+    """Measured on uint8 [H, W, 3] RGB, reduced by area averaging to 256 x 128.
 
     mean_rgb, std_rgb: by channel, 0..255. dark, bright: shares of pixels (0..1) whose luma is at most 8,
-    at least 247. sharpness: see look_of. descriptor: what near-duplicates are found by.
+    at least 247. sharpness: how much of the contrast of the picture is fine, about 0.06 (blurred) to 1
+    (noise), 0 for a flat picture; see `sharpness`. descriptor: 48 x 24 bytes, row-major, luma with its
+    local mean taken off and its local contrast made even, in steps of 1/40 around 128.
     """
 
     mean_rgb: tuple[float, float, float]
@@ -23,16 +33,70 @@ class Look:
     sharpness: float
     descriptor: bytes
 
+    @property
+    def luma(self) -> float:
+        """Mean luma, 0..255 (ITU-R BT.601)."""
+        r, g, b = self.mean_rgb
+        return 0.299 * r + 0.587 * g + 0.114 * b
+
 
 def look_of(image: np.ndarray) -> Look:
-    small = cv2.resize(image, (256, 128), interpolation=cv2.INTER_AREA)
+    """The look of uint8 [H, W, 3] RGB; 1 ms for 2048 x 1024 on one core, most of it reading the pixels once."""
+    small = _reduced(image)
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     mean, std = cv2.meanStdDev(small)
+    counts = cv2.calcHist([luma], [0], None, [256], [0, 256]).ravel()
     return Look(
         tuple(float(v) for v in mean.ravel()),  # type: ignore[arg-type]
         tuple(float(v) for v in std.ravel()),  # type: ignore[arg-type]
-        float((luma <= 8).mean()),
-        float((luma >= 247).mean()),
-        float(cv2.Laplacian(luma, cv2.CV_32F).var()),
-        cv2.resize(luma, (32, 16), interpolation=cv2.INTER_AREA).tobytes(),
+        float(counts[: _BLACK_LUMA + 1].sum()) / luma.size,
+        float(counts[_WHITE_LUMA:].sum()) / luma.size,
+        sharpness(image),
+        _descriptor(luma).tobytes(),
     )
+
+
+def _reduced(image: np.ndarray) -> np.ndarray:
+    """uint8 [128, 256, 3]. Halving first, as cv2 averages 2 x 2 pixels three times as fast as any other area."""
+    width, height = SMALL_PX
+    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
+        h, w = image.shape[0] // 2, image.shape[1] // 2
+        image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
+    # What is left is a factor below 2 but for odd aspects; to interpolate takes a tenth of averaging's time.
+    far = image.shape[0] > 3 * height or image.shape[1] > 3 * width
+    return cv2.resize(image, SMALL_PX, interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
+
+
+def _descriptor(luma: np.ndarray) -> np.ndarray:
+    """uint8 [24, 48] of uint8 luma: each pixel's difference from its surroundings over their contrast.
+
+    Without the division a bright sky's outline is all that counts, and any two dusky streets are alike.
+    """
+    cells = cv2.resize(luma, DESCRIPTOR_PX, interpolation=cv2.INTER_AREA).astype(np.float32)
+    difference = cells - _around(cells)
+    contrast = np.sqrt(_around(difference * difference) + _FLAT_LUMA**2)
+    return np.clip(np.rint(difference / contrast * DESCRIPTOR_STEP + DESCRIPTOR_ZERO), 0, 255).astype(np.uint8)
+
+
+def _around(values: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(values, (0, 0), _CONTRAST_SIGMA_PX, borderType=cv2.BORDER_REPLICATE)
+
+
+def sharpness(image: np.ndarray) -> float:
+    """Mean squared difference of neighbours along a row over that of pixels four times as far apart.
+
+    Neighbours are width / 512 px apart (at least 1), so that blur counts by its share of the picture.
+    Unlike the energy of a Laplacian the ratio hardly depends on what is in the picture and on its exposure.
+    Taken from the green channel of 64 rows of uint8 [H, W, 3].
+    """
+    near = max(1, round(image.shape[1] / 512))
+    if image.shape[1] <= 4 * near:
+        return 0.0
+    rows = np.ascontiguousarray(image[:: max(1, image.shape[0] // _SHARPNESS_ROWS), :, 1])
+
+    def spread(apart: int) -> float:
+        a, b = rows[:, apart:], rows[:, :-apart]
+        return cv2.norm(a, b, cv2.NORM_L2SQR) / a.size
+
+    far = spread(4 * near)
+    return spread(near) / far if far else 0.0

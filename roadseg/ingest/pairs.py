@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ def split_order(splits: Iterable[str]) -> list[str]:
     return sorted(set(splits), key=lambda s: (first.get(s, 3), s))
 
 
-def pictures(root: Path, folder: str) -> tuple[list[str], list[str]]:
+def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXES) -> tuple[list[str], list[str]]:
     """Sorted posix paths, relative to `root`, of the pictures below root/folder; and names that can't be used.
 
     Links to folders are followed, each folder once. Hidden files are left out.
@@ -50,7 +51,7 @@ def pictures(root: Path, folder: str) -> tuple[list[str], list[str]]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = [d for d in folders if not d.startswith(".")]
         for name in names:
-            if name.startswith(".") or not name.lower().endswith(PICTURE_SUFFIXES):
+            if name.startswith(".") or not name.lower().endswith(endings):
                 continue
             path = Path(here, name).relative_to(root).as_posix()
             if path.isprintable():  # false for control characters and for bytes that are no UTF-8
@@ -87,23 +88,58 @@ def match(
 ) -> tuple[list[tuple[str, str, str]], list[Finding]]:
     """Sorted (key, image, label) of what has one image and one label; findings for everything else."""
     doubled = [paths for group in (images, labels) for paths in group.values() if len(paths) > 1]
-    no_label = sorted(path for key in images.keys() - labels.keys() for path in images[key])
-    no_image = sorted(path for key in labels.keys() - images.keys() for path in labels[key])
     findings = []
     if doubled:
         entries = tuple(sorted(" = ".join(paths) for paths in doubled))
         message = f"{plural(len(entries), 'name')} of {split} given to several files, so that a pair can't be told"
         findings.append(Finding("doubled-file", "error", split, entries, len(entries), message, "keep one of each"))
-    for code, paths, has, lacks in (
-        ("missing-label", no_label, "image", "label"),
-        ("missing-image", no_image, "label", "image"),
-    ):
-        if paths:
-            message = f"{plural(len(paths), has)} of {split} without {'an image' if lacks == 'image' else 'a label'}"
-            fix = f"add the missing {lacks}s under the same name, or take the {has}s out"
-            findings.append(Finding(code, "error", split, tuple(paths), len(paths), message, fix))
+    findings += _unpaired("missing-label", split, images, labels)
+    findings += _unpaired("missing-image", split, labels, images)
+    findings += _case_clashes(split, images, labels)
     single = (k for k in sorted(images.keys() & labels.keys()) if len(images[k]) == len(labels[k]) == 1)
     return [(k, images[k][0], labels[k][0]) for k in single], findings
+
+
+def _unpaired(code: str, split: str, these: dict[str, list[str]], others: dict[str, list[str]]) -> list[Finding]:
+    """What of `these` has no counterpart in `others`; one that differs in case only is named beside it."""
+    has, lacks, article = ("image", "label", "a") if code == "missing-label" else ("label", "image", "an")
+    single = sorted(these.keys() - others.keys())
+    if not single:
+        return []
+    near = {_folded(key): paths for key, paths in others.items() if key not in these}
+    entries = tuple(
+        path + (f": but for upper and lower case, {near[_folded(key)][0]}" if _folded(key) in near else "")
+        for key in single
+        for path in these[key]
+    )
+    message = f"{plural(len(entries), has)} of {split} without {article} {lacks}"
+    fix = f"add the missing {lacks}s under the same name, or take the {has}s out"
+    if others and not these.keys() & others.keys():
+        here, there = these[single[0]][0], others[min(others)][0]
+        fix = (
+            f"no {has} of {split} has the name of any {lacks}, as in {here} and {there}: rename them "
+            "(source folder: say what names end with, by image_suffix and label_suffix)"
+        )
+    return [Finding(code, "error", split, tuple(sorted(entries)), len(entries), message, fix)]
+
+
+def _case_clashes(split: str, *groups: dict[str, list[str]]) -> list[Finding]:
+    """Names that are one on a file system that ignores case or normalises Unicode (macOS, Windows)."""
+    entries = []
+    for group in groups:
+        folded: dict[str, list[str]] = {}
+        for key, paths in group.items():
+            folded.setdefault(_folded(key), []).append(paths[0])
+        entries += [" ~ ".join(sorted(paths)) for paths in folded.values() if len(paths) > 1]
+    if not entries:
+        return []
+    message = f"{plural(len(entries), 'name')} of {split} told apart by upper and lower case, or Unicode form, only"
+    fix = "rename one of each: macOS and Windows keep only one of them"
+    return [Finding("case-clash", "warning", split, tuple(sorted(entries)), len(entries), message, fix)]
+
+
+def _folded(key: str) -> str:
+    return unicodedata.normalize("NFC", key).casefold()
 
 
 def empty(split: str, folders: str) -> Finding:

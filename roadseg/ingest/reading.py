@@ -1,85 +1,128 @@
-"""Every file decoded once, on all cores: what of it matters is small, the pixels stay in the worker."""
+"""Every file decoded once, on all cores: what of it matters is small, the pixels stay in the worker.
+
+Beside the decoding there is little time: 18 % of it for all checks (benchmarks/ingest_speed.py). So the
+pixels' digest is no cryptographic one, ids are counted by runs, and pairs go to the workers by handfuls.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+import xxhash
 
+from roadseg import image_formats
+from roadseg.data.masks import MaskForm, mask_bytes, read_ids, train_ids, unknown_colors, unknown_names
 from roadseg.errors import ImageError, RoadsegError
-from roadseg.images import Limits, read_bytes, read_image, read_label
+from roadseg.files import sha256_bytes
+from roadseg.images import Limits, Photograph, read_bytes, read_label, read_photograph
+from roadseg.ingest.blends import blended
 from roadseg.ingest.findings import plural
+from roadseg.ingest.looks import Look, look_of
 from roadseg.ingest.pairs import Pair
-from roadseg.labels import LabelSet
+from roadseg.labels import IGNORE
 from roadseg.processes import cores, start_worker
 from roadseg.progress import progress
 
-HASH_SIDE = 11  # 2 x 11 x 11 = 242 bits
 INLINE_PAIRS = 16  # below this, starting processes takes longer than the work
-_SHOWN_IDS = 8
+HANDFUL = 4  # pairs that go to a worker at once; one by one, sending them costs 1 % more
+PLACES_HIGH, PLACES_WIDE = 16, 32
+MOST_IDS = 512  # that are kept of one label; a label of class ids has some dozens
+_SHOWN = 8
+_EXACT_IN_FLOAT32 = 1 << 24
+
+Problem = tuple[str, str, str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Seen:
     """One pair after its files were decoded.
 
-    problems: (code, file, what). width, height: of the upright image, 0 if unreadable. pixels_sha256: of
-    the decoded image, so equal for lossless copies in another format. look: uint64 [4], a difference
-    hash. histogram: pixels by train id, void and unknown ids last; empty if unreadable. ids: the
-    distinct ids of the label, known or not.
+    problems: (code, file, what). width, height: of the upright image, 0 if unreadable. image_format:
+    "png", "jpeg", "webp", "bmp" or "tiff". orientation: EXIF 1..8 as stored, 1 when none. label_bytes,
+    label_sha256: of the label's file, or of what a COCO file says of the image. pixels_digest: XXH3-128 of
+    the decoded image and its size, so equal for lossless copies in another format, "" if unreadable.
+    histogram: pixels by train id, void and unknown last. id_pixels: (id as stored, pixels), known or
+    not, the most common first, `MOST_IDS` at most. mask_mode: of the label's file, as image_formats.mode
+    says. places: uint8 [16, 32] train ids of the label, sampled at the centres of a grid. blends: see
+    blends.blended.
     """
 
     pair: Pair
-    problems: tuple[tuple[str, str, str], ...]
+    problems: tuple[Problem, ...]
     width: int = 0
     height: int = 0
+    image_format: str = ""
+    orientation: int = 1
     image_sha256: str = ""
     label_sha256: str = ""
     image_bytes: int = 0
     label_bytes: int = 0
-    pixels_sha256: str = ""
-    look: tuple[int, ...] = ()
+    pixels_digest: str = ""
+    look: Look | None = None
     histogram: tuple[int, ...] = ()
-    ids: frozenset[int] = frozenset()
+    id_pixels: tuple[tuple[int, int], ...] = ()
+    mask_mode: str = ""
+    places: bytes = b""
+    blends: float = 0.0
 
 
-def read_all(root: Path, pairs: Sequence[Pair], label_set: LabelSet, limits: Limits, workers: int) -> list[Seen]:
+@dataclass(frozen=True)
+class Task:
+    """What looking at any pair needs to know. classes: train ids are below it."""
+
+    root: Path
+    forms: Mapping[str, MaskForm]
+    limits: Limits
+    classes: int
+
+
+def read_all(
+    root: Path, pairs: Sequence[Pair], forms: Mapping[str, MaskForm], limits: Limits, workers: int, classes: int = 0
+) -> list[Seen]:
     """What `look_at` says of every pair, in their order. workers 0: one a core.
 
-    Work in flight is bounded, so memory does not grow with the number of images but for the results'
-    few hundred bytes each. Raises RoadsegError if a worker dies.
+    forms: by `Pair.part`. classes: how many the manifest learns; 0 for as many as the forms have. Work in
+    flight is bounded, so memory does not grow with the number of images but for the results' two
+    kilobytes each. Raises RoadsegError if a worker dies.
     """
     workers = workers or cores()
-    task = partial(look_at, root, label_set=label_set, limits=limits)
+    task = Task(root, forms, limits, classes or _classes(forms))
+    inline = workers == 1 or len(pairs) < INLINE_PAIRS
     seen = []
     with progress(len(pairs), "check", "images") as bar:
-        inline = workers == 1 or len(pairs) < INLINE_PAIRS
-        for one in map(task, pairs) if inline else _in_processes(task, pairs, workers):
+        for one in (look_at(task, p) for p in pairs) if inline else _in_processes(task, pairs, workers):
             seen.append(one)
             bar.update()
     return seen
 
 
-def _in_processes(task: partial[Seen], pairs: Sequence[Pair], workers: int) -> Iterator[Seen]:
+def _classes(forms: Mapping[str, MaskForm]) -> int:
+    learned = [c.train_id for form in forms.values() for c in form.label_set.classes if c.train_id != IGNORE]
+    return max(learned, default=-1) + 1
+
+
+def _in_processes(task: Task, pairs: Sequence[Pair], workers: int) -> Iterator[Seen]:
     spawn = multiprocessing.get_context("spawn")  # OpenCV and torch can hang in a forked child
-    flying: deque[Future[Seen]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker) as pool:
+    handfuls = [pairs[i : i + HANDFUL] for i in range(0, len(pairs), HANDFUL)]
+    flying: deque[Future[list[Seen]]] = deque()
+    with ProcessPoolExecutor(min(workers, len(handfuls)), spawn, _start, (task,)) as pool:
         try:
-            for pair in pairs:
+            for handful in handfuls:
                 if len(flying) == 4 * workers:
-                    yield flying.popleft().result()
-                flying.append(pool.submit(task, pair))
+                    yield from flying.popleft().result()
+                flying.append(pool.submit(_look_at_all, handful))
             while flying:
-                yield flying.popleft().result()
+                yield from flying.popleft().result()
         except BrokenProcessPool:
             raise RoadsegError(
                 "a process that checks images died",
@@ -89,85 +132,157 @@ def _in_processes(task: partial[Seen], pairs: Sequence[Pair], workers: int) -> I
             ) from None
 
 
-def look_at(root: Path, pair: Pair, *, label_set: LabelSet, limits: Limits) -> Seen:
-    problems: list[tuple[str, str, str]] = []
-    image, image_data = _decode(root, pair.image, "unreadable-image", limits, problems)
-    label, label_data = _decode(root, pair.label, "unreadable-label", limits, problems)
-    sizes = {}
-    if image is not None:
-        height, width = image.shape[:2]
-        sizes = {
-            "width": width,
-            "height": height,
-            "pixels_sha256": hashlib.sha256(image.data).hexdigest() + f"-{width}x{height}",
-            "look": look(image),
-        }
-    counted = _count(pair, label, label_set, problems) if label is not None else {}
-    if label is None and image is not None and _looks_like_a_label(image, label_set):
-        problems.append(("swapped", pair.image, f"holds only ids of classes, while {pair.label} is no label"))
-    instances = _decode(root, pair.instances, "unreadable-instances", limits, problems)[0] if pair.instances else None
-    for other, path in ((image, pair.image), (instances, pair.instances)):
-        if label is not None and other is not None and other.shape[:2] != label.shape:
-            problems.append(("size-differs", path, f"{_size(other)}, but {pair.label} {_size(label)}"))
-    return Seen(
-        pair,
-        tuple(problems),
-        image_sha256=hashlib.sha256(image_data).hexdigest(),
-        label_sha256=hashlib.sha256(label_data).hexdigest(),
-        image_bytes=len(image_data),
-        label_bytes=len(label_data),
-        **sizes,
-        **counted,
-    )
+_of_this_worker: list[Task] = []  # sent once: its tables would be made anew for each handful
 
 
-def _decode(
-    root: Path, path: str, code: str, limits: Limits, problems: list[tuple[str, str, str]]
-) -> tuple[np.ndarray | None, bytes]:
+def _start(task: Task) -> None:
+    start_worker()
+    _of_this_worker[:] = [task]
+
+
+def _look_at_all(pairs: Sequence[Pair]) -> list[Seen]:
+    return [look_at(_of_this_worker[0], pair) for pair in pairs]
+
+
+def look_at(task: Task, pair: Pair) -> Seen:
+    """Reads the pair's files and measures them; what is wrong with a file is told, not raised."""
+    form, limits, problems = task.forms[pair.part], task.limits, list[Problem]()
+    image_data, photo = _decoded(
+        lambda: read_bytes(task.root / pair.image, limits), lambda d: read_photograph(d, limits),
+        problems, "unreadable-image", pair.image,
+    )  # fmt: skip
+    label_data, ids = _decoded(
+        lambda: mask_bytes(task.root, pair.label, form, limits), lambda d: read_ids(d, form, limits),
+        problems, "unreadable-label", pair.label,
+    )  # fmt: skip
+    of_image = _of_image(photo, image_data) if photo else {}
+    counted = count_ids(ids) if ids is not None else []
+    of_label = _of_label(task, form, label_data, ids, counted) if ids is not None else {}
+    problems += _unknown(task, pair, form, label_data, counted)
+    if photo and _swapped(task, form, image_data, photo, counted):
+        problems.append(("swapped", pair.image, f"holds only classes, while {pair.label} is no label"))
+    instances = None
+    if pair.instances:
+        _, instances = _decoded(
+            lambda: read_bytes(task.root / pair.instances, limits), lambda d: read_label(d, limits),
+            problems, "unreadable-instances", pair.instances,
+        )  # fmt: skip
+    for other, path in ((photo.pixels if photo else None, pair.image), (instances, pair.instances)):
+        if ids is not None and other is not None and other.shape[:2] != ids.shape:
+            problems.append(("size-differs", path, f"{_size(other)}, but {pair.label} {_size(ids)}"))
+    return Seen(pair, tuple(problems), mask_mode=image_formats.mode(label_data), **of_image, **of_label)
+
+
+def _decoded(
+    read: Callable[[], bytes], decode: Callable[[bytes], T], problems: list[Problem], code: str, path: str
+) -> tuple[bytes, T | None]:
+    """(the file's bytes, what they hold), or, where there is none, a problem more."""
     data = b""
     try:
-        data = read_bytes(root / path, limits)
-        return (read_image if code == "unreadable-image" else read_label)(data, limits), data
+        data = read()
+        return data, decode(data)
     except ImageError as e:
         problems.append((code, path, e.found + (f"; expected {e.expected}" if e.expected else "")))
     except OSError as e:
         problems.append((code, path, e.strerror or type(e).__name__))
-    return None, data
+    return data, None
 
 
 def _size(pixels: np.ndarray) -> str:
     return f"{pixels.shape[1]}x{pixels.shape[0]}"
 
 
-def _count(pair: Pair, label: np.ndarray, label_set: LabelSet, problems: list[tuple[str, str, str]]) -> dict:
-    counts = np.bincount(label.ravel(), minlength=256)
-    ids = np.flatnonzero(counts)
-    unknown = sorted((i for i in ids.tolist() if i not in label_set.known_ids), key=lambda i: -counts[i])
-    if unknown:
-        shown = ", ".join(f"id {i} on {plural(int(counts[i]), 'pixel')}" for i in unknown[:_SHOWN_IDS])
-        more = f" and {len(unknown) - _SHOWN_IDS} more ids" if len(unknown) > _SHOWN_IDS else ""
-        problems.append(("unknown-id", pair.label, shown + more))
-    by_train = np.zeros(256, np.int64)
-    np.add.at(by_train, label_set.id_to_train, counts[:256])
-    learned = by_train[: label_set.num_classes].tolist()
-    return {"histogram": (*learned, label.size - sum(learned)), "ids": frozenset(ids.tolist())}
+def _of_image(photo: Photograph, data: bytes) -> dict[str, Any]:
+    return {
+        "width": photo.pixels.shape[1],
+        "height": photo.pixels.shape[0],
+        "image_format": photo.format,
+        "orientation": photo.orientation,
+        "image_sha256": sha256_bytes(data),
+        "image_bytes": len(data),
+        "pixels_digest": f"{xxhash.xxh3_128(photo.pixels.data).hexdigest()}-{_size(photo.pixels)}",
+        "look": look_of(photo.pixels),
+    }
 
 
-def _looks_like_a_label(image: np.ndarray, label_set: LabelSet) -> bool:
-    grey = image[..., 0]
-    if not (np.array_equal(grey, image[..., 1]) and np.array_equal(grey, image[..., 2])):
-        return False
-    return label_set.known_ids.issuperset(np.flatnonzero(np.bincount(grey.ravel())).tolist())
+def _of_label(
+    task: Task, form: MaskForm, data: bytes, ids: np.ndarray, counted: list[tuple[int, int]]
+) -> dict[str, Any]:
+    pixels = [0] * (IGNORE + 1)
+    for id_, count in counted:
+        pixels[form.id_to_train[id_]] += count
+    learned = pixels[: task.classes]
+    high, wide = ids.shape
+    rows = (2 * np.arange(PLACES_HIGH) + 1) * high // (2 * PLACES_HIGH)
+    columns = (2 * np.arange(PLACES_WIDE) + 1) * wide // (2 * PLACES_WIDE)
+    return {
+        "label_sha256": sha256_bytes(data),
+        "label_bytes": len(data),
+        "histogram": (*learned, ids.size - sum(learned)),
+        "id_pixels": tuple(counted[:MOST_IDS]),
+        "places": train_ids(ids[np.ix_(rows, columns)], form).tobytes(),
+        "blends": blended(ids) if form.kind in ("ids", "colors") else 0.0,
+    }
 
 
-def look(image: np.ndarray) -> tuple[int, ...]:
-    """A difference hash of uint8 [H, W, 3]: 242 bits in 4 words of 64.
+def count_ids(ids: np.ndarray) -> list[tuple[int, int]]:
+    """(id, pixels) of every id in uint8 or uint16 [H, W], the most common first, equal ones by id.
 
-    Grey, averaged down to 12 x 12, each cell compared with its right and its lower neighbour. Survives
-    recompression, resizing, noise, blur, brightness and crops of 2 % a side; not flips or rotations.
+    By runs of equal pixels: 0.8 ms for two megapixels of a Cityscapes label, where np.bincount takes 7
+    and cv2.calcHist 4. Where runs are short, as in noise, those are the faster ones.
     """
-    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (HASH_SIDE + 1,) * 2, interpolation=cv2.INTER_AREA)
-    right, down = grey[:-1, 1:] > grey[:-1, :-1], grey[1:, :-1] > grey[:-1, :-1]
-    packed = np.packbits(np.concatenate([right.ravel(), down.ravel()]))
-    words = np.frombuffer(packed.tobytes().ljust(32, b"\0"), "<u8")
-    return tuple(int(w) for w in words)
+    flat = ids.reshape(-1)
+    edges = flat[1:] != flat[:-1]
+    if np.count_nonzero(edges) < flat.size // 16:
+        starts = np.concatenate([[0], np.flatnonzero(edges) + 1])
+        lengths = np.diff(starts, append=flat.size)
+        counts = np.bincount(flat[starts], weights=lengths).astype(np.int64)
+    elif ids.dtype == np.uint8:
+        pieces = (flat[i : i + _EXACT_IN_FLOAT32] for i in range(0, flat.size, _EXACT_IN_FLOAT32))
+        counts = np.sum([cv2.calcHist([p], [0], None, [256], [0, 256]).ravel() for p in pieces], 0, np.int64)
+    else:
+        counts = np.bincount(flat)
+    there = np.flatnonzero(counts)
+    there = there[np.argsort(-counts[there], kind="stable")]
+    return list(zip(there.tolist(), counts[there].tolist(), strict=True))
+
+
+def _unknown(task: Task, pair: Pair, form: MaskForm, data: bytes, counted: list[tuple[int, int]]) -> Iterator[Problem]:
+    unknown = _not_in(form, counted)
+    if unknown and form.kind == "colors":
+        colors = unknown_colors(data, form, task.limits)
+        yield (
+            "unknown-color",
+            pair.label,
+            _listed([f"{c} on {plural(n, 'pixel')}" for c, n in colors.items()], "colours"),
+        )
+    elif unknown and form.kind == "ids":
+        yield "unknown-id", pair.label, _listed([f"id {i} on {plural(n, 'pixel')}" for i, n in unknown], "ids")
+    elif unknown:
+        names = unknown_names(data, form)
+        shown = [f"the class {ascii(name)[:60]} of {plural(n, 'shape')}" for name, n in names.items()]
+        yield "unknown-id", pair.label, _listed(shown, "names")
+
+
+def _not_in(form: MaskForm, counted: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(i, n) for i, n in counted if i not in form.label_set.known_ids]
+
+
+def _listed(entries: list[str], what: str) -> str:
+    more = f" and {len(entries) - _SHOWN} more {what}" if len(entries) > _SHOWN else ""
+    return ", ".join(entries[:_SHOWN]) + more
+
+
+def _swapped(task: Task, form: MaskForm, image_data: bytes, photo: Photograph, counted: list[tuple[int, int]]) -> bool:
+    """Whether the label holds hardly any class, and the image nothing else."""
+    if 2 * sum(n for _, n in _not_in(form, counted)) < sum(n for _, n in counted):
+        return False
+    if form.kind == "colors":
+        try:
+            return not _not_in(form, count_ids(read_ids(image_data, form, task.limits)))
+        except ImageError:  # a JPEG holds no mask
+            return False
+    grey = photo.pixels[..., 0]
+    if form.kind != "ids" or any(not np.array_equal(grey, photo.pixels[..., i]) for i in (1, 2)):
+        return False
+    return not _not_in(form, count_ids(grey))

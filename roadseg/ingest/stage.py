@@ -9,53 +9,59 @@ from pathlib import Path
 
 from roadseg.config import Data
 from roadseg.data.manifest import Manifest
+from roadseg.data.masks import mask_path
 from roadseg.errors import ConfigError, DataError
-from roadseg.files import json_bytes, sha256_bytes, sha256_file, write_json
+from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
 from roadseg.images import Limits
-from roadseg.ingest import camvid, cityscapes, folder
-from roadseg.ingest.checks import check, listed, refusal
-from roadseg.ingest.findings import Finding
+from roadseg.ingest.checks import Checked, check, listed, refusal
+from roadseg.ingest.duplicates import near_pairs
+from roadseg.ingest.findings import Finding, judged, require_codes
 from roadseg.ingest.pairs import Pair
-from roadseg.labels import CAMVID, CITYSCAPES, TOWN, LabelSet
+from roadseg.ingest.report import render
+from roadseg.ingest.sources import Found, find
 from roadseg.processes import cores
 from roadseg.progress import progress
 
-VERSION = 1
+VERSION = 2
 HOLDOUT = "holdout"
+REPORT = "data_report.html"
 
 log = logging.getLogger(__name__)
 
 
-def ingest(data: Data, root: Path, work: Path, only_splits: tuple[str, ...] = ()) -> Manifest:
+def ingest(
+    data: Data, root: Path, work: Path, only_splits: tuple[str, ...] = (), report_in: Path | None = None
+) -> Manifest:
     """Pairs, decodes and checks the data, and writes manifest.jsonl, dataset.json and findings.json into `work`.
 
     root: of the data; the town's is work/"tree", into which it is rendered first. only_splits: look at
-    no others, so that a root with only these is enough; () means all. Warnings are logged. Raises
-    DataError with every error found, after writing findings.json only.
+    no others, so that a root with only these is enough; () means all. log/data_report.html shows all
+    that was found; a copy lies in `report_in`, which is there also when the data is refused. Warnings
+    are logged. Raises DataError with every error found, after writing findings.json and the report only.
     """
+    require_codes(data.allow, data.forbid)
+    if data.download:
+        _download(data, root)
     if data.source == "town":
         root = work / "tree"
         _render(data, root)
-    pairs, findings, label_set = _source(data, root)
-    wanted = set(only_splits)
-    if data.holdout_sequences and (not wanted or wanted & {"train", HOLDOUT}):
-        pairs = _hold_out(pairs, data.holdout_sequences)
-    if wanted:
-        _require(wanted, {p.split for p in pairs} | {f.split for f in findings}, root)
-        pairs = [p for p in pairs if p.split in wanted]
-        findings = [f for f in findings if f.split in wanted]
+    found = _wanted(data, find(data, root), set(only_splits), root)
     limits = Limits(data.max_file_bytes, data.max_image_pixels)
-    unlabelled = "test" if data.source == "cityscapes" else ""
-    samples, found = check(root, pairs, label_set, limits, data.workers, unlabelled)
-    findings += found
+    allow, forbid = frozenset(data.allow), frozenset(data.forbid)
+    unlabelled = "test" if data.source.startswith("cityscapes") else ""
+    checked = check(
+        root, found.pairs, found.label_set, found.forms, limits, data.workers, unlabelled, allow=allow, forbid=forbid
+    )
+    findings = [*judged(found.findings, allow, forbid), *checked.findings]
     write_json(work / "findings.json", [asdict(f) for f in findings])
+    report = _report(data, found, root, limits, checked, findings, work, report_in)
     if any(f.severity == "error" for f in findings):
-        raise refusal(root, findings)
-    if not samples:
+        raise refusal(root, findings, report if report_in else None)
+    if not checked.samples:
         raise DataError("no pair of image and label is left", where=str(root), todo="add data, or choose other splits")
     for f in findings:
         log.warning("%s: %s\n%s    %s", f.code, f.message, listed(f, "      "), f.fix)
-    manifest = Manifest(data.source, label_set, samples)
+    manifest = Manifest(data.source, found.label_set, checked.samples, found.forms, found.part_weights)
     manifest.save(work)
     return manifest
 
@@ -63,28 +69,64 @@ def ingest(data: Data, root: Path, work: Path, only_splits: tuple[str, ...] = ()
 def source_digest(data: Data, root: Path) -> str:
     """SHA-256 that changes when the files that the source would read change, without reading them.
 
-    It covers path, size and modification time of every paired file, the pairing's findings, and the
-    content of the data.labels YAML. A constant for the town. Raises what `ingest` would for a wrong root.
+    It covers path, size and modification time of every paired file, the pairing's findings, and what
+    masks mean. A constant for the town. Raises what `ingest` would for a wrong root.
     """
     if data.source == "town":
         return sha256_bytes(b"town")
-    pairs, findings, label_set = _source(data, root)
-    files = sorted({path for p in pairs for path in (p.image, p.label, p.instances) if path})
+    if data.download:
+        _download(data, root)
+    found = find(data, root)
+    labels = {mask_path(p.label, found.forms[p.part])[0] for p in found.pairs}
+    files = sorted(labels | {path for p in found.pairs for path in (p.image, p.instances) if path})
     stats = [(path, (root / path).stat()) for path in files]
-    described = sha256_file(data.labels) if data.source == "folder" and data.labels else label_set.mapping_digest
     rows = [(path, s.st_size, s.st_mtime_ns) for path, s in stats]
-    return sha256_bytes(json_bytes([rows, [asdict(f) for f in findings], described]))
+    pairs = [(p.split, p.image, p.label) for p in found.pairs]
+    meaning = {part: form.digest for part, form in found.forms.items()}
+    return sha256_bytes(json_bytes([rows, pairs, [asdict(f) for f in found.findings], meaning]))
 
 
-def _source(data: Data, root: Path) -> tuple[list[Pair], list[Finding], LabelSet]:
-    if data.source == "camvid":
-        return *camvid.pairs(root), CAMVID
-    if data.source == "folder":
-        if data.labels is None:
-            raise ConfigError("source 'folder' without data.labels", expected="a YAML of its classes and folders")
-        description = folder.read_description(data.labels)
-        return *folder.pairs(root, description), description.label_set
-    return *cityscapes.pairs(root), TOWN if data.source == "town" else CITYSCAPES
+def _wanted(data: Data, found: Found, wanted: set[str], root: Path) -> Found:
+    """Without the splits that nobody asked for, and with the held-out sequences in a split of their own."""
+    pairs, findings = found.pairs, found.findings
+    if data.holdout_sequences and (not wanted or wanted & {"train", HOLDOUT}):
+        pairs = _hold_out(pairs, data.holdout_sequences)
+    if wanted:
+        _require(wanted, {p.split for p in pairs} | {f.split for f in findings}, root)
+        pairs = [p for p in pairs if p.split in wanted]
+        findings = [f for f in findings if f.split in wanted]
+    return replace(found, pairs=pairs, findings=findings)
+
+
+def _report(
+    data: Data,
+    found: Found,
+    root: Path,
+    limits: Limits,
+    checked: Checked,
+    findings: Sequence[Finding],
+    work: Path,
+    report_in: Path | None,
+) -> Path:
+    html = render(
+        f"roadseg ingest of {data.source}", root, found.label_set, found.forms, checked.seen, findings,
+        near_pairs(checked.seen), limits,
+    )  # fmt: skip
+    (work / "log").mkdir(exist_ok=True)
+    paths = [work / "log" / REPORT] + ([report_in / REPORT] if report_in else [])
+    for path in paths:
+        write_atomic(path, html.encode())
+    return paths[-1]
+
+
+def _download(data: Data, root: Path) -> None:
+    if not data.source.startswith("cityscapes"):
+        raise ConfigError(
+            f"data.download with source {data.source}", expected="cityscapes", todo="fetch it from its owner"
+        )
+    from roadseg.ingest.download import download_cityscapes, packages_for
+
+    download_cityscapes(root, packages_for(data.source))
 
 
 def _render(data: Data, tree: Path) -> None:

@@ -2,9 +2,7 @@
 
 import io
 import os
-import signal
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -12,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from roadseg.errors import RoadsegError
-from roadseg.images import Limits, encode_jpeg, encode_label_png
-from roadseg.ingest import camvid, cityscapes, reading
-from roadseg.ingest.checks import check, refusal
-from roadseg.ingest.duplicates import NEAR_BITS, nearest
+from roadseg.data.manifest import Manifest
+from roadseg.data.masks import MaskForm
+from roadseg.errors import ConfigError
+from roadseg.images import Limits, encode_label_png
+from roadseg.ingest import camvid, cityscapes
+from roadseg.ingest.checks import Checked, check, refusal
 from roadseg.ingest.findings import Finding
-from roadseg.labels import CAMVID, CITYSCAPES, LabelSet
-from roadseg.processes import start_worker
+from roadseg.ingest.pairs import Pair
+from roadseg.labels import CAMVID, CITYSCAPES, LabelSet, in_cityscapes
 
 WIDTH, HEIGHT = 96, 64
 
@@ -60,11 +59,17 @@ def tree(tmp_path) -> Path:
 DEFAULT = Limits()
 
 
-def findings_of(root: Path, limits: Limits = DEFAULT, label_set: LabelSet = CAMVID) -> list[Finding]:
+def checked(root: Path, limits: Limits = DEFAULT, label_set: LabelSet = CAMVID, **options: object) -> Checked:
     source = camvid if label_set is CAMVID else cityscapes
     pairs, found = source.pairs(root)
     unlabelled = "" if label_set is CAMVID else "test"
-    return found + check(root, pairs, label_set, limits, 1, unlabelled)[1]
+    forms = {"": MaskForm("ids", label_set)}
+    result = check(root, pairs, label_set, forms, limits, 1, unlabelled, **options)  # type: ignore[arg-type]
+    return replace(result, findings=found + result.findings)
+
+
+def findings_of(root: Path, limits: Limits = DEFAULT, label_set: LabelSet = CAMVID) -> list[Finding]:
+    return checked(root, limits, label_set).findings
 
 
 def only(root: Path, **options: object) -> Finding:
@@ -74,9 +79,9 @@ def only(root: Path, **options: object) -> Finding:
 
 
 def test_a_clean_tree_gives_samples_and_no_findings(tree):
-    pairs, found = camvid.pairs(tree)
-    samples, findings = check(tree, pairs, CAMVID, Limits(), 1)
-    assert found + findings == []
+    result = checked(tree)
+    samples = result.samples
+    assert result.findings == [] and result.near == [] and len(result.seen) == 5
     assert [(s.split, s.name) for s in samples] == [
         ("train", "A_1"), ("train", "A_2"), ("train", "B_1"), ("val", "C_1"), ("val", "C_2"),
     ]  # fmt: skip
@@ -107,11 +112,11 @@ def test_an_unreadable_label_an_absent_file_and_a_mask_of_colours(tree):
     write(tree / "trainannot/B_1.png", png(CAMVID.palette[stripes(list(range(11)))]))
     (tree / "trainannot/A_2.png").unlink()
     (tree / "trainannot/A_2.png").symlink_to("nowhere.png")
-    f = only(tree)
-    assert (f.code, f.severity, f.split, f.count) == ("unreadable-label", "error", "train", 3)
-    assert [e.partition(": ")[2].partition(";")[0] for e in f.files] == [
-        "the file is empty", "No such file or directory", "a mask of RGB colours",
-    ]  # fmt: skip
+    colors, unreadable = findings_of(tree)
+    assert (colors.code, colors.severity, colors.split, colors.count) == ("color-mask", "error", "train", 1)
+    assert colors.files[0].startswith("trainannot/B_1.png: a mask of RGB") and "masks: colors" in colors.fix
+    assert (unreadable.code, unreadable.severity, unreadable.split) == ("unreadable-label", "error", "train")
+    assert [e.partition(": ")[2] for e in unreadable.files] == ["the file is empty", "No such file or directory"]
 
 
 def test_images_over_the_limits(tree):
@@ -129,13 +134,30 @@ def test_size_of_image_and_label_differ(tree):
     assert f.files == ("train/A_1.png: 96x64, but trainannot/A_1.png 96x63",)
 
 
-def test_a_sideways_photograph_is_compared_upright(tree):
+def sideways(image: np.ndarray) -> bytes:
+    """Stored on its side, upright by EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(np.rot90(scene(8)))).save(out, "PNG", exif=exif)
-    write(tree / "train/A_1.png", out.getvalue())
-    assert findings_of(tree) == []
+    Image.fromarray(np.ascontiguousarray(np.rot90(image))).save(out, "PNG", exif=exif)
+    return out.getvalue()
+
+
+def test_a_sideways_photograph_is_compared_upright(tree):
+    write(tree / "train/A_1.png", sideways(scene(8)))
+    assert only(tree).code == "exif-rotated"
+
+
+def test_a_label_drawn_on_a_sideways_photograph_is_told_why_its_size_differs(tree):
+    write(tree / "train/A_1.png", sideways(cv2.resize(scene(8), (HEIGHT, WIDTH))))
+    write(tree / "val/C_1.png", png(np.ascontiguousarray(np.rot90(scene(9)))))
+    train, val = (f for f in findings_of(tree) if f.code == "size-differs")
+    assert train.files == (
+        "train/A_1.png: 64x96, but trainannot/A_1.png 96x64; "
+        "the photograph is stored on its side, and upright by its EXIF orientation 6",
+    )
+    assert "turned as its EXIF data says" in train.fix
+    assert val.files == ("val/C_1.png: 64x96, but valannot/C_1.png 96x64; a quarter turn apart",)
 
 
 def test_unknown_ids_are_named_with_their_pixels(tree):
@@ -154,7 +176,8 @@ def test_instance_ids_as_labels_are_told(tree):
     deep[0, :7] = 8001
     write(tree / "valannot/C_2.png", png(deep))
     f = only(tree)
-    assert f.files == ("valannot/C_2.png: id 8001 on 7 pixels",) and "instance ids" in f.fix
+    assert f.code == "instance-ids" and "not *_instanceIds" in f.fix
+    assert f.files == ("valannot/C_2.png: ids 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 1 more",)
 
 
 def test_void_and_single_class_labels(tree):
@@ -173,45 +196,11 @@ def test_a_class_missing_from_a_split(tree):
     assert f.message == "val has no pixel of 2 of 11 classes: car, pedestrian"
 
 
-def test_exact_copies_inside_and_across_splits_also_in_another_format(tree):
-    out = io.BytesIO()
-    Image.fromarray(scene(0)).save(out, "WEBP", lossless=True)
-    write(tree / "train/A_2.png", out.getvalue())
+def test_exact_copies_inside_and_across_splits_are_told(tree):
+    write(tree / "train/A_2.png", png(scene(0)))
     write(tree / "val/C_2.png", png(scene(2)))
-    inside, across = findings_of(tree)
-    assert (inside.code, inside.severity, inside.split) == ("duplicate-in-split", "warning", "train")
-    assert inside.files == ("train/A_1.png = train/A_2.png",)
-    assert (across.code, across.severity, across.split) == ("duplicate-across-splits", "error", "train and val")
-    assert across.files == ("val/C_2.png = train/B_1.png",)
-
-
-def variants(image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    decode = [cv2.imdecode(np.frombuffer(encode_jpeg(image, q), np.uint8), cv2.IMREAD_COLOR_RGB) for q in (30, 80)]
-    brighter = np.clip(image * 1.1 + 8, 0, 255).astype(np.uint8)
-    noisy = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
-    smaller = cv2.resize(image, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA)
-    return [*decode, brighter, noisy, smaller, image[2:-2, 2:-2]]
-
-
-def test_near_copies_are_caught_and_other_scenes_are_not():
-    rng = np.random.default_rng(0)
-    originals = [cv2.resize(scene(i), (240, 160), interpolation=cv2.INTER_CUBIC) for i in range(60)]
-    hashes = np.array([reading.look(o) for o in originals], np.uint64)
-    copies = [(i, v) for i, o in enumerate(originals) for v in variants(o, rng)]
-    near = nearest(np.array([reading.look(v) for _, v in copies], np.uint64), hashes)
-    caught = [row == i and bits <= NEAR_BITS for (i, _), (row, bits) in zip(copies, near, strict=True)]
-    assert np.mean(caught) >= 0.95
-    among_others = [nearest(hashes[i : i + 1], np.delete(hashes, i, 0))[0][1] for i in range(60)]
-    assert min(among_others) > NEAR_BITS
-
-
-def test_nearest_agrees_with_counting_bits_one_by_one(monkeypatch):
-    monkeypatch.setattr("roadseg.ingest.duplicates._BLOCK_PAIRS", 30)
-    rng = np.random.default_rng(1)
-    a, b = (rng.integers(0, 2**64, (n, 4), dtype=np.uint64) for n in (11, 13))
-    for query, (row, bits) in zip(a, nearest(a, b), strict=True):
-        plain = [sum(bin(int(x) ^ int(y)).count("1") for x, y in zip(query, other, strict=True)) for other in b]
-        assert (row, bits) == (int(np.argmin(plain)), min(plain))
+    found = {f.code: (f.severity, f.split) for f in findings_of(tree)}
+    assert found == {"duplicate-in-split": ("warning", "train"), "duplicate-across-splits": ("error", "train and val")}
 
 
 def test_a_near_copy_across_splits_is_a_warning(tree):
@@ -229,14 +218,25 @@ def test_the_same_sequence_in_two_splits(tree):
     assert f.message == "1 sequence in both train and val (1 image of val)"
 
 
+def exchange(a: Path, b: Path) -> None:
+    a_bytes, b_bytes = a.read_bytes(), b.read_bytes()
+    a.write_bytes(b_bytes)
+    b.write_bytes(a_bytes)
+
+
 def test_image_and_label_exchanged(tree):
-    image, label = tree / "train/A_1.png", tree / "trainannot/A_1.png"
-    image_bytes, label_bytes = image.read_bytes(), label.read_bytes()
-    image.write_bytes(label_bytes)
-    label.write_bytes(image_bytes)
-    found = {f.code: f for f in findings_of(tree)}
-    assert set(found) == {"swapped", "unreadable-label"}
-    assert found["swapped"].files == ("train/A_1.png: holds only ids of classes, while trainannot/A_1.png is no label",)
+    """One finding explains both files."""
+    exchange(tree / "train/A_1.png", tree / "trainannot/A_1.png")
+    f = only(tree)
+    assert (f.code, f.severity) == ("swapped", "error") and f.message == "1 pair of train with image and label swapped"
+    assert f.files[0].startswith("train/A_1.png: ") and "trainannot/A_1.png" in f.files[0]
+
+
+def test_whole_folders_exchanged(tree):
+    for name in ("C_1", "C_2"):
+        exchange(tree / f"val/{name}.png", tree / f"valannot/{name}.png")
+    f = next(f for f in findings_of(tree) if f.severity == "error")
+    assert f.message == "all 2 pairs of val with image and label swapped: the folders are" and "folders" in f.fix
 
 
 def cityscapes_tree(root: Path, split: str, names: list[str], label: np.ndarray, first_seed: int = 0) -> None:
@@ -255,7 +255,7 @@ def test_train_ids_in_place_of_label_ids(tmp_path, void):
     cityscapes_tree(tmp_path, "train", names, stripes([*range(19), *([255] if void else [])]))
     f = next(f for f in findings_of(tmp_path, label_set=CITYSCAPES) if f.severity == "error")
     assert (f.code, f.split, f.count) == ("train-ids", "train", 2)
-    assert f.message == "the labels of train hold only 0..18 and 255: they are train ids" and "_labelIds.png" in f.fix
+    assert f.message == "all 2 labels of train hold only 0..18 and 255: they are train ids" and "_labelIds.png" in f.fix
 
 
 def test_few_low_ids_are_no_train_ids(tmp_path):
@@ -268,7 +268,7 @@ def test_placeholder_labels_are_a_warning_in_test_only(tmp_path):
     cityscapes_tree(tmp_path, "train", ["ulm_000000_000019"], ALL_CITYSCAPES)
     cityscapes_tree(tmp_path, "test", ["bonn_000000_000019"], placeholder, first_seed=5)
     f = only(tmp_path, label_set=CITYSCAPES)
-    assert (f.code, f.severity, f.split) == ("all-void", "warning", "test")
+    assert (f.code, f.severity, f.split) == ("no-labels", "warning", "test")
     cityscapes_tree(tmp_path, "val", ["kiel_000000_000019"], placeholder, first_seed=6)
     assert ("all-void", "error", "val") in [
         (f.code, f.severity, f.split) for f in findings_of(tmp_path, label_set=CITYSCAPES)
@@ -287,6 +287,84 @@ def test_instances_are_read_and_measured(tmp_path):
     found = {f.code: f.files for f in findings_of(tmp_path, label_set=CITYSCAPES)}
     assert set(found) == {"size-differs", "unreadable-instances"}
     assert found["size-differs"][0].startswith(stem.format(0) + ": 96x63, but ")
+
+
+def test_a_city_in_two_splits(tmp_path):
+    cityscapes_tree(tmp_path, "train", ["ulm_000000_000019", "ulm_000001_000019"], ALL_CITYSCAPES)
+    cityscapes_tree(tmp_path, "val", ["ulm_000002_000019", "bonn_000000_000019"], ALL_CITYSCAPES, first_seed=5)
+    f = only(tmp_path, label_set=CITYSCAPES)
+    assert (f.code, f.severity, f.split, f.files) == ("same-city", "warning", "train and val", ("ulm",))
+    assert f.message == "1 city in both train and val (1 image of val)"
+    cityscapes_tree(tmp_path, "val", ["ulm_000001_000020"], ALL_CITYSCAPES, first_seed=7)
+    f = only(tmp_path, label_set=CITYSCAPES)
+    assert (f.code, f.files) == ("same-sequence", ("ulm_000001",))  # which says more
+
+
+def names(result: Checked) -> list[str]:
+    return [s.name for s in result.samples]
+
+
+def test_what_an_allowed_error_concerns_is_left_out(tree):
+    write(tree / "train/A_1.png", b"")
+    write(tree / "trainannot/A_2.png", encode_label_png(stripes([11])))
+    write(tree / "valannot/C_1.png", encode_label_png(stripes([*range(12), 200])))
+    write(tree / "valannot/C_2.png", encode_label_png(stripes([11])))
+    codes = {"unreadable-image", "all-void", "unknown-id"}
+    assert {f.code for f in findings_of(tree) if f.severity == "error"} == codes
+    result = checked(tree, allow=codes)
+    assert {f.code: f.severity for f in result.findings if f.code in codes} == dict.fromkeys(codes, "warning")
+    assert names(result) == ["B_1", "C_1", "C_2"]  # of the void labels the one in train
+    with_unknown = result.samples[1]
+    assert with_unknown.histogram[-1] == sum((stripes([*range(12), 200]) > 10).ravel().tolist())
+    assert Manifest("test", CAMVID, result.samples).histogram("val") == tuple(
+        a + b for a, b in zip(with_unknown.histogram, result.samples[2].histogram, strict=True)
+    )
+
+
+def test_a_pair_with_values_that_mean_something_else_is_left_out(tree):
+    write(tree / "trainannot/A_1.png", encode_label_png(stripes([0, 255])))
+    write(tree / "trainannot/A_2.png", encode_label_png(stripes([*range(11), 255])))
+    result = checked(tree, allow={"binary-mask", "undeclared-void"})
+    assert [(f.code, f.severity) for f in result.findings] == [
+        ("binary-mask", "warning"),
+        ("undeclared-void", "warning"),
+    ]
+    assert names(result) == ["A_2", "B_1", "C_1", "C_2"]
+
+
+def test_a_broken_instance_map_costs_itself_and_not_the_pair(tmp_path):
+    cityscapes_tree(tmp_path, "train", ["ulm_000000_000019"], ALL_CITYSCAPES)
+    stem = tmp_path / "gtFine/train/ulm/ulm_000000_000019_gtFine_instanceIds.png"
+    write(stem, png(ALL_CITYSCAPES[1:]))
+    (sample,) = checked(tmp_path, label_set=CITYSCAPES, allow={"size-differs"}).samples
+    assert sample.instances == ""
+
+
+def test_a_forbidden_warning_is_an_error(tree):
+    write(tree / "trainannot/A_2.png", encode_label_png(stripes([11, 3])))
+    (f,) = checked(tree, forbid={"one-class"}).findings
+    assert (f.code, f.severity) == ("one-class", "error")
+
+
+def test_codes_that_there_are_not_are_refused_before_anything_is_read(tmp_path):
+    pairs = [Pair("train", "a", "", "nowhere.png", "nowhere.png")]
+    with pytest.raises(ConfigError, match="no code 'unreadable-imge', perhaps you meant unreadable-image"):
+        check(tmp_path, pairs, CAMVID, {"": MaskForm("ids", CAMVID)}, Limits(), 1, allow={"unreadable-imge"})
+
+
+def test_parts_are_judged_by_their_own_masks(tree, tmp_path):
+    """CamVid's ids in one part, those of Cityscapes in another; learned are the 19 classes of Cityscapes."""
+    forms = {part: MaskForm("ids", in_cityscapes(s)) for part, s in (("c", camvid.LABEL_SET), ("k", CITYSCAPES))}
+    write(tmp_path / "k.png", png(scene(40)))
+    write(tmp_path / "k_ids.png", encode_label_png(ALL_CITYSCAPES))
+    pairs = [replace(p, part="c") for p in camvid.pairs(tree)[0]]
+    pairs.append(Pair("train", "k", "", "k.png", "k_ids.png", part="k"))
+    result = check(tmp_path, pairs, CITYSCAPES, forms, Limits(), 1)
+    assert {f.code for f in result.findings} == {"class-missing"}
+    assert all(len(s.histogram) == 20 for s in result.samples) and len(result.samples) == 6
+    write(tmp_path / "k_ids.png", encode_label_png(stripes([*range(19), 255])))
+    f = next(f for f in check(tmp_path, pairs, CITYSCAPES, forms, Limits(), 1).findings if f.severity == "error")
+    assert (f.code, f.message) == ("train-ids", "1 label of train of k hold only 0..18 and 255: they are train ids")
 
 
 def test_all_faults_are_listed_in_one_error_in_plain_words(tree):
@@ -311,54 +389,3 @@ def test_all_faults_are_listed_in_one_error_in_plain_words(tree):
         assert said in text
     many = replace(findings_of(tree)[0], files=tuple(f"{i}.png" for i in range(2000)), count=2000)
     assert "and 1,997 more" in str(refusal(tree, [many])) and len(str(refusal(tree, [many]))) < 1000
-
-
-def test_processes_give_what_one_process_gives(tmp_path):
-    for seed in range(reading.INLINE_PAIRS + 4):
-        write(tmp_path / f"train/s{seed % 3}_{seed:02d}.png", png(scene(seed)) if seed != 7 else b"")
-        write(tmp_path / f"trainannot/s{seed % 3}_{seed:02d}.png", encode_label_png(stripes([seed % 12, 3, 5])))
-    pairs, _ = camvid.pairs(tmp_path)
-    one = reading.read_all(tmp_path, pairs, CAMVID, Limits(), 1)
-    assert reading.read_all(tmp_path, pairs, CAMVID, Limits(), 2) == one
-    assert [s.pair for s in one] == pairs and [s.problems != () for s in one].count(True) == 1
-
-
-def die(pair: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.fault
-def test_a_worker_that_dies_is_one_clear_error():
-    with pytest.raises(RoadsegError, match="a process that checks images died.*lower data.workers"):
-        list(reading._in_processes(die, [None] * 20, 2))  # type: ignore[arg-type,list-item]
-
-
-def stand_by(ready: object) -> None:
-    start_worker()
-    ready.set()  # type: ignore[attr-defined]
-    signal.pause()
-
-
-def have_a_child(child_pid: object, ready: object) -> None:
-    child = get_context("spawn").Process(target=stand_by, args=(ready,))
-    child.start()
-    child_pid.value = child.pid  # type: ignore[attr-defined]
-    ready.wait(60)  # type: ignore[attr-defined]
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.fault
-def test_workers_end_with_a_killed_parent():
-    spawn = get_context("spawn")
-    child_pid, ready = spawn.Value("i", 0), spawn.Event()
-    parent = spawn.Process(target=have_a_child, args=(child_pid, ready))
-    parent.start()
-    parent.join(60)
-    assert parent.exitcode == -signal.SIGKILL
-    deadline = 100
-    while Path(f"/proc/{child_pid.value}/stat").exists() and deadline:
-        if Path(f"/proc/{child_pid.value}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            break
-        deadline -= 1
-        signal.sigtimedwait([], 0.1)
-    assert deadline, "the worker outlived its parent by ten seconds"

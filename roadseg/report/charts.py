@@ -1,8 +1,8 @@
 """Charts as inline SVG, without scripts and without fonts of their own.
 
-Colours come from the page: custom properties `--series-0` .. `--series-5`, `--heat`, `--grid`, ... of report.html, so
+Colours come from the page: custom properties `--series-0` .. `--series-5`, `--heat`, `--grid`, ... of style.css, so
 that one drawing serves light, dark and paper. Lines differ in dash and marker as well as in colour (the colours are
-Okabe and Ito's, told apart by colour-blind readers), the heat map in the lightness of one hue. All text is escaped.
+Okabe and Ito's, told apart by colour-blind readers), heat maps in the lightness of one hue. All text is escaped.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "12 4", "4 2")
-_SERIES = 6  # colours in the page
-_CHAR = 6.6  # width of a character at 12 px, a little generous
-_LABEL_CHARS = 22  # longer names are cut in the heat map; the tooltip has them whole
+SERIES = 6  # colours in the page
+CHAR = 6.6  # width of a character at 12 px, a little generous
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,27 @@ def bar(value: float | None, mark: float | None = None) -> Markup:
     """A horizontal bar for `value` in 0..1 and a tick at `mark`, as wide as its container; silent to screen readers."""
     parts = [Markup('<rect class="track" width="100" height="12"/>')]
     if value is not None:
-        parts.append(Markup('<rect class="value" width="{}" height="12"/>').format(_num(100 * value)))
+        parts.append(Markup('<rect class="value" width="{}" height="12"/>').format(num(100 * value)))
     if mark is not None:
-        at = _num(100 * mark)
+        at = num(100 * mark)
         parts.append(Markup('<path class="mark" d="M{} -2v16"/>').format(at))
     return Markup(
         '<svg class="bar" viewBox="0 -2 100 16" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
     ).format(Markup("").join(parts))
+
+
+def bars(values: Sequence[float | None]) -> Markup:
+    """Thin horizontal bars for values in 0..1, one below the other in the colours of the series; None draws none."""
+    drawn = [
+        Markup('<rect class="s{}" y="{}" width="{}" height="6"/>').format(i % SERIES, 8 * i, f"{100 * v:.2f}")
+        for i, v in enumerate(values)
+        if v is not None
+    ]
+    height = 8 * len(values) - 2
+    return Markup(
+        '<svg class="stack" viewBox="0 0 100 {h}" style="height:{h}px" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect class="track" width="100" height="{h}"/>{}</svg>'
+    ).format(Markup("").join(drawn), h=height)
 
 
 def difference_bar(value: float, limit: float) -> Markup:
@@ -47,7 +60,7 @@ def difference_bar(value: float, limit: float) -> Markup:
     return Markup(
         '<svg class="bar" viewBox="0 -2 100 16" preserveAspectRatio="none" aria-hidden="true">'
         '<rect class="{}" x="{}" width="{}" height="12"/><path class="mark" d="M50 -2v16"/></svg>'
-    ).format("gain" if value >= 0 else "loss", _num(50 - width if value < 0 else 50), _num(width))
+    ).format("gain" if value >= 0 else "loss", num(50 - width if value < 0 else 50), num(width))
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -80,7 +93,7 @@ def lines(series: Sequence[Line], *, label: str, x_label: str, percent: bool = F
     body = [legend, *_axes(frame, x_ticks, y_ticks, x_label, percent)]
     body += [_polyline(i, s, frame) for i, s in enumerate(drawn)]
     return Markup('<svg class="lines" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        _Frame.WIDTH, _num(frame.bottom + 40), label, Markup("").join(body)
+        _Frame.WIDTH, num(frame.bottom + 40), label, Markup("").join(body)
     )
 
 
@@ -116,14 +129,14 @@ def _legend(series: Sequence[Line]) -> tuple[Markup, float]:
         return Markup(""), 0.0
     parts, x, y = [], float(_Frame.LEFT), 14.0
     for i, s in enumerate(series):
-        width = 44 + _CHAR * len(s.name)
+        width = 44 + CHAR * len(s.name)
         if x + width > _Frame.WIDTH and x > _Frame.LEFT:
             x, y = float(_Frame.LEFT), y + 18
         stroke = Markup('<path class="line s{}" stroke-dasharray="{}" d="M{} {}h26"/>').format(
-            i % _SERIES, _dash(i), _num(x), _num(y - 4)
+            i % SERIES, _dash(i), num(x), num(y - 4)
         )
         mark = _marker(i, x + 13, y - 4) if s.marked else Markup("")
-        text = Markup('<text x="{}" y="{}">{}</text>').format(_num(x + 32), _num(y), s.name)
+        text = Markup('<text x="{}" y="{}">{}</text>').format(num(x + 32), num(y), s.name)
         parts += [stroke, mark, text]
         x += width
     return Markup("").join(parts), y
@@ -134,7 +147,7 @@ def _axes(
 ) -> list[Markup]:
     parts = []
     for t in y_ticks:
-        y = _num(frame.y(t))
+        y = num(frame.y(t))
         parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(frame.LEFT, y, frame.RIGHT))
         text = f"{100 * t:.0f}%" if percent else f"{t:g}" if abs(t) >= 1e-3 or t == 0 else f"{t:.0e}"
         parts.append(
@@ -146,13 +159,13 @@ def _axes(
         text = f"{t:,.0f}" if t == round(t) else f"{t:g}"
         parts.append(
             Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                _num(frame.x(t)), _num(frame.bottom + 17), text
+                num(frame.x(t)), num(frame.bottom + 17), text
             )
         )
     middle = (frame.LEFT + frame.RIGHT) / 2
     parts.append(
         Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            _num(middle), _num(frame.bottom + 34), x_label
+            num(middle), num(frame.bottom + 34), x_label
         )
     )
     return parts
@@ -160,8 +173,8 @@ def _axes(
 
 def _polyline(index: int, series: Line, frame: _Frame) -> Markup:
     at = [(frame.x(x), frame.y(y)) for x, y in series.points]
-    path = "M" + "L".join(f"{_num(x)} {_num(y)}" for x, y in at)
-    line = Markup('<path class="line s{}" stroke-dasharray="{}" d="{}"/>').format(index % _SERIES, _dash(index), path)
+    path = "M" + "L".join(f"{num(x)} {num(y)}" for x, y in at)
+    line = Markup('<path class="line s{}" stroke-dasharray="{}" d="{}"/>').format(index % SERIES, _dash(index), path)
     marks = [_marker(index, x, y) for x, y in at] if series.marked or len(at) == 1 else []
     return Markup("").join([line, *marks])
 
@@ -179,92 +192,11 @@ def _marker(index: int, x: float, y: float) -> Markup:
         "m0 -4.4l4.4 4.4l-4.4 4.4l-4.4 -4.4z",
     )
     return Markup('<path class="dot s{}" d="M{} {}{}"/>').format(
-        index % _SERIES, _num(x), _num(y), shapes[index % len(shapes)]
+        index % SERIES, num(x), num(y), shapes[index % len(shapes)]
     )
 
 
-def heat_map(counts: Sequence[Sequence[int]], names: Sequence[str], colors: Sequence[str]) -> Markup:
-    """A confusion matrix, rows truth and columns prediction, each row as shares of its pixels.
-
-    names, colors (CSS): one a class. Up to 24 classes each cell says its share in %; beyond that only its shade and
-    its tooltip do. Shares below 0.05 % are blank. A row without pixels says that it is absent.
-    """
-    n = len(names)
-    cell = 36 if n <= 24 else max(10, 860 // n)
-    font = min(12, 0.8 * cell)
-    longest = _CHAR * font / 12 * min(_LABEL_CHARS, max((len(s) for s in names), default=0))
-    left, top = longest + 26, 0.82 * longest + 40
-    labels = [_heat_labels(names[i], colors[i], i, cell, left, top, font) for i in range(n)]
-    rows = [_heat_row(i, counts[i], names, left, top + i * cell, cell, font) for i in range(n)]
-    grid = "".join(f"M{_num(left)} {_num(top + k * cell)}h{n * cell}" for k in range(n + 1))
-    grid += "".join(f"M{_num(left + k * cell)} {_num(top)}v{n * cell}" for k in range(n + 1))
-    diagonal = "".join(f"M{_num(left + k * cell)} {_num(top + k * cell)}h{cell}v{cell}h-{cell}z" for k in range(n))
-    corner = Markup('<text class="tick" x="0" y="{}">truth ↓</text><text class="tick" x="0" y="{}">predicted →</text>')
-    width, height = left + n * cell + 0.6 * longest + 4, top + n * cell + 4
-    return Markup(
-        '<svg class="heat" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="Confusion matrix">'
-        '{}{}<path class="grid" d="{}"/>{}<path class="diagonal" d="{}"/></svg>'
-    ).format(
-        corner.format(_num(top - 8), _num(top - 26)),
-        Markup("").join(labels),
-        grid,
-        Markup("").join(rows),
-        diagonal,
-        w=_num(width),
-        h=_num(height),
-    )
-
-
-def _heat_row(
-    i: int, counts: Sequence[int], names: Sequence[str], left: float, y: float, cell: float, font: float
-) -> Markup:
-    total = sum(counts)
-    if not total:
-        return Markup('<text class="absent" x="{}" y="{}" dy="4" font-size="{}">{}</text>').format(
-            _num(left + 8), _num(y + cell / 2), _num(font), "no pixel of it in the truth"
-        )
-    cells = []
-    for j, count in enumerate(counts):
-        what = f"{names[i]}, taken for {names[j]}" if i != j else names[i]
-        if count / total >= 0.0005:
-            cells.append(_cell(what, count, total, left + j * cell, y, cell, written=len(names) <= 24))
-    return Markup("").join(cells)
-
-
-def _heat_labels(name: str, color: str, i: int, cell: float, left: float, top: float, font: float) -> Markup:
-    """The class beside its row and, turned, above its column, with its colour at both."""
-    short = name if len(name) <= _LABEL_CHARS else name[: _LABEL_CHARS - 1] + "…"
-    middle = (i + 0.5) * cell
-    x, y, swatch = left + middle, top + middle, min(10, cell - 2)
-    return Markup(
-        '<text x="{}" y="{}" dy="4" font-size="{f}" text-anchor="end">{name}</text>'
-        '<rect class="swatch" x="{}" y="{}" width="{s}" height="{s}" fill="{c}"/>'
-        '<text transform="translate({} {}) rotate(-55)" font-size="{f}">{name}</text>'
-        '<rect class="swatch" x="{}" y="{}" width="{s}" height="{s}" fill="{c}"/>'
-    ).format(
-        *map(_num, (left - 22, y, left - 16, y - swatch / 2, x + 3, top - 22, x - swatch / 2, top - 16)),
-        f=_num(font),
-        s=_num(swatch),
-        name=short,
-        c=color,
-    )
-
-
-def _cell(what: str, count: int, total: int, x: float, y: float, size: float, written: bool) -> Markup:
-    share = count / total
-    shade = math.sqrt(share)  # so that 1 % can be seen beside 99 %
-    text = Markup("")
-    if written:
-        percent = f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"
-        text = Markup('<text class="{}" x="{}" y="{}" dy="4">{}</text>').format(
-            "n hi" if shade > 0.65 else "n", _num(x + size / 2), _num(y + size / 2), percent
-        )
-    return Markup(
-        '<g><title>{}: {}% ({} pixels)</title><rect x="{}" y="{}" width="{s}" height="{s}" fill-opacity="{}"/>{}</g>'
-    ).format(what, f"{100 * share:.2f}", f"{count:,}", _num(x), _num(y), f"{shade:.2f}", text, s=_num(size))
-
-
-def _num(value: float) -> str:
+def num(value: float) -> str:
     """One decimal at most: a tenth of a pixel is enough, and keeps the file small."""
     text = f"{value:.1f}"
     return text[:-2] if text.endswith(".0") else text
