@@ -1,12 +1,14 @@
 """One augmented training sample: drawn from (seed, epoch, sample), read as a box, resized once.
 
 The crop's box in the frame is computed first and only that box is read and resized; colour is one
-3x4 matrix. Both are many times faster than resizing whole frames and jittering in HSV.
+3x4 matrix. Both are many times faster than resizing whole frames and jittering in HSV. `draw` decides
+everything; `apply` makes the crop with OpenCV, gpu_augment.py makes whole batches on a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, floor
 
 import cv2
 import numpy as np
@@ -45,81 +47,145 @@ def colour_matrix(rng: np.random.Generator, a: Augmentation) -> np.ndarray:
     return np.hstack([brightness * contrast * mix, np.full((3, 1), offset)]).astype(np.float32)
 
 
-def augment(
-    image: np.ndarray, label: np.ndarray, a: Augmentation, rng: np.random.Generator, fill: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """A crop of `a.crop_px` out of a frame.
+@dataclass(frozen=True)
+class Draw:
+    """What is done to one frame.
 
-    image uint8 [H, W, 3], label uint8 [H, W]; returns the same kinds at the crop's size. Where the
-    scaled frame is smaller than the crop, the image is `fill` and the label void.
+    box: (top, left, height, width) to read of it. affine: float64 [2, 3], from a pixel (x, y) of the
+    crop to (x, y) in the box, both counted from the centre of the first pixel; flip is in it. inner:
+    (top, left, height, width) of the crop that the box can fill; the rest is void. turned: rotated, so
+    that the affine and not inner says where the frame ends. taps: samples a side that a pixel of the
+    crop averages; 1 where it covers two pixels a side of the frame or fewer. colour: float32 [3, 4] on
+    RGB in 0..255. blur_px: sigma, 0 for none.
     """
+
+    crop_px: tuple[int, int]
+    box: tuple[int, int, int, int]
+    affine: np.ndarray
+    inner: tuple[int, int, int, int]
+    turned: bool
+    flip: bool
+    taps: int
+    colour: np.ndarray
+    blur_px: float
+
+
+def draw(
+    a: Augmentation, rng: np.random.Generator, height: int, width: int, centre: tuple[int, int] | None = None
+) -> Draw:
+    """Of a frame of this size. The crop covers the pixel `centre` (y, x), if one is given, somewhere."""
     scale = rng.uniform(*a.scale)
     spot = rng.random(2)
-    flip, blur_draw, sigma = rng.random() < a.flip, rng.random(), rng.uniform(0.1, 1.5)
+    flip, blur_draw, sigma = bool(rng.random() < a.flip), rng.random(), rng.uniform(0.1, 1.5)
     angle = rng.uniform(-a.rotate_deg, a.rotate_deg)
-    matrix = colour_matrix(rng, a)
-    if a.rotate_deg:
-        pixels, ids = _warped(image, label, a.crop_px, scale, np.deg2rad(angle), flip, spot, fill)
-    else:
-        pixels, ids = _resized(image, label, a.crop_px, scale, flip, spot)
-    if blur_draw < a.blur:
-        pixels = cv2.GaussianBlur(pixels, (0, 0), sigma)
-    return _pad(cv2.transform(pixels, matrix), ids, a.crop_px, spot, fill)
+    colour = colour_matrix(rng, a)
+    place = _turned if a.rotate_deg else _upright
+    box, affine, inner = place(a.crop_px, (height, width), scale, np.deg2rad(angle), flip, spot, centre)
+    taps = max(1, ceil(0.5 / scale - 1e-9))
+    blur_px = sigma if blur_draw < a.blur else 0.0
+    return Draw(a.crop_px, box, affine, inner, a.rotate_deg > 0, flip, taps, colour, blur_px)
 
 
-def _resized(
-    image: np.ndarray, label: np.ndarray, crop_px: tuple[int, int], scale: float, flip: bool, spot: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The part of the scaled frame that a crop at `spot` (0..1, 0..1) covers; at most the crop's size."""
-    (height, width), (crop_h, crop_w) = label.shape, crop_px
-    box_h = max(1, min(height, round(crop_h / scale)))
-    box_w = max(1, min(width, round(crop_w / scale)))
-    top, left = int(spot[0] * (height - box_h + 1)), int(spot[1] * (width - box_w + 1))
-    box = slice(top, top + box_h), slice(left, left + box_w)
-    size = min(crop_w, max(1, round(box_w * scale))), min(crop_h, max(1, round(box_h * scale)))
-    shrinks = size[0] < box_w
-    pixels = cv2.resize(image[box], size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    ids = cv2.resize(label[box], size, interpolation=cv2.INTER_NEAREST_EXACT)
-    return (cv2.flip(pixels, 1), cv2.flip(ids, 1)) if flip else (pixels, ids)
+Place = tuple[tuple[int, int, int, int], np.ndarray, tuple[int, int, int, int]]  # box, affine, inner of a Draw
 
 
-def _warped(
-    image: np.ndarray,
-    label: np.ndarray,
+def _upright(
     crop_px: tuple[int, int],
+    frame_px: tuple[int, int],
+    scale: float,
+    _angle: float,
+    flip: bool,
+    spot: np.ndarray,
+    centre: tuple[int, int] | None,
+) -> Place:
+    """The part of the scaled frame that a crop at `spot` (0..1, 0..1) covers; at most the crop's size."""
+    starts, sides, inner_starts, inner_sides = [], [], [], []
+    for axis, (crop, frame) in enumerate(zip(crop_px, frame_px, strict=True)):
+        side = max(1, min(frame, round(crop / scale)))
+        low, high = 0, frame - side
+        if centre:
+            low, high = max(low, centre[axis] - side + 1), min(high, centre[axis])
+        inner = min(crop, max(1, round(side * scale)))
+        starts.append(low + int(spot[axis] * (high - low + 1)))
+        sides.append(side)
+        inner_starts.append(int(spot[axis] * (crop - inner + 1)))
+        inner_sides.append(inner)
+    step_y, step_x = sides[0] / inner_sides[0], sides[1] / inner_sides[1]
+    from_x, from_y = (0.5 - inner_starts[1]) * step_x - 0.5, (0.5 - inner_starts[0]) * step_y - 0.5
+    if flip:
+        step_x, from_x = -step_x, sides[1] - 1 - from_x
+    affine = np.array([[step_x, 0.0, from_x], [0.0, step_y, from_y]])
+    return (*starts, *sides), affine, (*inner_starts, *inner_sides)  # type: ignore[return-value]
+
+
+def _turned(
+    crop_px: tuple[int, int],
+    frame_px: tuple[int, int],
     scale: float,
     angle: float,
     flip: bool,
     spot: np.ndarray,
-    fill: tuple[int, int, int],
-) -> tuple[np.ndarray, np.ndarray]:
+    centre: tuple[int, int] | None,
+) -> Place:
     """Scale, rotation (radians), flip and crop as one affine sample; void where the frame ends."""
-    size = np.array(crop_px[::-1], float)
+    size, frame = np.array(crop_px[::-1], float), np.array(frame_px[::-1])
     reach = size / (2 * scale)  # from the crop's centre to its edges, in pixels of the frame
-    centre = reach + spot[::-1] * (np.array(label.shape[::-1]) - 2 * reach)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     turn[:, 0] *= -1 if flip else 1
+    if centre is None:
+        middle = reach + spot[::-1] * (frame - 2 * reach)
+    else:
+        point = np.array(centre[::-1]) + 0.5
+        free = point - turn @ ((spot[::-1] - 0.5) * (size - 1))
+        middle = np.clip(free, np.minimum(reach, frame - reach), np.maximum(reach, frame - reach))
+        if (np.abs(np.linalg.solve(turn, point - middle)) > (size - 1) / 2 + 1e-6).any():
+            middle = free  # rather some void than not to cover it
     # Pixel i has its centre at i + 0.5 in both frames.
-    shift = centre - 0.5 - turn @ (size / 2 - 0.5)
-    affine = np.column_stack([turn, shift])
-    crop = crop_px[::-1]
-    inverse = cv2.WARP_INVERSE_MAP
-    pixels = cv2.warpAffine(
-        image, affine, crop, flags=cv2.INTER_LINEAR | inverse, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
-    )
-    ids = cv2.warpAffine(
-        label, affine, crop, flags=cv2.INTER_NEAREST | inverse, borderMode=cv2.BORDER_CONSTANT, borderValue=IGNORE
-    )
-    return pixels, ids
+    affine = np.column_stack([turn, middle - 0.5 - turn @ (size / 2 - 0.5)])
+    corners = affine @ [[-0.5, size[0] - 0.5] * 2, [-0.5, -0.5, size[1] - 0.5, size[1] - 0.5], [1, 1, 1, 1]]
+    (left, top), (right, bottom) = (f(corners, axis=1) for f in (np.min, np.max))
+    top, left = min(max(0, floor(top) - 1), frame_px[0] - 1), min(max(0, floor(left) - 1), frame_px[1] - 1)
+    bottom, right = min(frame_px[0], ceil(bottom) + 2), min(frame_px[1], ceil(right) + 2)
+    affine[:, 2] -= left, top
+    return (top, left, max(1, bottom - top), max(1, right - left)), affine, (0, 0, *crop_px)
 
 
-def _pad(
-    pixels: np.ndarray, ids: np.ndarray, crop_px: tuple[int, int], spot: np.ndarray, fill: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    rows, columns = crop_px[0] - ids.shape[0], crop_px[1] - ids.shape[1]
-    if rows == 0 and columns == 0:
+def apply(d: Draw, image: np.ndarray, label: np.ndarray, fill: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The crop. image uint8 [h, w, 3], label uint8 [h, w]: what `d.box` says of the frame.
+
+    Where the frame does not reach, the image is `fill` and the label void.
+    """
+    if d.turned:
+        crop, inverse = d.crop_px[::-1], cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR
+        pixels = cv2.warpAffine(image, d.affine, crop, flags=inverse, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+        nearest = cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST
+        ids = cv2.warpAffine(label, d.affine, crop, flags=nearest, borderMode=cv2.BORDER_CONSTANT, borderValue=IGNORE)
+    else:
+        size = d.inner[:1:-1]
+        # Down to half the size a bilinear sample sees every pixel, at a sixth of the time of an area's mean.
+        pixels = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR if d.taps == 1 else cv2.INTER_AREA)
+        ids = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
+        if d.flip:
+            pixels, ids = cv2.flip(pixels, 1), cv2.flip(ids, 1)
+    if d.blur_px:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), d.blur_px)
+    return _pad(cv2.transform(pixels, d.colour, dst=pixels), ids, d, fill)
+
+
+def _pad(pixels: np.ndarray, ids: np.ndarray, d: Draw, fill: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    if d.inner[2:] == d.crop_px:
         return pixels, ids
-    top, left = int(spot[0] * (rows + 1)), int(spot[1] * (columns + 1))
-    edges = (top, rows - top, left, columns - left)
+    top, left, height, width = d.inner
+    edges = (top, d.crop_px[0] - top - height, left, d.crop_px[1] - left - width)
     pixels = cv2.copyMakeBorder(pixels, *edges, cv2.BORDER_CONSTANT, value=fill)
     return pixels, cv2.copyMakeBorder(ids, *edges, cv2.BORDER_CONSTANT, value=IGNORE)
+
+
+def augment(
+    image: np.ndarray, label: np.ndarray, a: Augmentation, rng: np.random.Generator, fill: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop of `a.crop_px` out of a whole frame in memory: image uint8 [H, W, 3], label uint8 [H, W]."""
+    d = draw(a, rng, *label.shape)
+    top, left, height, width = d.box
+    box = slice(top, top + height), slice(left, left + width)
+    return apply(d, image[box], label[box], fill)

@@ -1,65 +1,259 @@
-"""Batches of augmented samples, by worker processes, in the order of the sampler."""
+"""Batches of augmented samples in the order of the sampler, made by worker processes.
+
+Workers write into slots of shared memory that are made once and used in turn: how much is taken is
+known before the first sample, and a GPU copies straight out of them. What they write are finished
+crops, or, where a GPU augments, the boxes that the crops are cut from.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from roadseg.data.augment import Augmentation, augment, generator
-from roadseg.data.sampler import Batches
+from roadseg.data.augment import Augmentation, Draw, apply, draw
+from roadseg.data.gpu_augment import Sheet, crops, sheet
+from roadseg.data.sampler import Batches, Sample
 from roadseg.data.shards import Split
+from roadseg.errors import RoadsegError
+
+log = logging.getLogger(__name__)
+PREFETCH = 2  # batches that a worker is ahead
+HELD = 2  # slots of batches that left the workers: one on its way to the device, one in use
+SHARED_MEMORY = Path("/dev/shm")
+SHARE_TAKEN = 0.8  # of what is free there
 
 
 @dataclass(frozen=True)
 class Batch:
-    """image_BHWC: uint8 RGB. label_BHW: uint8 train ids. samples: (epoch, index) of each row."""
+    """image_BHWC: uint8 RGB. label_BHW: uint8 train ids. samples: what each row is of. Both on one device."""
 
     image_BHWC: torch.Tensor
     label_BHW: torch.Tensor
-    samples: tuple[tuple[int, int], ...]
-
-    def pin_memory(self) -> Batch:
-        return Batch(self.image_BHWC.pin_memory(), self.label_BHW.pin_memory(), self.samples)
+    samples: tuple[Sample, ...]
 
 
-class Crops(Dataset):
-    """Item (epoch, index) is that frame's crop in that epoch."""
+@dataclass(frozen=True)
+class Crops:
+    """The augmented crops of a split, each a function of (seed, sample)."""
 
-    def __init__(self, split: Split, augmentation: Augmentation, seed: int, fill: tuple[int, int, int]) -> None:
-        self.split, self.augmentation, self.seed, self.fill = split, augmentation, seed, fill
+    split: Split
+    augmentation: Augmentation
+    seed: int
+    fill: tuple[int, int, int]
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-        epoch, index = key
-        image, label = self.split.read(index)
-        rng = generator(self.seed, 2, epoch, index)
-        return key, *augment(image, label, self.augmentation, rng, self.fill)
+    def draw(self, sample: Sample) -> Draw:
+        frame = self.split.frames[sample.index]
+        return draw(self.augmentation, sample.generator(self.seed), frame.height, frame.width, sample.centre)
+
+    def crop(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """(image uint8 [H, W, 3], label uint8 [H, W])."""
+        d = self.draw(sample)
+        return apply(d, *self.split.read_box(sample.index, *d.box), self.fill)
+
+    def largest_box_px(self) -> int:
+        """Pixels of the largest box that a draw may ask for."""
+        a = self.augmentation
+        high, wide = a.crop_px
+        if a.rotate_deg:
+            turn = np.deg2rad(a.rotate_deg)
+            high, wide = (
+                ceil(high * np.cos(turn) + wide * np.sin(turn)),
+                ceil(wide * np.cos(turn) + high * np.sin(turn)),
+            )
+        high, wide = ceil(high / a.scale[0]) + 5, ceil(wide / a.scale[0]) + 5
+        sizes = {(frame.height, frame.width) for frame in self.split.frames}
+        return max(min(height, high) * min(width, wide) for height, width in sizes)
 
 
-def collate(rows: list[tuple[tuple[int, int], np.ndarray, np.ndarray]]) -> Batch:
-    keys, images, labels = zip(*rows, strict=True)
-    return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), keys)
+@dataclass(frozen=True)
+class Filled:
+    """A slot that holds a batch. sheet, used_bytes: of boxes that are still to be augmented."""
+
+    slot: int
+    samples: tuple[Sample, ...]
+    used_bytes: int
+    sheet: Sheet | None = None
 
 
-def loader(crops: Crops, batches: Batches, workers: int, pin: bool) -> DataLoader:
-    """Iterates over `batches`; `workers` processes read ahead, 0 reads in this one.
+class _Writer(Dataset):
+    """Called with (slot, samples), leaves finished crops there: all images, then all labels."""
 
-    OpenCV's threads are switched off here and in the workers: its pool does not survive a fork.
+    def __init__(self, crops: Crops, slots: torch.Tensor) -> None:
+        self.crops, self.slots = crops, slots
+
+    def __getitems__(self, work: tuple[int, list[Sample]]) -> Filled:
+        slot, samples = work
+        image, label = _views(self.slots[slot], len(samples), self.crops.augmentation.crop_px)
+        for row, sample in enumerate(samples):
+            image[row], label[row] = (torch.from_numpy(a) for a in self.crops.crop(sample))
+        return Filled(slot, tuple(samples), image.numel() + label.numel())
+
+
+class _BoxWriter(_Writer):
+    """Leaves the boxes of the samples there, each image followed by its label."""
+
+    def __getitems__(self, work: tuple[int, list[Sample]]) -> Filled:
+        slot, samples = work
+        memory = self.slots[slot].numpy()
+        draws, starts, at = [], [], 0
+        for sample in samples:
+            d = self.crops.draw(sample)
+            image, label = self.crops.split.read_box(sample.index, *d.box)
+            draws.append(d)
+            starts.append(at)
+            memory[at : at + image.size].reshape(image.shape)[:] = image
+            memory[at + image.size : at + image.size + label.size].reshape(label.shape)[:] = label
+            at += image.size + label.size
+        sides = [d.box[2:] for d in draws]
+        labels = [start + 3 * h * w for start, (h, w) in zip(starts, sides, strict=True)]
+        return Filled(slot, tuple(samples), at, sheet(draws, starts, labels, [w for _, w in sides]))
+
+
+def _views(memory: torch.Tensor, rows: int, crop_px: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = rows * crop_px[0] * crop_px[1]
+    image, label = memory[: 3 * pixels], memory[3 * pixels : 4 * pixels]
+    return image.view(rows, *crop_px, 3), label.view(rows, *crop_px)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """The batches with the slot each goes into."""
+
+    batches: Batches
+    slots: int
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[int, list[Sample]]]:
+        return ((number % self.slots, samples) for number, samples in enumerate(self.batches))
+
+
+def prefetch_that_fits(workers: int, slot_bytes: int, free_bytes: int | None) -> int:
+    """Batches a worker may be ahead, from 1 to PREFETCH, so that all slots fit in shared memory.
+
+    free_bytes: None where there is no limit to know. Raises RoadsegError if one a worker is too many.
     """
+    if not workers or free_bytes is None:
+        return PREFETCH
+    fit = (int(free_bytes * SHARE_TAKEN) // slot_bytes - HELD) // workers
+    if fit < 1:
+        raise RoadsegError(
+            f"{free_bytes / 1e6:.0f} MB of shared memory are free",
+            expected=f"{(workers + HELD) * slot_bytes / SHARE_TAKEN / 1e6:.0f} MB for {workers} loader processes "
+            f"and batches of {slot_bytes / 1e6:.0f} MB",
+            where=str(SHARED_MEMORY),
+            todo="give the container more (docker run --shm-size), or lower training.workers, training.batch_size "
+            "or training.crop_px; training.workers 0 needs none",
+        )
+    if fit < PREFETCH:
+        log.warning("%s has room for %d batch a loader process ahead, not %d", SHARED_MEMORY, fit, PREFETCH)
+    return min(fit, PREFETCH)
+
+
+def _free_shared_bytes() -> int | None:
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except (OSError, AttributeError):
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def batches_from_workers(
+    crops_of: Crops, batches: Batches, workers: int, device: torch.device, augment_on_gpu: bool = False
+) -> Generator[Batch, None, None]:
+    """`batches` on `device`; `workers` processes read ahead, 0 reads in this one.
+
+    On CUDA the next batch is copied, and augmented if asked for, while the last one is used. Raises
+    RoadsegError when shared memory is too small; RuntimeError, from PyTorch, when a worker dies.
+    """
+    # OpenCV's pool of threads does not survive a fork, neither here nor in the workers.
     cv2.setNumThreads(0)
-    return DataLoader(
-        crops,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists will do
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_start_worker,
+    pixels = crops_of.largest_box_px() if augment_on_gpu else int(np.prod(crops_of.augmentation.crop_px))
+    slot_bytes = -(-4 * pixels * batches.rows // 4096) * 4096
+    prefetch = prefetch_that_fits(workers, slot_bytes, _free_shared_bytes())
+    slots = torch.empty((prefetch * workers + HELD, slot_bytes), dtype=torch.uint8)
+    if workers:
+        slots.share_memory_().zero_()  # what is not there should be missed now, not in a worker
+    source = iter(
+        DataLoader(
+            (_BoxWriter if augment_on_gpu else _Writer)(crops_of, slots),
+            batch_sampler=_Numbered(batches, len(slots)),  # type: ignore[arg-type]  # any iterable will do
+            num_workers=workers,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_start_worker,
+        )
     )
+    crop_px, fill = crops_of.augmentation.crop_px, crops_of.fill
+
+    def on_device(filled: Filled) -> Batch:
+        memory = slots[filled.slot, : filled.used_bytes]
+        memory = memory.to(device, non_blocking=True) if device.type == "cuda" else memory.clone()
+        if filled.sheet:
+            return Batch(*crops(memory, filled.sheet, crop_px, fill), filled.samples)
+        return Batch(*_views(memory, len(filled.samples), crop_px), filled.samples)
+
+    if device.type == "cuda":
+        pinned = _pin(slots)  # only now: the workers are forked
+        try:
+            yield from one_ahead(source, on_device, device)
+        finally:
+            torch.cuda.synchronize(device)
+            if pinned:
+                torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
+    else:
+        yield from map(on_device, source)
+
+
+def one_ahead(
+    source: Iterator[Any], launch: Callable[[Any], Batch], device: torch.device
+) -> Generator[Batch, None, None]:
+    """launch(item) of each, on a CUDA stream of its own, started while the one before is used.
+
+    A batch is handed out when it is complete: waiting for it is waiting for data.
+    """
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for item in source:
+        with torch.cuda.stream(stream):
+            batch, done = launch(item), torch.cuda.Event()
+            done.record()
+        if ahead:
+            yield _complete(*ahead)
+        ahead = batch, done
+    if ahead:
+        yield _complete(*ahead)
+
+
+def _complete(batch: Batch, done: torch.cuda.Event) -> Batch:
+    # The slot of this batch may be written again once the batch after the next is asked for.
+    done.synchronize()
+    for tensor in (batch.image_BHWC, batch.label_BHW):
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return batch
+
+
+def _pin(slots: torch.Tensor) -> bool:
+    status = torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.numel(), 1)  # for every device
+    if int(status):
+        log.warning("shared memory could not be pinned (%s); copies to the GPU are slower", status)
+    return not int(status)
+
+
+def _as_it_is(filled: Filled) -> Filled:
+    return filled
 
 
 def _start_worker(worker: int) -> None:

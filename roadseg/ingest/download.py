@@ -187,6 +187,9 @@ def _fetch(official: Any, requests: Any, session: Any, path: Path) -> None:
                 )
             return
         except requests.RequestException as e:
+            if _status(e) == 416 and before and not again:  # more is here than the package has
+                again = _anew(path)
+                continue
             failures = 0 if path.exists() and path.stat().st_size > before + 1 else failures + 1
             if failures == ATTEMPTS or 400 <= _status(e) < 500:
                 raise _unreachable(e) from None
@@ -197,13 +200,18 @@ def _fetch(official: Any, requests: Any, session: Any, path: Path) -> None:
         except Exception as e:  # the package raises bare Exception
             if "MD5" not in str(e):
                 raise RoadsegError(f"the download failed ({type(e).__name__})", where=path.name) from None
-            path.unlink(missing_ok=True)
             if again or not before:
+                path.unlink()
                 raise RoadsegError(
                     "the MD5 sum is not the one that the server lists", where=path.name, todo="run again, or report it"
                 ) from None
-            again = True
-            log.warning("%s: what was there did not fit; fetching it anew", path.name)
+            again = _anew(path)
+
+
+def _anew(path: Path) -> bool:
+    log.warning("%s: what was there did not fit; fetching it anew", path.name)
+    path.unlink()
+    return True
 
 
 def _shorten(path: Path) -> int:

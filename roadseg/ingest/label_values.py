@@ -36,7 +36,9 @@ def causes(seen: Sequence[Seen], form: MaskForm) -> dict[str, str]:
     ids = frozenset[int]().union(*(_ids(s) for s in rest))
     low = _mostly_above_train_ids(form.label_set) and _only_train_ids(ids, form.label_set)
     if low and len(ids - {IGNORE}) >= _MANY_IDS:
-        return found | {s.pair.label: "train-ids" for s in rest}
+        pixels = sum((Counter(dict(s.id_pixels)) for s in rest), Counter[int]())
+        if pixels[0] and pixels[0] >= pixels[_first_id(form.label_set)]:
+            return found | {s.pair.label: "train-ids" for s in rest}
     binary = [s for s in rest if _ids(s) <= _BINARY]
     if len(rest) >= 3 and len(binary) >= 0.9 * len(rest) and ids >= _BINARY and not _learned(IGNORE, form):
         found |= {s.pair.label: "binary-mask" for s in binary}
@@ -102,9 +104,13 @@ def _train_ids(ids: frozenset[int], pixels: Mapping[int, int], label_set: LabelS
         return False
     if IGNORE in ids and IGNORE not in label_set.known_ids:
         return len(ids) > 2
-    first = next(c.id for c in label_set.classes if c.train_id == 0)
-    zero = pixels.get(0, 0)
-    return len(ids) >= _MANY_IDS and zero > 0.05 * sum(pixels.values()) and zero > 4 * pixels.get(first, 0)
+    zero, first = pixels.get(0, 0), pixels.get(_first_id(label_set), 0)
+    return len(ids) >= _MANY_IDS and zero > 0.05 * sum(pixels.values()) and zero > 4 * first
+
+
+def _first_id(label_set: LabelSet) -> int:
+    """What class 0 has in the masks that are expected, as road has 7 in Cityscapes."""
+    return next(c.id for c in label_set.classes if c.train_id == 0)
 
 
 def _mostly_above_train_ids(label_set: LabelSet) -> bool:
@@ -132,7 +138,9 @@ def value_findings(
         labels = sorted(label for label, c in cause.items() if c == code)
         entries = tuple(f"{label}: {_described(by_label[label])}" for label in labels)
         everyone = "all " if len(labels) == len(seen) > 1 else ""
-        message = f"{everyone}{plural(len(labels), 'label')} of {where} {_SAYS[code](form.label_set)}"
+        says = _SAYS[code](form.label_set)
+        says = says.replace("hold ", "holds ", 1) if len(labels) == 1 and says.startswith("hold ") else says
+        message = f"{everyone}{plural(len(labels), 'label')} of {where} {says}"
         fix = _FIXES[code](form.label_set)
         findings.append(Finding(code, CODES[code].severity, split, entries, len(entries), message, fix))
     rest = [s for s in seen if s.id_pixels and s.pair.label not in cause and not _swapped(s)]

@@ -18,7 +18,7 @@ FEWEST = 30  # images from which "far from the others" means something
 MOST = 0.05  # of a split: what more of it has is another kind of picture and no outlier
 ALL_BLACK, ALL_WHITE = 0.95, 0.95  # shares of pixels
 # An outlier is so many robust standard deviations (1.4826 x MAD) from the median and, as frames of one drive
-# hardly vary, so far off in the measure itself. Clean frames of CamVid and of the town keep within 4.0.
+# hardly vary, so far off in the measure itself. Clean frames of CamVid and of the town keep within 4.5.
 DEVIATIONS = 5.0
 EXPOSURE_OFF = math.log(2.0)  # natural logarithm of the light that there is, or that is left up to white
 SHARPNESS_OFF = math.log(1.8)  # natural logarithm

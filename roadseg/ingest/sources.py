@@ -11,6 +11,7 @@ from roadseg.config import Data
 from roadseg.data.masks import MaskForm
 from roadseg.errors import ConfigError, DataError
 from roadseg.files import json_bytes, sha256_bytes
+from roadseg.images import Limits
 from roadseg.ingest import acdc, bdd100k, camvid, camvid_colors, cityscapes, comma10k, folder, idd, kitti, mapillary
 from roadseg.ingest.findings import Finding
 from roadseg.ingest.pairs import Pair
@@ -52,7 +53,7 @@ def find(data: Data, root: Path) -> Found:
     """
     if data.source == "mix":
         return _mixed(data, root)
-    pairs, findings, form = _one(data.source, root, data.labels)
+    pairs, findings, form = _one(data.source, root, data.labels, limits_of(data))
     if data.taxonomy == "cityscapes":
         mapped = in_cityscapes(form.label_set)
         _require_overlap(mapped, data.source)
@@ -61,12 +62,16 @@ def find(data: Data, root: Path) -> Found:
     return Found(pairs, findings, form.label_set, {"": form})
 
 
-def _one(source: str, root: Path, labels: Path | None) -> tuple[list[Pair], list[Finding], MaskForm]:
+def limits_of(data: Data) -> Limits:
+    return Limits(data.max_file_bytes, data.max_image_pixels)
+
+
+def _one(source: str, root: Path, labels: Path | None, limits: Limits) -> tuple[list[Pair], list[Finding], MaskForm]:
     if source == "folder":
         if labels is None:
             raise ConfigError("source 'folder' without data.labels", expected="a YAML of its classes and folders")
         description = folder.read_description(labels)
-        return *folder.pairs(root, description), description.form
+        return *folder.pairs(root, description, limits), description.form
     if source == "idd":
         return *idd.pairs(root), idd.form(root)
     pairs, form = _FIXED[source]
@@ -79,7 +84,7 @@ def _mixed(data: Data, root: Path) -> Found:
     forms: dict[str, MaskForm] = {}
     native: dict[str, LabelSet] = {}
     for name, part in data.mix.items():
-        pairs_here, findings_here, form = _one(part.source, root / name, part.labels)
+        pairs_here, findings_here, form = _one(part.source, root / name, part.labels, limits_of(data))
         pairs += [_placed(p, name) for p in pairs_here if not part.splits or p.split in part.splits]
         findings += [_renamed(f, name) for f in findings_here if not part.splits or f.split in part.splits]
         native[name] = form.label_set

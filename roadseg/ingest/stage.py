@@ -18,7 +18,7 @@ from roadseg.ingest.duplicates import near_pairs
 from roadseg.ingest.findings import Finding, judged, require_codes
 from roadseg.ingest.pairs import Pair
 from roadseg.ingest.report import render
-from roadseg.ingest.sources import Found, find
+from roadseg.ingest.sources import Found, find, limits_of
 from roadseg.processes import cores
 from roadseg.progress import progress
 
@@ -46,7 +46,7 @@ def ingest(
         root = work / "tree"
         _render(data, root)
     found = _wanted(data, find(data, root), set(only_splits), root)
-    limits = Limits(data.max_file_bytes, data.max_image_pixels)
+    limits = limits_of(data)
     allow, forbid = frozenset(data.allow), frozenset(data.forbid)
     unlabelled = "test" if data.source.startswith("cityscapes") else ""
     checked = check(
@@ -82,7 +82,7 @@ def source_digest(data: Data, root: Path) -> str:
     stats = [(path, (root / path).stat()) for path in files]
     rows = [(path, s.st_size, s.st_mtime_ns) for path, s in stats]
     pairs = [(p.split, p.image, p.label) for p in found.pairs]
-    meaning = {part: form.digest for part, form in found.forms.items()}
+    meaning = {part: form.to_json() for part, form in found.forms.items()}
     return sha256_bytes(json_bytes([rows, pairs, [asdict(f) for f in found.findings], meaning]))
 
 
@@ -124,6 +124,8 @@ def _download(data: Data, root: Path) -> None:
         raise ConfigError(
             f"data.download with source {data.source}", expected="cityscapes", todo="fetch it from its owner"
         )
+    if data.root is None:
+        raise ConfigError("data.download without a folder to fetch into", todo="pass --data.root FOLDER")
     from roadseg.ingest.download import download_cityscapes, packages_for
 
     download_cityscapes(root, packages_for(data.source))

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 
-from roadseg.data.masks import UNKNOWN, MaskForm, mask_path, read_ids, train_ids
+from roadseg.data.masks import UNKNOWN, MaskForm, mask_bytes, read_ids, train_ids
 from roadseg.errors import ImageError
 from roadseg.images import Limits, encode_jpeg, read_bytes, read_image
 from roadseg.labels import IGNORE
@@ -69,11 +69,11 @@ def _thumbnail(
     data = b""
     try:
         if wanted.part is None:
-            return _photograph(read_image(_read(root, wanted.path, limits), limits))
+            return _photograph(read_image(_inside(root, wanted.path, limits), limits))
         form = forms[wanted.part]
-        path, key = mask_path(wanted.path, form)
-        data = _read(root, path, limits)
-        return _mask(painted(read_ids(data, form, limits, key), form, palette))
+        _require_inside(wanted.path)
+        data = mask_bytes(root, wanted.path, form, limits)
+        return _mask(painted(read_ids(data, form, limits), form, palette))
     except OSError as e:
         reason = e.strerror or type(e).__name__
     except ImageError as e:
@@ -87,10 +87,14 @@ def _thumbnail(
     return Thumbnail(b"", SIDE_PX, SIDE_PX // 2, reason)
 
 
-def _read(root: Path, path: str, limits: Limits) -> bytes:
+def _inside(root: Path, path: str, limits: Limits) -> bytes:
+    _require_inside(path)
+    return read_bytes(root / path, limits)
+
+
+def _require_inside(path: str) -> None:
     if path.startswith("/") or ".." in PurePosixPath(path).parts:
         raise ImageError("lies outside of the data root")
-    return read_bytes(root / path, limits)
 
 
 def _fit(height: int, width: int) -> tuple[int, int]:

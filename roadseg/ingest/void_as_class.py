@@ -1,8 +1,8 @@
 """Void or padding that was written as 0, where 0 is the id of a class that is learned.
 
 Only what can be told from labels alone: a band of 0 along an edge in every label, or 0 where the class
-can't be, road at the top of the picture or sky at its bottom. A car's bonnet that counts as road looks
-like road, and is not told.
+can't be, road at the top of the picture or sky at its bottom. What looks like the class is not told: a
+car's bonnet written as road, a band of road at the bottom or of sky at the top.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _FEWEST_FOR_BAND = 8  # labels; in a few, a band may be chance
 _FEWEST, _SHARE = 3, 0.05  # labels with 0 out of place, and of all labels
 _FEWEST_CELLS = 2
 _ROADLESS, _SKYLESS = 4, 6  # rows of 16, from the top and from the bottom; in CamVid and the town there is none
+_GROUND = frozenset(("flat", "ground", "terrain", "grass", "pavement", "floor"))
 _ROAD = frozenset(("road", "roads", "street", "lane", "lanes", "roadway", "carriageway", "drivable", "asphalt"))
 
 
@@ -36,7 +37,7 @@ def void_as_class(where: str, split: str, seen: Sequence[Seen], form: MaskForm) 
         return []
     places = np.frombuffer(b"".join(s.places for s in labelled), np.uint8).reshape(-1, PLACES_HIGH, PLACES_WIDE)
     zeros_NHW = places == zero.train_id
-    sides = _bands(zeros_NHW)
+    sides = _bands(zeros_NHW, zero)
     strange = [] if sides else _out_of_place(zeros_NHW, labelled, zero)
     if not sides and not strange:
         return []
@@ -61,15 +62,16 @@ def _class_of_zero(form: MaskForm) -> LabelClass | None:
     return None
 
 
-def _bands(zeros_NHW: np.ndarray) -> list[str]:
-    """The edges along which every label is 0, up to a line where it is so no more.
-
-    The line tells padding from road, of which there is less and less with height.
-    """
+def _bands(zeros_NHW: np.ndarray, zero: LabelClass) -> list[str]:
+    """The edges along which every label is 0, up to a line where it is so no more; never those it may fill."""
     if len(zeros_NHW) < _FEWEST_FOR_BAND:
         return []
     always = zeros_NHW.mean(axis=0)
-    sides = {"top": always, "bottom": always[::-1], "left": always.T, "right": always.T[::-1]}
+    sides = {"left": always.T, "right": always.T[::-1]}
+    if "sky" not in _words(zero):
+        sides["top"] = always
+    if not _words(zero) & (_ROAD | _GROUND):
+        sides["bottom"] = always[::-1]
     found = []
     for side, lines in sides.items():
         lowest = lines.min(axis=1)

@@ -7,7 +7,7 @@ from conftest import scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roadseg.data.augment import Augmentation, augment, colour_matrix, generator
+from roadseg.data.augment import Augmentation, apply, augment, colour_matrix, draw, generator
 from roadseg.labels import IGNORE
 
 PLAIN = Augmentation((48, 96), (1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -112,3 +112,60 @@ def test_rotation_turns_about_the_crops_centre() -> None:
     slope, offset = np.polyfit(rows, columns, 1)
     assert 0.01 < abs(slope) <= np.tan(np.deg2rad(10)) + 0.01
     assert abs(slope * 50 + offset - 50) < 1.5
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    height=st.integers(1, 70), width=st.integers(1, 70), crop_h=st.integers(1, 60), crop_w=st.integers(1, 60),
+    seed=st.integers(0, 10_000), rotate=st.sampled_from([0.0, 30.0]), data=st.data(),
+)  # fmt: skip
+def test_a_crop_covers_the_centre_it_is_asked_for(
+    height: int, width: int, crop_h: int, crop_w: int, seed: int, rotate: float, data: st.DataObject
+) -> None:
+    centre = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    d = draw(Augmentation((crop_h, crop_w), rotate_deg=rotate), generator(seed), height, width, centre)
+    top, left, box_h, box_w = d.box
+    assert 0 <= top <= centre[0] < top + box_h <= height and 0 <= left <= centre[1] < left + box_w <= width
+    # Where the pixel comes to lie: within the crop, to half a pixel of the coarser of the two.
+    there = np.linalg.solve(d.affine[:, :2], [centre[1] - left, centre[0] - top] - d.affine[:, 2])
+    slack = 0.5 + 0.5 / np.abs(np.linalg.det(d.affine[:, :2])) ** 0.5
+    assert -slack <= there[0] <= crop_w - 1 + slack and -slack <= there[1] <= crop_h - 1 + slack
+
+
+def test_a_centre_lies_anywhere_in_its_crops() -> None:
+    a = Augmentation((40, 40), (1.0, 1.0))
+    tops = [draw(a, generator(i), 200, 200, (100, 100)).box[0] for i in range(300)]
+    assert min(tops) < 65 and max(tops) > 96 and set(tops) <= set(range(61, 101))
+    corner = [draw(a, generator(i), 200, 200, (0, 199)).box[:2] for i in range(20)]
+    assert set(corner) == {(0, 160)}
+
+
+def test_only_the_box_is_needed() -> None:
+    """What lies outside of it can be anything: shards decode only what is in it."""
+    image, label = scene(1, 80, 120)
+    for rotate_deg in (0.0, 25.0):
+        for seed in range(20):
+            d = draw(Augmentation((30, 44), rotate_deg=rotate_deg), generator(seed), 80, 120)
+            top, left, height, width = d.box
+            box = slice(top, top + height), slice(left, left + width)
+            whole = replace(d, box=(0, 0, 80, 120), affine=d.affine + [[0, 0, left], [0, 0, top]])
+            if rotate_deg:
+                np.testing.assert_allclose(apply(d, image[box], label[box], FILL)[0],
+                                           apply(whole, image, label, FILL)[0], atol=2)  # fmt: skip
+            else:
+                kept = apply(d, image[box].copy(), label[box].copy(), FILL)
+                np.testing.assert_array_equal(
+                    kept[0], augment(image, label, Augmentation((30, 44)), generator(seed), FILL)[0]
+                )
+
+
+def test_half_the_size_and_more_is_bilinear_and_less_is_the_areas_mean() -> None:
+    image, label = scene(0)
+    for scale, taps, how in ((0.5, 1, cv2.INTER_LINEAR), (0.49, 2, cv2.INTER_AREA), (0.2, 3, cv2.INTER_AREA)):
+        a = replace(PLAIN, crop_px=(8, 16), scale=(scale, scale))
+        d = draw(a, generator(0), *label.shape)
+        top, left, height, width = d.box
+        assert d.taps == taps
+        got, _ = augment(image, label, a, generator(0), FILL)
+        want = cv2.resize(image[top : top + height, left : left + width], (16, 8), interpolation=how)
+        np.testing.assert_array_equal(got, want)

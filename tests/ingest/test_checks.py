@@ -364,7 +364,7 @@ def test_parts_are_judged_by_their_own_masks(tree, tmp_path):
     assert all(len(s.histogram) == 20 for s in result.samples) and len(result.samples) == 6
     write(tmp_path / "k_ids.png", encode_label_png(stripes([*range(19), 255])))
     f = next(f for f in check(tmp_path, pairs, CITYSCAPES, forms, Limits(), 1).findings if f.severity == "error")
-    assert (f.code, f.message) == ("train-ids", "1 label of train of k hold only 0..18 and 255: they are train ids")
+    assert (f.code, f.message) == ("train-ids", "1 label of train of k holds only 0..18 and 255: they are train ids")
 
 
 def test_all_faults_are_listed_in_one_error_in_plain_words(tree):

@@ -1,0 +1,146 @@
+"""Masks drawn from the polygons that Cityscapes writes, one JSON an image; and what every mask in JSON is held to.
+
+The data set's own rule (cityscapesScripts, json2labelImg): polygons in the order of the file, later over
+earlier, so that a hole is whatever is drawn into it; deleted ones left out; a name that is no class loses
+its "group" (cargroup is car); a class with a negative id is not drawn; Pillow's polygon, with its edge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from roadseg.data.masks import UNKNOWN, MaskForm
+from roadseg.errors import ImageError
+from roadseg.images import MAX_SIDE_PX, Limits
+from roadseg.labels import LabelSet
+
+MAX_JSON_BYTES = 32_000_000  # of one image's polygons; Cityscapes' largest has under one
+MAX_LAYERS = 200  # as often may the shapes of an image, together, cover it: a stop to files made to take hours
+_NOT_DRAWN = frozenset({"license plate"})  # has the id -1 in Cityscapes' definition of its labels
+
+
+def draw_cityscapes(data: bytes, form: MaskForm, limits: Limits) -> np.ndarray:
+    """uint8 [H, W] of the form's ids; uint16 if a name is no class: its polygons hold UNKNOWN.
+
+    Raises ImageError for what is no such JSON, for sizes and work over the limits, and for a polygon of
+    fewer than two points, on which the data set's own tool fails too.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise ImageError(f"the polygons have {len(data):,} bytes", expected=f"at most {MAX_JSON_BYTES:,}")
+    content = parse_json(data, "the JSON of polygons that Cityscapes writes")
+    if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
+        raise ImageError("the JSON has no list of objects", expected="imgWidth, imgHeight and objects")
+    width, height = canvas_size(content.get("imgWidth"), content.get("imgHeight"), limits)
+    known = ids_by_name(form.label_set)
+    drawn, work = [], 0
+    for name, points, at in _objects(content["objects"]):
+        id_ = _id_of(name, known)
+        if id_ < 0:
+            continue
+        work += _work(points, width, height)
+        if work > MAX_LAYERS * width * height + 1_000_000:
+            raise ImageError(f"the polygons up to {at} take far more drawing than a picture of this size has")
+        if len(points) < 2:
+            raise ImageError(f"{at} has {len(points)} points", expected="at least 2", todo="remove it")
+        drawn.append((id_, points))
+    wide = max([form.background, *(id_ for id_, _ in drawn)]) > 255
+    image = Image.new("I" if wide else "L", (width, height), form.background)
+    pen = ImageDraw.Draw(image)
+    for id_, points in drawn:
+        pen.polygon(points, fill=id_)
+    return np.array(image, np.uint16 if wide else np.uint8)
+
+
+def unknown_polygon_names(data: bytes, form: MaskForm) -> Counter[str]:
+    """How many polygons have each name that is no class of the form's. Raises ImageError as drawing does."""
+    content = parse_json(data, "the JSON of polygons that Cityscapes writes")
+    objects = content.get("objects") if isinstance(content, dict) else None
+    known = ids_by_name(form.label_set)
+    names = (name for name, _, _ in _objects(objects if isinstance(objects, list) else []))
+    return Counter(name for name in names if _id_of(name, known) == UNKNOWN)
+
+
+def ids_by_name(label_set: LabelSet) -> dict[str, int]:
+    """Of classes with the same name the first one's id."""
+    return {c.name: c.id for c in reversed(label_set.classes)}
+
+
+def parse_json(data: bytes, expected: str) -> Any:
+    """The value. Raises ImageError for what is no JSON, is nested too deep, or says NaN or Infinity."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" or data[:3] == b"\xff\xd8\xff":
+        raise ImageError("the content is a picture", expected=expected, todo="set `masks` in data.labels to ids")
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except RecursionError:
+        raise ImageError("the JSON is nested too deep", expected=expected) from None
+    except ValueError as e:  # among them bytes that are no UTF-8
+        said = f"{e.msg}, line {e.lineno}" if isinstance(e, json.JSONDecodeError) else str(e)[:80]
+        raise ImageError(f"is no JSON ({said})", expected=expected, todo="fetch or export it again") from None
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def canvas_size(width: Any, height: Any, limits: Limits) -> tuple[int, int]:
+    """(width, height) in pixels of the mask that a JSON describes. Raises ImageError, before any is made."""
+    if (
+        type(width) is not int
+        or type(height) is not int
+        or not (0 < width <= MAX_SIDE_PX and 0 < height <= MAX_SIDE_PX)
+    ):
+        said = f"{kind_of(width)} x {kind_of(height)}"
+        raise ImageError(f"the size is {said}", expected=f"whole numbers of pixels, 1 to {MAX_SIDE_PX:,}")
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"the JSON says {width} x {height} = {width * height:,} pixels", expected=f"at most {limits.max_pixels:,}"
+        )
+    return width, height
+
+
+def kind_of(value: Any) -> str:
+    """A value for an error's text: a number as it is, if short, of others the kind."""
+    if type(value) in (int, float) and abs(value) < 1e15:
+        return str(value)
+    kinds = {type(None): "nothing", str: "a text", list: "a list", dict: "a mapping", bool: "true or false"}
+    return kinds.get(type(value), "a huge number")
+
+
+def is_coordinate(value: Any) -> bool:
+    return type(value) in (int, float) and -MAX_SIDE_PX <= value <= MAX_SIDE_PX  # false for NaN too
+
+
+def _objects(objects: list[Any]) -> Iterator[tuple[str, list[tuple[float, float]], str]]:
+    """(name, points, what to call it) of each object that is not deleted. Raises ImageError."""
+    for i, row in enumerate(objects):
+        if not isinstance(row, dict) or not isinstance(row.get("label"), str):
+            raise ImageError(f"object {i} is {kind_of(row)} without a label", expected="label and polygon")
+        if row.get("deleted"):
+            continue
+        at, polygon = f"object {i} ({row['label'][:40]})", row.get("polygon")
+        if not isinstance(polygon, list) or not all(
+            isinstance(p, list) and len(p) >= 2 and is_coordinate(p[0]) and is_coordinate(p[1]) for p in polygon
+        ):
+            raise ImageError(f"{at} has no usable polygon", expected="a list of [x, y], each within a million pixels")
+        yield row["label"], [(p[0], p[1]) for p in polygon], at
+
+
+def _id_of(name: str, known: dict[str, int]) -> int:
+    """UNKNOWN for a name that is no class; negative for what is not drawn."""
+    if name not in known and name.endswith("group"):
+        name = name.removesuffix("group")
+    return known.get(name, -1 if name in _NOT_DRAWN else UNKNOWN)
+
+
+def _work(points: list[tuple[float, float]], width: int, height: int) -> int:
+    """What drawing costs, at most: Pillow looks at every edge for every row, and fills the box."""
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    rows = max(0, min(max(ys, default=0), height) - max(min(ys, default=0), 0)) + 1
+    columns = max(0, min(max(xs, default=0), width) - max(min(xs, default=0), 0)) + 1
+    return int(rows * (columns + len(points)))
