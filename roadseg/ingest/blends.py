@@ -12,18 +12,19 @@ from roadseg.data.masks import UNKNOWN
 BLENDED = 0.14
 _ROWS = 128
 _FEWEST_CHANGES = 200  # below, a few thin things would decide
+_MOST_CHANGED = 0.5  # of all neighbours; noise and stripes of a pixel are no areas whose edges could be mixed
 
 
 def blended(ids: np.ndarray) -> float:
     """Of the changes of value along sampled rows of uint8 or uint16 [H, W], the share that is a step on the way.
 
     A step is a pixel whose value lies strictly between its left and right neighbour's, or is UNKNOWN
-    between two others (of colours, where values have no order). 0 where there are too few changes to tell.
+    between two others (of colours, where values have no order). 0 where changes are too few or too many to tell.
     """
     rows = ids[:: max(1, len(ids) // _ROWS)]
     changed = rows[:, 1:] != rows[:, :-1]
     changes = int(np.count_nonzero(changed))
-    if changes < _FEWEST_CHANGES:
+    if not _FEWEST_CHANGES <= changes <= _MOST_CHANGED * changed.size:
         return 0.0
     both = changed[:, :-1] & changed[:, 1:]
     # Few, so the rest is done on these alone. np.nonzero of two dimensions takes 20 times as long.

@@ -14,7 +14,6 @@ from roadseg.errors import ConfigError, DataError
 from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
 from roadseg.images import Limits
 from roadseg.ingest.checks import Checked, check, listed, refusal
-from roadseg.ingest.duplicates import near_pairs
 from roadseg.ingest.findings import Finding, judged, require_codes
 from roadseg.ingest.pairs import Pair
 from roadseg.ingest.report import render
@@ -110,7 +109,7 @@ def _report(
 ) -> Path:
     html = render(
         f"roadseg ingest of {data.source}", root, found.label_set, found.forms, checked.seen, findings,
-        near_pairs(checked.seen), limits,
+        checked.near, limits,
     )  # fmt: skip
     (work / "log").mkdir(exist_ok=True)
     paths = [work / "log" / REPORT] + ([report_in / REPORT] if report_in else [])

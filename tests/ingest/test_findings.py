@@ -20,7 +20,7 @@ def made_in_code() -> set[tuple[str, str]]:
     for path in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
-                values = [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
+                values = [str(a.value) for a in node.args[:2] if isinstance(a, ast.Constant)]
                 if len(values) == 2:
                     made.add((values[0], values[1]))
     return made
