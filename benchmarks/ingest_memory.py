@@ -59,17 +59,18 @@ def tree_rss_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(tree_rss_bytes(int(c)) for c in children)
 
 
-def peak(frames: int, width: int, height: int, workers: int) -> tuple[int, float]:
-    """(peak bytes, seconds) of one ingest."""
+def peak(root: Path, frames: int, workers: int) -> tuple[int, float]:
+    """(peak bytes, seconds) of one ingest of a Cityscapes tree, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        root, work, script = Path(folder, "data"), Path(folder, "work"), Path(folder, "ingest.py")
+        work, script = Path(folder, "work"), Path(folder, "ingest.py")
         work.mkdir()
         script.write_text(_INGEST)
-        write_tree(root, frames, width, height)
         begin, top = time.perf_counter(), 0
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
         command = [sys.executable, str(script), str(root), str(work), str(workers)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         while process.poll() is None:
             top = max(top, tree_rss_bytes(process.pid))
             time.sleep(0.02)
@@ -89,7 +90,9 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} processors, frames of {options.width}x{options.height}")
     peaks = []
     for frames in options.frames:
-        top, seconds = peak(frames, options.width, options.height, options.workers)
+        with tempfile.TemporaryDirectory() as folder:
+            write_tree(Path(folder), frames, options.width, options.height)
+            top, seconds = peak(Path(folder), frames, options.workers)
         peaks.append(top)
         print(f"{frames:6,d} frames: peak {top / 2**20:.1f} MiB, {seconds:.1f} s, {frames / seconds:.0f} pairs/s")
     print(f"ratio {peaks[-1] / peaks[0]:.3f}")

@@ -9,9 +9,12 @@ import sys
 import time
 import tracemalloc
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
+import kornia_rs.io
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from roadseg.errors import ImageError
-from roadseg.images import Limits, encode_jpeg, encode_label_png, probe, read_image, read_label
+from roadseg.image_formats import mode
+from roadseg.images import Limits, encode_jpeg, encode_label_png, probe, read_image, read_label, read_photograph
 from roadseg.labels import CITYSCAPES
 
 RNG = np.random.default_rng(0)
@@ -45,6 +49,16 @@ def png(width: int, height: int, depth: int, color_type: int, raw: bytes, *extra
     header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     body = [png_chunk(b"IHDR", header), *extra, png_chunk(b"IDAT", zlib.compress(raw)), png_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def here(read: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
+    return read(data)
+
+
+def in_a_thread(read: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
+    """Where another decoder reads plain PNGs."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(read, data).result()
 
 
 def assert_same(pixels: np.ndarray, expected: np.ndarray) -> None:
@@ -118,6 +132,78 @@ def test_sixteen_bits_keep_the_high_byte(extension):
     assert_same(read_image(encoded(deep)), high[..., ::-1])
     assert_same(read_image(encoded(deep[..., 0])), np.repeat(high[..., :1], 3, 2))
     assert_same(read_image(encoded(np.dstack([deep, deep[..., :1]]))), high[..., ::-1])
+
+
+def interlaced(image: np.ndarray) -> bytes:
+    """Adam7, as the PNG standard, 8.2, orders it."""
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    rows = (row for x, y, dx, dy in passes for row in image[y::dy, x::dx])
+    color_type = 2 if image.ndim == 3 else 0
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, color_type, 0, 0, 1)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize("where", [here, in_a_thread])
+def test_plain_pngs_are_the_same_from_both_decoders(where):
+    grey = np.array(Image.fromarray(PHOTO).convert("L"))
+    for data in (LOSSLESS["png"], interlaced(PHOTO)):
+        assert_same(where(read_image, data), PHOTO)
+    for data in (saved(Image.fromarray(grey), "PNG"), interlaced(grey)):
+        assert_same(where(read_image, data), np.repeat(grey[..., None], 3, 2))
+        assert_same(where(read_label, data), grey)
+    for data in (encode_label_png(IDS), encode_label_png(IDS, CITYSCAPES.palette), interlaced(IDS)):
+        assert_same(where(read_label, data), IDS)
+    deep = IDS.astype(np.uint16) * 1000
+    assert_same(where(read_label, cv2.imencode(".png", deep)[1].tobytes()), deep)
+
+
+def test_a_palette_that_is_too_short_for_a_label_does_not_matter():
+    raw = b"".join(b"\0" + row.tobytes() for row in IDS)
+    data = png(67, 41, 8, 3, raw, png_chunk(b"PLTE", bytes(range(6))))
+    assert_same(read_label(data), IDS)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (photo("PNG"), "rgb"),
+        (photo("PNG", "RGBA"), "rgba"),
+        (photo("PNG", "LA"), "greya"),
+        (photo("PNG", "1"), "grey"),
+        (encode_label_png(IDS), "grey"),
+        (encode_label_png(IDS, CITYSCAPES.palette), "palette"),
+        (cv2.imencode(".png", IDS.astype(np.uint16))[1].tobytes(), "grey16"),
+        (photo("JPEG"), "rgb"),
+        (photo("JPEG", "L"), "grey"),
+        (photo("JPEG", "CMYK"), "cmyk"),
+        (photo("WEBP"), "rgb"),
+        (saved(Image.fromarray(np.dstack([PHOTO, IDS]), "RGBA"), "WEBP", lossless=True), "rgba"),
+        (photo("BMP"), "rgb"),
+        (photo("BMP", "P"), "palette"),
+        (photo("TIFF"), "rgb"),
+        (photo("TIFF", "L"), "grey"),
+        (photo("TIFF", "P"), "palette"),
+        (cv2.imencode(".tiff", IDS.astype(np.uint16))[1].tobytes(), "grey16"),
+        (b' {"objects": []}', "json"),
+        (b"", ""),
+        (b"hello", ""),
+        (b"\x89PNG\r\n\x1a\n", ""),
+        (b"\xff\xd8\xff", ""),
+    ],
+)
+def test_how_values_are_stored(data, expected):
+    assert mode(data) == expected
+
+
+def test_a_photograph_tells_its_format_and_its_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = read_photograph(photo("JPEG", exif=exif))
+    assert (found.format, found.orientation, found.pixels.shape) == ("jpeg", 6, (67, 41, 3))
+    found = read_photograph(LOSSLESS["webp"])
+    assert (found.format, found.orientation) == ("webp", 1)
 
 
 def test_cmyk_is_inverted_only_for_adobe():
@@ -260,13 +346,77 @@ def test_a_large_file_truncated_at_every_kilobyte_is_an_error(kind):
             read_image(data[:length])
 
 
-def test_every_changed_byte_of_a_png_is_noticed():
-    data = LOSSLESS["png"]
-    for at in range(len(data)):
-        changed = bytearray(data)
-        changed[at] ^= 0x10
+@pytest.mark.parametrize("data", [LOSSLESS["png"], photo("PNG", "LA")], ids=["plain", "by Pillow"])
+@pytest.mark.parametrize("where", [here, in_a_thread])
+def test_every_changed_byte_of_a_png_is_noticed(where, data):
+    def read_changed(_: bytes) -> np.ndarray:
+        for at in range(len(data)):
+            changed = bytearray(data)
+            changed[at] ^= 0x10
+            with pytest.raises(ImageError):
+                read_image(bytes(changed))
+        return PHOTO
+
+    where(read_changed, b"")
+
+
+def test_a_changed_byte_in_pixels_that_nobody_needs_is_noticed():
+    """Compressed data may end before its chunks do; decoders could stop reading there."""
+    raw = b"".join(b"\0" + row.tobytes() for row in PHOTO)
+    spare = bytearray(png_chunk(b"IDAT", b"nothing"))
+    spare[9] ^= 1
+    whole = png(67, 41, 8, 2, raw)
+    with pytest.raises(ImageError, match="the checksum of its IDAT chunk is wrong"):
+        read_image(whole[:-12] + bytes(spare) + whole[-12:])
+
+
+def test_a_panic_of_the_decoder_is_an_image_error_and_an_interrupt_is_not(monkeypatch):
+    class PanicException(BaseException):  # what pyo3 makes of a panic in Rust
+        pass
+
+    def raising(error: BaseException) -> Callable[..., np.ndarray]:
+        def decode(*_: object) -> np.ndarray:
+            raise error
+
+        return decode
+
+    monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", raising(PanicException("index out of bounds")))
+    with pytest.raises(ImageError, match="malformed"):
+        read_image(LOSSLESS["png"])
+    monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        read_image(LOSSLESS["png"])
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg-progressive"])
+def test_a_jpeg_that_was_cut_off_and_ended_is_noticed(kind):
+    data = photo("JPEG", quality=95, progressive=kind.endswith("progressive"))
+    with pytest.raises(ImageError, match="can't be decoded"):
+        read_image(data[: data.rfind(b"\xff\xda") + 60] + b"\xff\xd9")
+
+
+def test_a_jpeg_cannot_hide_its_size_behind_a_marker_without_a_length():
+    data = photo("JPEG")
+    hidden = b"\xff\xd8\xff\x01" + data[2:]
+    assert probe(hidden) == ("jpeg", 67, 41)
+    with pytest.raises(ImageError, match="67 x 41 = 2,747 pixels"):
+        read_image(hidden, Limits(max_pixels=2000))
+
+
+def test_a_tiff_of_two_sizes_is_refused_before_it_is_decoded():
+    data = bytearray(photo("TIFF"))
+    start = struct.unpack_from("<I", data, 4)[0]
+    count = struct.unpack_from("<H", data, start)[0]
+    entries = [bytes(data[start + 2 + 12 * i : start + 14 + 12 * i]) for i in range(count)]
+    width = next(e for e in entries if e[:2] == struct.pack("<H", 256))
+    assert width[2:8] == struct.pack("<HI", 4, 1) or width[2:8] == struct.pack("<HI", 3, 1)
+    # Where a tag stands twice, readers differ in which of the two they take.
+    large = struct.pack("<HHII", 256, 4, 1, 60_000)
+    for doubled in ([large, *entries], [*entries, large]):
+        directory = struct.pack("<H", len(doubled)) + b"".join(doubled) + struct.pack("<I", 0)
+        crafted = bytes(data[:4]) + struct.pack("<I", len(data)) + bytes(data[8:]) + directory
         with pytest.raises(ImageError):
-            read_image(bytes(changed))
+            read_image(crafted, Limits(max_pixels=10_000))
 
 
 def bombs() -> dict[str, bytes]:
@@ -303,6 +453,46 @@ def test_bombs_are_refused_by_their_header(kind):
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert took_s < 0.1 and peak_bytes < 1_000_000
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("thread", [False, True])
+def test_bombs_take_no_memory(tmp_path, thread):
+    """In a process of its own, by its resident memory: decoders in C don't ask Python for theirs."""
+    kinds = {**bombs(), "png of no pixels": png(8000, 8000, 8, 2, bytes(1000))}
+    for number, data in enumerate(kinds.values()):
+        (tmp_path / f"{number}.png").write_bytes(data)
+    script = """
+import resource, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from roadseg.errors import ImageError
+from roadseg.images import read_image, read_label
+
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+
+def refuse(path):
+    for read in (read_image, read_label):
+        try:
+            read(path)
+        except ImageError:
+            continue
+        raise SystemExit(f"{path} was read")
+
+with ThreadPoolExecutor(1) as threads:
+    for path in sorted(Path(sys.argv[1]).iterdir()):
+        before, begin = most(), time.perf_counter()
+        threads.submit(refuse, path).result() if sys.argv[2] == "True" else refuse(path)
+        print((most() - before) / 1024, time.perf_counter() - begin)
+"""
+    command = [sys.executable, "-W", "error", "-c", script, str(tmp_path), str(thread)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    lines = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    assert len(lines) == len(kinds)
+    for mebibytes, seconds in lines:
+        assert mebibytes < 50 and seconds < 0.2  # 0.1 for each of two readers
 
 
 def test_bombs_in_png_text_and_profiles_are_never_unpacked():

@@ -369,3 +369,27 @@ def test_a_run_s_name_is_no_path(tmp_path: Path, name: str) -> None:
 def test_there_are_five_stages(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no stage 'deploy'; expected ingest, transform"):
         run(config_of(), "deploy", workspace=tmp_path)  # type: ignore[arg-type]
+
+
+def test_given_shards_stand_in_for_the_transform_stage(micro: Micro, tmp_path: Path) -> None:
+    shards = tmp_path / "copied"
+    shutil.copytree(micro.result.outputs["transform"].folder, shards)
+    given = micro.config.transform.model_copy(update={"shards": str(shards)})
+    config = micro.config.model_copy(update={"transform": given})
+    result = run(config, until="train", workspace=micro.workspace, name="given")
+    assert list(result.outputs) == ["train"] and result.outputs["train"].cached
+    assert result.outputs["train"].key == micro.result.outputs["train"].key
+
+
+def test_damaged_given_shards_are_refused(micro: Micro, tmp_path: Path) -> None:
+    shards = tmp_path / "copied"
+    shutil.copytree(micro.result.outputs["transform"].folder, shards)
+    victim = next(shards.glob("train-*.bin"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    given = micro.config.transform.model_copy(update={"shards": str(shards)})
+    config = micro.config.model_copy(update={"transform": given})
+    with pytest.raises(DataError, match="1 of its shards are missing or damaged"):
+        run(config, until="train", workspace=tmp_path / "w")
+    with pytest.raises(DataError, match="not a readable shard index"):
+        nowhere = given.model_copy(update={"shards": str(tmp_path / "nowhere")})
+        run(config.model_copy(update={"transform": nowhere}), until="train", workspace=tmp_path / "w")

@@ -78,6 +78,7 @@ def check(
             findings += values
             causes |= causes_here
         findings += _file_problems(split, of_split, causes)
+        findings += _same_files(split, of_split)
         labelled = [s for s in of_split if s.histogram and s.pair.label not in causes and not _of_file(s, "swapped")]
         findings += _void(split, labelled, placeholder=split == unlabelled)
         findings += _missing_classes(split, labelled, label_set)
@@ -105,7 +106,7 @@ def _sample(s: Seen, cause: str) -> Sample | None:
     """None for a pair that CODES leaves out. cause: what is wrong with the label's values, "" for nothing."""
     p = s.pair
     wrong = {path for code, path, _ in s.problems if CODES[code].leaves_out in ("pair", "instances")}
-    if wrong & {p.image, p.label} or cause in _NO_PAIR or not s.histogram:
+    if wrong & {p.image, p.label} or cause in _NO_PAIR or not s.histogram or _is_one_file(s):
         return None
     if p.split == "train" and not any(s.histogram[:-1]):
         return None
@@ -137,6 +138,22 @@ def _file_problems(split: str, seen: Sequence[Seen], causes: Mapping[str, str]) 
             fix = "exchange the two folders"
         findings.append(Finding(code, CODES[code].severity, split, entries, len(entries), message, fix))
     return findings
+
+
+def _same_files(split: str, seen: Sequence[Seen]) -> list[Finding]:
+    """Masks that were copied among the images, or two folders that are one."""
+    entries = tuple(f"{s.pair.image} = {s.pair.label}" for s in seen if _is_one_file(s))
+    if not entries:
+        return []
+    message = (
+        f"{plural(len(entries), 'image')} of {split} that {'is its' if len(entries) == 1 else 'are their'} own label"
+    )
+    fix = "put the photographs in their place; see that images and labels are not read from one folder"
+    return [Finding("same-file", "error", split, entries, len(entries), message, fix)]
+
+
+def _is_one_file(s: Seen) -> bool:
+    return bool(s.image_sha256) and s.image_sha256 == s.label_sha256
 
 
 def _turned(s: Seen) -> bool:

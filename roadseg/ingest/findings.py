@@ -66,6 +66,7 @@ CODES: dict[str, Code] = {
     "unreadable-label": Code("error", "a label that is empty, damaged, hostile, or none", "pair"),
     "unreadable-instances": Code("error", "an instance map that can't be read", "instances"),
     "swapped": Code("error", "image and label exchanged", "pair"),
+    "same-file": Code("error", "one file given as image and as label", "pair"),
     "size-differs": Code("error", "image, label or instance map of different sizes", "pair"),
     # what the labels' values mean
     "train-ids": Code("error", "train ids where the data set's own ids are expected", "pair"),

@@ -6,7 +6,9 @@ pixels' digest is no cryptographic one, ids are counted by runs, and pairs go to
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -37,6 +39,7 @@ HANDFUL = 4  # pairs that go to a worker at once; one by one, sending them costs
 PLACES_HIGH, PLACES_WIDE = 16, 32
 MOST_IDS = 512  # that are kept of one label; a label of class ids has some dozens
 _SHOWN = 8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _EXACT_IN_FLOAT32 = 1 << 24
 
 Problem = tuple[str, str, str]
@@ -137,7 +140,20 @@ _of_this_worker: list[Task] = []  # sent once: its tables would be made anew for
 
 def _start(task: Task) -> None:
     start_worker()
+    _keep_freed_memory()
     _of_this_worker[:] = [task]
+
+
+def _keep_freed_memory() -> None:
+    """Up to 64 MB of it, where the C library is glibc.
+
+    It gives memory back to the system after each image, whose pages are then mapped and zeroed anew for the
+    next: 2,200 page faults a frame of 2048x1024, 4 of 37 ms.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _look_at_all(pairs: Sequence[Pair]) -> list[Seen]:
@@ -151,11 +167,11 @@ def look_at(task: Task, pair: Pair) -> Seen:
         lambda: read_bytes(task.root / pair.image, limits), lambda d: read_photograph(d, limits),
         problems, "unreadable-image", pair.image,
     )  # fmt: skip
+    of_image = _of_image(photo, image_data) if photo else {}  # before the label takes the pixels' place in the cache
     label_data, ids = _decoded(
         lambda: mask_bytes(task.root, pair.label, form, limits), lambda d: read_ids(d, form, limits),
         problems, "unreadable-label", pair.label,
     )  # fmt: skip
-    of_image = _of_image(photo, image_data) if photo else {}
     counted = count_ids(ids) if ids is not None else []
     of_label = _of_label(task, form, label_data, ids, counted) if ids is not None else {}
     problems += _unknown(task, pair, form, label_data, counted)
@@ -228,13 +244,12 @@ def _of_label(
 def count_ids(ids: np.ndarray) -> list[tuple[int, int]]:
     """(id, pixels) of every id in uint8 or uint16 [H, W], the most common first, equal ones by id.
 
-    By runs of equal pixels: 0.8 ms for two megapixels of a Cityscapes label, where np.bincount takes 7
+    By runs of equal pixels: 0.9 ms for two megapixels of a Cityscapes label, where np.bincount takes 7
     and cv2.calcHist 4. Where runs are short, as in noise, those are the faster ones.
     """
     flat = ids.reshape(-1)
-    edges = flat[1:] != flat[:-1]
-    if np.count_nonzero(edges) < flat.size // 16:
-        starts = np.concatenate([[0], np.flatnonzero(edges) + 1])
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    if starts.size <= 1 + flat.size // 16:
         lengths = np.diff(starts, append=flat.size)
         counts = np.bincount(flat[starts], weights=lengths).astype(np.int64)
     elif ids.dtype == np.uint8:

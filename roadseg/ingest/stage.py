@@ -80,7 +80,7 @@ def source_digest(data: Data, root: Path) -> str:
     files = sorted(labels | {path for p in found.pairs for path in (p.image, p.instances) if path})
     stats = [(path, (root / path).stat()) for path in files]
     rows = [(path, s.st_size, s.st_mtime_ns) for path, s in stats]
-    pairs = [(p.split, p.image, p.label) for p in found.pairs]
+    pairs = [asdict(p) for p in found.pairs]
     meaning = {part: form.to_json() for part, form in found.forms.items()}
     return sha256_bytes(json_bytes([rows, pairs, [asdict(f) for f in found.findings], meaning]))
 

@@ -169,3 +169,18 @@ def test_half_the_size_and_more_is_bilinear_and_less_is_the_areas_mean() -> None
         got, _ = augment(image, label, a, generator(0), FILL)
         want = cv2.resize(image[top : top + height, left : left + width], (16, 8), interpolation=how)
         np.testing.assert_array_equal(got, want)
+
+
+def test_a_crop_is_written_where_it_is_wanted() -> None:
+    """In the middle of other memory, padded and not, turned and not."""
+    image, label = scene(0)
+    for seed in range(12):
+        a = Augmentation((40, 70), (0.5, 2.0), rotate_deg=9.0 * (seed % 2), blur=0.5)
+        d = draw(a, generator(seed), *label.shape)
+        box = slice(d.box[0], d.box[0] + d.box[2]), slice(d.box[1], d.box[1] + d.box[3])
+        memory, ids = np.full((3, 40, 70, 3), 77, np.uint8), np.full((3, 40, 70), 77, np.uint8)
+        got = apply(d, image[box], label[box], FILL, (memory[1], ids[1]))
+        want = apply(d, image[box], label[box], FILL)
+        for there, made, wanted in zip((memory, ids), got, want, strict=True):
+            assert np.shares_memory(there, made) and (there[[0, 2]] == 77).all()
+            np.testing.assert_array_equal(there[1], wanted)

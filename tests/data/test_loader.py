@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -110,6 +112,20 @@ def test_workers_survive_a_fork_after_opencv_used_its_threads(shards: Shards) ->
         assert len(list(stream(crops_of(shards, blur=1.0), 2))) == 5
     finally:
         cv2.setNumThreads(1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a habit of glibc")
+def test_arrays_of_a_crop_are_not_faulted_in_again() -> None:
+    loader.keep_freed_memory()
+
+    def faults_of_ten_arrays() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            np.ones((768, 768, 3), np.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of_ten_arrays()
+    assert faults_of_ten_arrays() < 432  # pages of one array
 
 
 def children() -> set[int]:

@@ -50,6 +50,6 @@ def test_too_little_or_too_much_to_tell():
     assert blended(np.zeros((4, 1), np.uint8)) == 0.0
     ramp = np.repeat(np.arange(100, dtype=np.uint8), 3)[None]
     ramp[:, ::7] += 1
-    assert 0 < plainly(ramp) and blended(ramp) == 0.0  # fewer than 200 changes
+    assert plainly(ramp) > 0 and blended(ramp) == 0.0  # fewer than 200 changes
     assert blended(np.tile(np.arange(240, dtype=np.uint8), (9, 1))) == 0.0  # nowhere two equal pixels
     assert blended(np.tile(np.repeat(np.arange(0, 240, 2, dtype=np.uint8), 3), (9, 1))) == 0.0  # no step

@@ -232,6 +232,14 @@ def test_image_and_label_exchanged(tree):
     assert f.files[0].startswith("train/A_1.png: ") and "trainannot/A_1.png" in f.files[0]
 
 
+def test_a_label_in_the_place_of_its_image(tree):
+    write(tree / "train/A_1.png", (tree / "trainannot/A_1.png").read_bytes())
+    result = checked(tree, allow={"same-file"})
+    (f,) = (f for f in result.findings if f.code == "same-file")
+    assert (f.files, f.message) == (("train/A_1.png = trainannot/A_1.png",), "1 image of train that is its own label")
+    assert "A_1" not in names(result) and len(result.samples) == 4
+
+
 def test_whole_folders_exchanged(tree):
     for name in ("C_1", "C_2"):
         exchange(tree / f"val/{name}.png", tree / f"valannot/{name}.png")

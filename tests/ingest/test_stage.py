@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,15 +57,15 @@ def camvid(**options: object) -> Data:
 def test_output_is_complete_deterministic_and_free_of_places(root, work, tmp_path):
     manifest = ingest(camvid(), root, work)
     assert Manifest.load(work) == manifest and manifest.splits == ("test", "train", "val")
-    assert sorted(p.name for p in work.iterdir()) == ["dataset.json", "findings.json", "manifest.jsonl"]
+    assert sorted(p.name for p in work.iterdir()) == ["dataset.json", "findings.json", "log", "manifest.jsonl"]
     assert json.loads((work / "findings.json").read_text()) == []
     shutil.copytree(root, tmp_path / "moved")
     shutil.rmtree(root)
     (tmp_path / "again").mkdir()
     assert ingest(camvid(), tmp_path / "moved", tmp_path / "again").fingerprint("val") == manifest.fingerprint("val")
-    for path in work.iterdir():
+    for path in (p for p in work.rglob("*") if p.is_file()):
         data = path.read_bytes()
-        assert data == (tmp_path / "again" / path.name).read_bytes() and str(tmp_path).encode() not in data
+        assert data == (tmp_path / "again" / path.relative_to(work)).read_bytes() and str(tmp_path).encode() not in data
 
 
 def test_held_out_sequences_become_a_split(root, work):
@@ -96,12 +97,37 @@ def test_errors_refuse_and_leave_only_the_findings(root, work):
     with pytest.raises(DataError, match="2 errors in the data") as caught:
         ingest(camvid(), root, work)
     assert caught.value.exit_code == 3
-    assert [p.name for p in work.iterdir()] == ["findings.json"]
+    assert sorted(p.name for p in work.iterdir()) == ["findings.json", "log"]
     found = json.loads((work / "findings.json").read_text())
     assert [(f["code"], f["severity"], f["count"]) for f in found] == [
         ("unreadable-image", "error", 1),
         ("unknown-id", "error", 1),
     ]
+
+
+def test_the_report_lies_in_the_run_also_when_the_data_is_refused(root, work, tmp_path):
+    ingest(camvid(), root, work, report_in=tmp_path)
+    report = tmp_path / "data_report.html"
+    assert report.read_bytes() == (work / "log" / "data_report.html").read_bytes()
+    write(root / "train/A_1.png", b"")
+    with pytest.raises(DataError, match=re.escape(str(report))):
+        ingest(camvid(), root, work, report_in=tmp_path)
+    assert "unreadable-image" in report.read_text()
+
+
+def test_codes_are_allowed_and_forbidden(root, work):
+    write(root / "train/A_1.png", b"")
+    assert len(ingest(camvid(allow=("unreadable-image",)), root, work).split("train")) == 2
+    write(root / "train/A_1.png", (root / "train/A_2.png").read_bytes())
+    with pytest.raises(DataError, match="duplicate-in-split"):
+        ingest(camvid(forbid=("duplicate-in-split",)), root, work)
+    with pytest.raises(ConfigError, match="no code 'duplicate', perhaps you meant"):
+        ingest(camvid(allow=("duplicate",)), root, work)
+
+
+def test_download_is_for_cityscapes_alone(root, work):
+    with pytest.raises(ConfigError, match="data.download with source camvid"):
+        ingest(camvid(download=True), root, work)
 
 
 def test_warnings_are_logged_once_each_and_go_on(root, work, caplog):

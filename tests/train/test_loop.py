@@ -2,9 +2,11 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import torch
 from conftest import THREE
 
 from roadseg.data.augment import Augmentation
-from roadseg.data.loader import Batch, Crops, loader
-from roadseg.data.sampler import Batches
+from roadseg.data.loader import Batch, Crops, batches_from_workers
+from roadseg.data.sampler import Batches, Order
 from roadseg.data.shards import Shards
-from roadseg.errors import Interrupted, NonFiniteLoss
+from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
 from roadseg.files import read_json_lines
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.train import checkpoint
@@ -28,7 +30,7 @@ SETTINGS = Settings(
     clip_norm=5.0, seed=3, bf16=False, validate_every=3, checkpoint_every=1,
 )  # fmt: skip
 CPU = torch.device("cpu")
-Source = Callable[[int], Iterator[Batch]]
+Source = Callable[[int], Generator[Batch, None, None]]
 
 
 def network() -> DeepLabV3Plus:
@@ -36,9 +38,10 @@ def network() -> DeepLabV3Plus:
     return build(a, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3)
 
 
-def source(shards: Shards, steps: int = SETTINGS.steps) -> Source:
+def source(shards: Shards, steps: int = SETTINGS.steps, workers: int = 0) -> Source:
     crops = Crops(shards.split("train"), Augmentation((32, 64)), SETTINGS.seed, (120, 120, 120))
-    return lambda step: iter(loader(crops, Batches(6, 4, SETTINGS.seed, step, steps), 0, pin=False))
+    order = Order(crops.split.frames, SETTINGS.seed)
+    return lambda step: batches_from_workers(crops, Batches(order, 4, step, steps), workers, CPU)
 
 
 def run(shards: Shards, work: Path, settings: Settings = SETTINGS, batches: Source | None = None) -> DeepLabV3Plus:
@@ -60,7 +63,7 @@ class Killed(Exception):
 def dying(batches: Source, at: int) -> Source:
     """Batches of a process that is killed when it asks for the one of step `at`."""
 
-    def start(step: int) -> Iterator[Batch]:
+    def start(step: int) -> Generator[Batch, None, None]:
         for number, batch in enumerate(batches(step), step):
             if number == at:
                 raise Killed
@@ -107,8 +110,8 @@ def test_a_spoilt_network_stops_before_the_step_and_names_the_samples(
     monkeypatch.setattr(loop, "batch_loss", spoilt)
     with pytest.raises(NonFiniteLoss, match="at step 4,") as caught:
         run(shards, tmp_path / "spoilt")
-    keys = list(Batches(6, 4, SETTINGS.seed, 3, 4))[0]
-    assert all(f"{i} (epoch {e})" in str(caught.value) for e, i in keys)
+    samples = next(iter(Batches(Order(shards.split("train").frames, SETTINGS.seed), 4, 3, 4)))
+    assert all(f"{s.index} (epoch {s.epoch})" in str(caught.value) for s in samples)
     step, tensors = checkpoint.newest(tmp_path / "spoilt" / "checkpoints") or (None, {})
     assert step == 3
     monkeypatch.setattr(loop, "batch_loss", real)
@@ -120,7 +123,7 @@ def test_a_spoilt_network_stops_before_the_step_and_names_the_samples(
 
 @pytest.mark.fault
 def test_sigterm_saves_and_says_so(shards: Shards, tmp_path: Path) -> None:
-    def terminating(step: int) -> Iterator[Batch]:
+    def terminating(step: int) -> Generator[Batch, None, None]:
         for number, batch in enumerate(source(shards)(step), step):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -166,7 +169,27 @@ def test_norms_and_biases_are_not_decayed_and_the_backbone_has_its_own_rate() ->
     assert {round(g["peak_lr"], 6) for g in groups} == {0.003, 0.0003}
 
 
+@pytest.mark.fault
+def test_a_killed_loader_process_is_a_clear_failure_wherever_the_loop_is(shards: Shards, tmp_path: Path) -> None:
+    def murderous(step: int) -> Generator[Batch, None, None]:
+        before = {p.pid for p in multiprocessing.active_children()}
+        for number, batch in enumerate(source(shards, 10_000, workers=2)(step), step):
+            if number == 2:
+                workers = [p for p in multiprocessing.active_children() if p.pid not in before]
+                assert len(workers) == 2
+                workers[0].kill()
+            yield batch
+
+    start = time.monotonic()
+    with pytest.raises(RoadsegError, match="a loader process died; memory or /dev/shm may be full.*run again to go on"):
+        run(shards, tmp_path, replace(SETTINGS, steps=10_000, validate_every=10_000), murderous)
+    assert time.monotonic() - start < 60
+    assert checkpoint.newest(tmp_path / "checkpoints")
+
+
 def test_timing_is_kept_apart_from_history(shards: Shards, tmp_path: Path) -> None:
     run(shards, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert all(set(r) <= {"step", "loss", "learning_rate", "split", "miou", "pixel_accuracy"} for r in rows)
+    verdict = json.loads((tmp_path / "log" / "bottleneck.json").read_text())
+    assert verdict["steps"] == SETTINGS.steps - 1 and verdict["bottleneck"] in ("compute", "data")

@@ -180,6 +180,43 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
             choose_device(name)
 
 
+def test_class_uniform_needs_shards_that_know_where_classes_lie(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    (shard,) = shards.shards["train"]
+
+    def placed(centroids: tuple[tuple[int, int, int], ...]) -> Shards:
+        frames = tuple(replace(frame, centroids=centroids) for frame in shard.frames)
+        return replace(shards, shards={**shards.shards, "train": (replace(shard, frames=frames),)})
+
+    with pytest.raises(ConfigError, match="class_uniform is 0.5, but these shards say nowhere which classes lie"):
+        train_candidate(config(class_uniform=0.5), placed(()), tmp_path)
+    batches = start(config(class_uniform=0.5, steps=9), placed(((1, 3, 4), (2, 30, 50))), tmp_path / "w").batches(0)
+    samples = [sample for batch in batches for sample in batch.samples]
+    assert sum(sample.centre is not None for sample in samples) == len(samples) / 2 == 9
+    assert {sample.centre for sample in samples if sample.centre} == {(3, 4), (30, 50)}
+
+
+def test_mixed_sources_keep_their_weights(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    (shard,) = shards.shards["train"]
+    frames = tuple(replace(f, part="town" if i < 2 else "camvid") for i, f in enumerate(shard.frames))
+    mixed = replace(
+        shards,
+        shards={**shards.shards, "train": (replace(shard, frames=frames),)},
+        part_weights={"town": 1.0, "camvid": 1.0},
+    )
+    batches = start(config(steps=12), mixed, tmp_path / "w").batches(0)
+    drawn = [sample.index for batch in batches for sample in batch.samples]
+    assert len(drawn) == 24 and sum(index < 2 for index in drawn) == 12
+
+
+def test_what_this_device_can_not_do_is_refused(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    for settings in ({"augment_device": "cuda"}, {"frames_on_gpu": "always"}):
+        with pytest.raises(ConfigError, match=f"training.{next(iter(settings))}: .*training .*on cpu"):
+            train_candidate(config(**settings), shards, tmp_path)
+
+
 def test_the_contact_sheet_is_the_same_for_the_same_seed(made: tuple[Shards, Path], tmp_path: Path) -> None:
     shards, work = made
     sheets = []
