@@ -1,8 +1,8 @@
 """Ingest with all checks against decoders that only read image and label, on as many processes.
 
-The frames are 2048x1024 PNGs in Cityscapes' tree, all in train: scenes of the rendered town, or those
-of a real tree (--root), shifted, flipped and brightened so that no two are alike, and encoded anew to about the size
-they had. Rounds are interleaved; of each row it prints the median rate, the median of each round's
+The frames are 2048x1024 PNGs in Cityscapes' tree, all in train: scenes of the rendered town, or those of a
+real tree (--root), shifted, flipped and brightened so that no two are the same, and encoded anew to
+about the size they had. Rounds are interleaved; of each row it prints the median rate, the median of each round's
 ratio to kornia_rs, and the same ratio of processor time (user and system, of all processes), which other
 work on the machine hardly touches. Starting the processes counts, in every row. Usage:
 
@@ -94,6 +94,7 @@ def by_kornia(root: Path, pair: Files) -> int:
 def by_cv2(root: Path, pair: Files) -> int:
     image = cv2.imread(str(root / pair[0]), cv2.IMREAD_COLOR)
     label = cv2.imread(str(root / pair[1]), cv2.IMREAD_UNCHANGED)
+    assert image is not None and label is not None
     return image.size + label.size
 
 

@@ -65,8 +65,9 @@ def peer(network: nn.Module, batch: Batch, device: torch.device) -> Callable[[],
         image = batch.image_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
         label = batch.label_BHW.to(device, non_blocking=True).long()
         optimizer.zero_grad()
+        rows, columns = (-size % 16 for size in label.shape[1:])  # some networks take no other sizes
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = network(image)
+            logits = network(F.pad(image, (0, columns, 0, rows)))[..., : label.shape[1], : label.shape[2]]
         logits = F.interpolate(logits.float(), size=label.shape[1:], mode="bilinear")
         loss = F.cross_entropy(logits, label, ignore_index=IGNORE)
         loss.backward()

@@ -1,8 +1,10 @@
 """What the bytes of a picture file say before a pixel of it is decoded.
 
 Sizes come from headers alone, so that a bomb costs nothing. `clean` then proves that the file is
-whole (checksums, end marker) and strips what pixels don't need: text and profiles that may unpack to
-gigabytes, thumbnails, orientation tags that decoders apply unasked. Only its result meets a decoder.
+whole (structure, end marker, a PNG's checksums) and strips what pixels don't need: text and profiles
+that may unpack to gigabytes, thumbnails, orientation tags that decoders apply unasked. Only its result
+meets a decoder. The checksums of a PNG's pixels are left to decoders that verify them themselves, and
+to `check_idat` before others.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten, and each cos
 
 _PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+_PNG_MODES = {0: "grey", 2: "rgb", 3: "palette", 4: "greya", 6: "rgba"}
 _JPEG_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
+_JPEG_MODES = {1: "grey", 3: "rgb", 4: "cmyk"}
 _JPEG_KEPT_APP = (0xE0, 0xEE)  # JFIF and Adobe tell the colour space
 _JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION = 256, 257, 262, 274
@@ -33,6 +38,7 @@ class Clean:
 
     orientation: EXIF 1..8. depth: bits a sample. color_type: PNG's, -1 otherwise. adobe: the JPEG
     says it is Adobe's, so its CMYK is stored inverted. white_is_zero: the TIFF's grey is inverted.
+    format, width, height: what `size` said of it.
     """
 
     data: bytes
@@ -41,6 +47,9 @@ class Clean:
     color_type: int = -1
     adobe: bool = False
     white_is_zero: bool = False
+    format: str = ""
+    width: int = 0
+    height: int = 0
 
 
 def sniff(data: bytes) -> str:
@@ -78,11 +87,31 @@ def size(data: bytes) -> tuple[str, int, int]:
     return format_, width, height
 
 
-def clean(data: bytes, format_: str) -> Clean:
-    """The file proven whole and stripped. Raises ImageError that says what is wrong with it."""
+def mode(data: bytes) -> str:
+    """How the file stores its values, from the header only; "" where that isn't known.
+
+    "grey", "greya", "palette", "rgb", "rgba" or "cmyk" of up to 8 bits, with "16" behind for more; "rgb" of
+    any colour JPEG or WebP; "json" for text that begins like JSON.
+    """
+    try:
+        format_ = sniff(data)
+        if format_ == "png":
+            depth, color_type = struct.unpack_from(">BB", data, 24)
+            return _PNG_MODES.get(color_type, "") + ("16" if depth == 16 else "")
+        if format_ == "jpeg":
+            return _JPEG_MODES.get(_jpeg_frame(data)[2], "")
+        return {"webp": _webp_mode, "bmp": _bmp_mode, "tiff": _tiff_mode}[format_](data)
+    except ImageError:
+        return "json" if data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else ""
+    except (struct.error, IndexError):
+        return ""
+
+
+def clean(data: bytes, format_: str, width: int, height: int) -> Clean:
+    """The file proven whole, but for `check_idat`, and stripped. Raises ImageError that says what is wrong."""
     cleaner = {"png": _clean_png, "jpeg": _clean_jpeg, "webp": _clean_webp, "bmp": _clean_bmp, "tiff": _clean_tiff}
     try:
-        return cleaner[format_](data)
+        return replace(cleaner[format_](data), format=format_, width=width, height=height)
     except (struct.error, IndexError):
         raise _truncated(format_) from None
 
@@ -99,7 +128,7 @@ def _png_size(data: bytes) -> tuple[int, int]:
 
 
 def _clean_png(data: bytes) -> Clean:
-    """Keeps IHDR, PLTE, IDAT and IEND, whose checksums hold; in an APNG that is the default image."""
+    """Keeps IHDR, PLTE, IDAT and IEND; in an APNG that is the default image."""
     length, depth, color_type, compression, filtering, interlace = struct.unpack_from(">8xI12xBBBBB", data)
     if length != 13 or (compression, filtering) != (0, 0) or interlace > 1:
         raise ImageError("the png header is malformed")
@@ -114,8 +143,8 @@ def _clean_png(data: bytes) -> Clean:
         end = at + 12 + length
         if end > len(data):
             raise _truncated("png")
-        if name in _PNG_KEPT and zlib.crc32(view[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
-            raise ImageError(f"the png is corrupt: the checksum of its {name.decode()} chunk is wrong")
+        if name in _PNG_KEPT and name != b"IDAT":
+            _check_crc(view, at, end)
         if name in needed:
             kept.append(view[at:end])
             names += [name] if name not in names[-1:] or name != b"IDAT" else []
@@ -135,6 +164,22 @@ def _clean_png(data: bytes) -> Clean:
     return Clean(b"".join(kept) if stripped else data, orientation, depth, color_type)
 
 
+def check_idat(png: bytes) -> None:
+    """Raises ImageError if a checksum of the pixels' chunks is wrong, in a PNG as `clean` leaves it."""
+    view, at = memoryview(png), 8
+    while at < len(png):
+        length, name = struct.unpack_from(">I4s", png, at)
+        if name == b"IDAT":
+            _check_crc(view, at, at + 12 + length)
+        at += 12 + length
+
+
+def _check_crc(view: memoryview, start: int, end: int) -> None:
+    if zlib.crc32(view[start + 4 : end - 4]) != struct.unpack_from(">I", view, end - 4)[0]:
+        name = bytes(view[start + 4 : start + 8]).decode()
+        raise ImageError(f"the png is corrupt: the checksum of its {name} chunk is wrong")
+
+
 def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
     """(marker, start, end) up to the end marker; a scan's entropy-coded data belongs to its segment."""
     out, at = [], 2
@@ -149,7 +194,7 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
             out.append((marker, start, at + 1))
             return out
         end = at + 1
-        if marker != 0x01 and not 0xD0 <= marker <= 0xD7:
+        if marker not in _JPEG_BARE:
             end += struct.unpack_from(">H", data, end)[0]
         if marker == 0xDA:
             following = _JPEG_MARKER.search(data, end)
@@ -164,17 +209,24 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
+    return _jpeg_frame(data)[:2]
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
+    """(width, height, channels) of the first frame header."""
     at = 2
     for _ in range(MAX_SEGMENTS):
+        if data[at] != 0xFF:
+            break
         while data[at] == 0xFF:
             at += 1
-        marker, length = data[at], struct.unpack_from(">H", data, at + 1)[0]
+        marker = data[at]
         if marker in _JPEG_SOF:
-            height, width = struct.unpack_from(">HH", data, at + 4)
-            return width, height
+            height, width, channels = struct.unpack_from(">HHB", data, at + 4)
+            return width, height, channels
         if marker in (0xD9, 0xDA):
             break
-        at += 1 + max(length, 2)
+        at += 1 if marker in _JPEG_BARE else 1 + max(struct.unpack_from(">H", data, at + 1)[0], 2)
     raise ImageError("the jpeg has no frame header before its pixels")
 
 
@@ -204,6 +256,12 @@ def _webp_size(data: bytes) -> tuple[int, int]:
         width, height = struct.unpack_from("<HH", data, 26)
         return width & 0x3FFF, height & 0x3FFF
     raise ImageError("the webp begins with no known chunk", expected="VP8, VP8L or VP8X")
+
+
+def _webp_mode(data: bytes) -> str:
+    kind = data[12:16]
+    alpha = (kind == b"VP8X" and data[20] & 0x10) or (kind == b"VP8L" and data[24] & 0x10)
+    return "rgba" if alpha else "rgb"
 
 
 def _exactly(data: bytes, at: int, length: int) -> bytes:
@@ -238,6 +296,11 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
     return width, abs(height)
 
 
+def _bmp_mode(data: bytes) -> str:
+    bits = struct.unpack_from("<H", data, 24 if struct.unpack_from("<I", data, 14)[0] == 12 else 28)[0]
+    return "palette" if bits <= 8 else "rgba" if bits == 32 else "rgb"
+
+
 def _clean_bmp(data: bytes) -> Clean:
     core = struct.unpack_from("<I", data, 14)[0] == 12
     bits, compression = (struct.unpack_from("<H", data, 24)[0], 0) if core else struct.unpack_from("<HI", data, 28)
@@ -267,6 +330,14 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
     if _TIFF_WIDTH not in entries or _TIFF_HEIGHT not in entries:
         raise ImageError("the tiff does not say its width and height")
     return entries[_TIFF_WIDTH][0], entries[_TIFF_HEIGHT][0]
+
+
+def _tiff_mode(data: bytes) -> str:
+    entries = _tiff_entries(data)[1]
+    names = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 5: "cmyk", 6: "rgb"}
+    name = names.get(entries.get(_TIFF_PHOTOMETRIC, (1, 0))[0], "")
+    # The depths of several channels are a list, which _tiff_entries leaves out.
+    return name + ("16" if name and entries.get(_TIFF_BITS, (8, 0))[0] > 8 else "")
 
 
 def _clean_tiff(data: bytes) -> Clean:

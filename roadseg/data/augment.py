@@ -150,11 +150,19 @@ def _turned(
     return (top, left, max(1, bottom - top), max(1, right - left)), affine, (0, 0, *crop_px)
 
 
-def apply(d: Draw, image: np.ndarray, label: np.ndarray, fill: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def apply(
+    d: Draw,
+    image: np.ndarray,
+    label: np.ndarray,
+    fill: tuple[int, int, int],
+    out: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """The crop. image uint8 [h, w, 3], label uint8 [h, w]: what `d.box` says of the frame.
 
-    Where the frame does not reach, the image is `fill` and the label void.
+    Where the frame does not reach, the image is `fill` and the label void. out: where to write it,
+    uint8 [H, W, 3] and [H, W].
     """
+    to_image, to_label = out or (np.empty((*d.crop_px, 3), np.uint8), np.empty(d.crop_px, np.uint8))
     if d.turned:
         crop, inverse = d.crop_px[::-1], cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR
         pixels = cv2.warpAffine(image, d.affine, crop, flags=inverse, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
@@ -169,16 +177,18 @@ def apply(d: Draw, image: np.ndarray, label: np.ndarray, fill: tuple[int, int, i
             pixels, ids = cv2.flip(pixels, 1), cv2.flip(ids, 1)
     if d.blur_px:
         pixels = cv2.GaussianBlur(pixels, (0, 0), d.blur_px)
-    return _pad(cv2.transform(pixels, d.colour, dst=pixels), ids, d, fill)
-
-
-def _pad(pixels: np.ndarray, ids: np.ndarray, d: Draw, fill: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     if d.inner[2:] == d.crop_px:
-        return pixels, ids
-    top, left, height, width = d.inner
-    edges = (top, d.crop_px[0] - top - height, left, d.crop_px[1] - left - width)
-    pixels = cv2.copyMakeBorder(pixels, *edges, cv2.BORDER_CONSTANT, value=fill)
-    return pixels, cv2.copyMakeBorder(ids, *edges, cv2.BORDER_CONSTANT, value=IGNORE)
+        made = cv2.transform(pixels, d.colour, dst=to_image)
+    else:
+        top, left, height, width = d.inner
+        edges = (top, d.crop_px[0] - top - height, left, d.crop_px[1] - left - width)
+        pixels = cv2.transform(pixels, d.colour)
+        made = cv2.copyMakeBorder(pixels, *edges, cv2.BORDER_CONSTANT, dst=to_image, value=fill)
+        ids = cv2.copyMakeBorder(ids, *edges, cv2.BORDER_CONSTANT, value=IGNORE)
+    if made is not to_image:  # OpenCV makes an array of its own where it can't write into the one given
+        to_image[:] = made
+    to_label[:] = ids
+    return to_image, to_label
 
 
 def augment(

@@ -10,7 +10,7 @@ import triton  # type: ignore[import-untyped,import-not-found]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
-TILE = 16, 64  # rows, columns of a crop a program makes: powers of two
+TILE = 8, 64  # rows, columns of a crop a program makes: powers of two
 WARPS = 4
 
 

@@ -13,8 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from roadseg.train.ema import EMA
 from roadseg.train.gradients import Gradients
 from roadseg.train.losses import cross_entropy
 from roadseg.train.schedule import lr_factor
+from roadseg.train.timing import Timing
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY_S = 60.0
@@ -155,7 +156,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 def train(
     network: nn.Module,
-    batches: Callable[[int], Iterator[Batch]],
+    batches: Callable[[int], Generator[Batch, None, None]],
     validation: dict[str, Split],
     label_set: LabelSet,
     class_weights: Sequence[float] | None,
@@ -185,19 +186,23 @@ def train(
     gradients = Gradients(
         network, lambda output, label: batch_loss(output, label, weights, s), device, s.bf16, s.cuda_graph
     )
-    timing = _Timing(work / "log")
+    timing = Timing(work / "log")
 
     def save(step: int) -> None:
         history.flush()
         checkpoint.save(folder, step, network, average.network, optimizer)
 
     last_save = time.monotonic()
-    with stop_signals() as stopped, progress(s.steps, "train", "step", initial=start) as bar:
-        source = batches(start)
+    with (
+        stop_signals() as stopped,
+        progress(s.steps, "train", "step", initial=start) as bar,
+        _loader_failures(),
+        closing(batches(start)) as source,
+    ):
         for step in range(start, s.steps):
-            waited = time.monotonic()
-            batch = _next(source)
-            waited = time.monotonic() - waited
+            began = time.monotonic()
+            batch = next(source)
+            waited = time.monotonic() - began
             torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
             for group in optimizer.param_groups:
@@ -213,7 +218,7 @@ def train(
             history.add(step=step + 1, loss=round(loss_value, 6), learning_rate=s.learning_rate * factor)
             done = step + 1
             bar.update()
-            timing.step(done, waited, len(batch.samples), bar)
+            timing.step(done, began, waited, len(batch.samples), bar)
             validated = done % s.validate_every == 0 or done == s.steps
             if validated:
                 for split, frames in validation.items():
@@ -231,6 +236,7 @@ def train(
             if stopped():
                 name = signal.Signals(stopped()).name
                 raise Interrupted(f"stopped by {name} after step {done}; run again to go on", signal_number=stopped())
+    timing.verdict()
     history.flush()
     checkpoint.prune(folder, 1)
     return average.network
@@ -242,9 +248,11 @@ def _due(step: int, last_save_s: float, s: Settings) -> bool:
     return time.monotonic() - last_save_s > CHECKPOINT_EVERY_S
 
 
-def _next(source: Iterator[Batch]) -> Batch:
+@contextmanager
+def _loader_failures() -> Iterator[None]:
+    """PyTorch raises wherever the loop is when a loader process dies, not only where it waits for a batch."""
     try:
-        return next(source)
+        yield
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
@@ -255,7 +263,7 @@ def _next(source: Iterator[Batch]) -> Batch:
 
 
 def _non_finite(loss: float, norm: float, step: int, batch: Batch) -> NonFiniteLoss:
-    rows = ", ".join(f"{index} (epoch {epoch})" for epoch, index in batch.samples)
+    rows = ", ".join(f"{sample.index} (epoch {sample.epoch})" for sample in batch.samples)
     return NonFiniteLoss(
         f"loss {loss}, gradient norm {norm} at step {step + 1}, which was not taken; nothing of it was saved",
         expected="finite numbers",
@@ -263,30 +271,3 @@ def _non_finite(loss: float, norm: float, step: int, batch: Batch) -> NonFiniteL
         todo="look at these samples; a lower training.learning_rate, a longer training.warmup_steps or "
         "training.precision fp32 often helps",
     )
-
-
-class _Timing:
-    """log/timing.jsonl: images/s and the share of time spent waiting for data, every ten seconds."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self._path = folder / "timing.jsonl"
-        self._since, self._images, self._waited = time.monotonic(), 0, 0.0
-
-    def step(self, step: int, waited_s: float, images: int, bar: Any) -> None:
-        self._images += images
-        self._waited += waited_s
-        took = time.monotonic() - self._since
-        if took < 10:
-            return
-        row = {
-            "step": step,
-            "images_per_s": round(self._images / took, 1),
-            "waiting_share": round(self._waited / took, 3),
-        }
-        bar.set_postfix_str(
-            f"{row['images_per_s']} images/s, {row['waiting_share']:.0%} waiting for data", refresh=False
-        )
-        with open(self._path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-        self._since, self._images, self._waited = time.monotonic(), 0, 0.0

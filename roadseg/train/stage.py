@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from safetensors.torch import save as save_tensors
 import roadseg
 from roadseg.config import Config, Model, Training
 from roadseg.data.augment import Augmentation
-from roadseg.data.loader import Batch, Crops, loader
-from roadseg.data.sampler import Batches
+from roadseg.data.feed import Feed, choose_feed, feed
+from roadseg.data.loader import Batch, Crops
+from roadseg.data.resident import split_bytes
+from roadseg.data.sampler import Batches, Order, Sample
 from roadseg.data.shards import Shards, Split
 from roadseg.errors import ArchiveError, ConfigError
 from roadseg.files import sha256_file
 from roadseg.images import encode_jpeg
 from roadseg.labels import IGNORE, LabelSet
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus, build
-from roadseg.processes import cores
 from roadseg.release.archive import TERMS, WEIGHTS, Release, write_archive
 from roadseg.release.export import check_export, export_onnx
 from roadseg.train.loop import Settings, train
@@ -55,11 +56,12 @@ def train_candidate(config: Config, shards: Shards, work: Path, init: Release | 
     network = _network(config.model, t, shards, init)
     crops = Crops(frames, _augmentation(t), t.seed, _fill(shards))
     write_contact_sheet(crops, shards.label_set, work / "contact_sheet.jpg")
-    workers = t.workers if t.workers >= 0 else (min(8, cores() - 1) if device.type == "cuda" else 0)
+    order = Order(frames.frames, t.seed, t.class_uniform, shards.part_weights)
+    chosen = _feed(t, frames, device)
+    log.info("data: %s", chosen.why)
 
-    def batches(step: int) -> Iterator[Batch]:
-        order = Batches(len(frames), t.batch_size, t.seed, step, steps)
-        return iter(loader(crops, order, workers, pin=device.type == "cuda"))
+    def batches(step: int) -> Generator[Batch, None, None]:
+        return feed(chosen, crops, Batches(order, t.batch_size, step, steps), device)
 
     validation = {name: shards.split(name) for name in shards.shards if name != "train"}
     weights = enet_weights(shards.class_pixels["train"][:-1]) if t.class_weights == "enet" else None
@@ -88,6 +90,11 @@ def _settings(t: Training, steps: int, device: torch.device) -> Settings:
     bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
     every = t.validate_every or max(1, -(-steps // 10))
     return Settings(**{**same, "steps": steps, "bf16": bf16, "validate_every": every})
+
+
+def _feed(t: Training, frames: Split, device: torch.device) -> Feed:
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return choose_feed(split_bytes(frames), device, memory, t.augment_device, t.frames_on_gpu, t.workers)
 
 
 def _augmentation(t: Training) -> Augmentation:
@@ -146,7 +153,7 @@ def write_contact_sheet(crops: Crops, label_set: LabelSet, path: Path, samples: 
     """A JPEG of the first augmented samples of epoch 0, image over coloured label, at 240 px width."""
     tiles = []
     for index in range(min(samples, len(crops.split))):
-        _, image, label = crops[0, index]
+        image, label = crops.crop(Sample(0, index))
         width = 240
         size = (width, max(1, round(label.shape[0] * width / label.shape[1])))
         coloured = np.where(label[..., None] == IGNORE, 40, label_set.palette[label]).astype(np.uint8)
