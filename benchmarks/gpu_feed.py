@@ -158,7 +158,7 @@ class Drawn:
 
 def prepare(resident: Resident, crops: Crops, a: argparse.Namespace, device: torch.device) -> Drawn:
     order = Order(crops.split.frames, 0)
-    sheets = [resident.sheet(crops, samples) for samples in Batches(order, a.batch, 0, 4 if a.quick else 48)]
+    sheets = [resident.frames.sheet(crops, samples) for samples in Batches(order, a.batch, 0, 4 if a.quick else 48)]
     placed = [(torch.from_numpy(s.places).to(device), torch.from_numpy(s.numbers).to(device)) for s in sheets]
     # What a crop reads: as many pixels as its affine covers, and no more than there are.
     affines = [s.numbers[:, :6].reshape(-1, 2, 3)[:, :, :2] for s in sheets]

@@ -97,7 +97,7 @@ def _dispatch(name: str, rest: list[str]) -> int:
         print(parser.format_help())
         flags = ["--help"]
         parse_flags(_peek_config(own), flags, f"roadseg {name}", "The config's own keys:")
-    parsed = parser.parse_args(own)
+    parsed = parser.parse_intermixed_args(own)
     config = parse_flags(parsed.config, flags, f"roadseg {name}", command.about)
     _log_to(sys.stderr)
     return command.call(parsed, config)

@@ -39,7 +39,8 @@ def data(a: argparse.Namespace, config: Config) -> int:
 def _diff(a: argparse.Namespace, config: Config) -> int:
     from roadseg.data_diff import data_diff
 
-    diff = data_diff(*a.sides, config, workspace=a.workspace, release=a.release)
+    left, right = a.sides
+    diff = data_diff(left, right, config, workspace=a.workspace, release=a.release)
     if a.json:
         print(json.dumps({"verdict": diff.verdict, "rows": [asdict(row) for row in diff.rows]}, indent=1))
     else:

@@ -353,10 +353,8 @@ def describe(error: ValidationError, where: str) -> str:
 def _names_at(loc: Sequence[int | str]) -> list[str]:
     kind: Any = Config
     for part in loc:
-        if get_origin(kind) is dict:  # sections by name: what they are called is free
-            kind = get_args(kind)[1]
-        else:
-            kind = kind.model_fields[str(part)].annotation
+        # What sections by name are called is free.
+        kind = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[str(part)].annotation
     return list(kind.model_fields)
 
 

@@ -193,9 +193,9 @@ def batches_from_workers(
             (_BoxWriter if augment_on_gpu else _Writer)(crops_of, slots),
             batch_sampler=_Numbered(batches, len(slots)),  # type: ignore[arg-type]  # any iterable will do
             num_workers=workers,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
+            collate_fn=as_it_is,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
             prefetch_factor=prefetch if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
         )
     )
     crop_px, fill = crops_of.augmentation.crop_px, crops_of.fill
@@ -254,7 +254,7 @@ def _pin(slots: torch.Tensor) -> bool:
     return not int(status)
 
 
-def _as_it_is(filled: Filled) -> Filled:
+def as_it_is(filled: Filled) -> Filled:
     return filled
 
 
@@ -272,7 +272,7 @@ def keep_freed_memory() -> None:
         return
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
     keep_freed_memory()
     torch.set_num_threads(1)

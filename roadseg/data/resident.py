@@ -1,23 +1,23 @@
-"""A whole split in GPU memory: batches are drawn on the host and cut out on the device, without workers."""
+"""A whole split in GPU memory: what is drawn on the host is cut out on the device, and no pixel moves."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from roadseg.data.gpu_augment import Sheet, crops, sheet
-from roadseg.data.loader import Batch, Crops, one_ahead
+from roadseg.data.loader import Batch, Crops, as_it_is, one_ahead, start_worker
 from roadseg.data.sampler import Batches, Sample
 from roadseg.data.shards import Split
 from roadseg.errors import RoadsegError
 from roadseg.progress import progress
+
+DRAWN_AHEAD = 4  # batches
 
 
 def split_bytes(split: Split) -> int:
@@ -26,15 +26,14 @@ def split_bytes(split: Split) -> int:
 
 
 @dataclass(frozen=True)
-class Resident:
-    """All frames of a split on one device: flat uint8 [bytes], each image followed by its label."""
+class FrameBytes:
+    """Where the frames of a split lie in one flat buffer: each image followed by its label."""
 
     split: Split
-    flat: torch.Tensor
 
     @cached_property
     def starts(self) -> list[int]:
-        """Byte of `flat` where each frame's image starts."""
+        """Byte where each frame's image starts."""
         sizes = [4 * frame.height * frame.width for frame in self.split.frames]
         return np.cumsum([0, *sizes[:-1]]).tolist()
 
@@ -50,10 +49,18 @@ class Resident:
         return sheet(draws, images, labels, rows)
 
 
+@dataclass(frozen=True)
+class Resident:
+    """All frames of a split on one device. flat: uint8 [bytes]."""
+
+    frames: FrameBytes
+    flat: torch.Tensor
+
+
 def load(split: Split, device: torch.device) -> Resident:
     """Raises RoadsegError if `split_bytes` are not free there."""
     try:
-        made = Resident(split, torch.empty(split_bytes(split), dtype=torch.uint8, device=device))
+        made = Resident(FrameBytes(split), torch.empty(split_bytes(split), dtype=torch.uint8, device=device))
     except torch.OutOfMemoryError as e:
         raise RoadsegError(
             f"no room for {split_bytes(split) / 1e9:.1f} GB of frames in GPU memory",
@@ -61,7 +68,7 @@ def load(split: Split, device: torch.device) -> Resident:
             todo="set training.frames_on_gpu to never, or free memory there",
         ) from e
     with progress(len(split), "frames to the GPU" if device.type == "cuda" else "frames", "frame") as bar:
-        for index, start in enumerate(made.starts):
+        for index, start in enumerate(made.frames.starts):
             image, label = split.read(index)
             for array, at in ((image, start), (label, start + image.size)):
                 # A copy, as PyTorch warns of what is read-only; it costs little beside the one to the device.
@@ -70,56 +77,42 @@ def load(split: Split, device: torch.device) -> Resident:
     return made
 
 
-def batches_from_memory(resident: Resident, crops_of: Crops, batches: Batches) -> Generator[Batch, None, None]:
-    """`batches` on the device that holds the frames; draws are made a few batches ahead in a thread."""
+class _Sheets(Dataset):
+    """Called with the samples of a batch, makes their draws. Holds nothing of the device: it is forked."""
+
+    def __init__(self, frames: FrameBytes, crops_of: Crops) -> None:
+        self.frames, self.crops_of = frames, crops_of
+
+    def __getitems__(self, samples: list[Sample]) -> tuple[tuple[Sample, ...], Sheet]:
+        return tuple(samples), self.frames.sheet(self.crops_of, samples)
+
+
+def batches_from_memory(
+    resident: Resident, crops_of: Crops, batches: Batches, process: bool | None = None
+) -> Generator[Batch, None, None]:
+    """`batches` on the device that holds the frames.
+
+    process: whether one of its own makes the draws, None: on CUDA. There it does so some batches ahead: a
+    thread here held the interpreter just when the loop wanted to launch its next step, and cost 13 % of
+    a step of 30 ms. Raises RuntimeError,
+    from PyTorch, when that process dies.
+    """
     device = resident.flat.device
+    cuda = device.type == "cuda"
+    process = cuda if process is None else process
     crop_px, fill = crops_of.augmentation.crop_px, crops_of.fill
 
     def cut(drawn: tuple[tuple[Sample, ...], Sheet]) -> Batch:
         return Batch(*crops(resident.flat, drawn[1], crop_px, fill), drawn[0])
 
-    drawn = _in_a_thread((tuple(samples), resident.sheet(crops_of, samples)) for samples in batches)
-    try:
-        if device.type == "cuda":
-            yield from one_ahead(drawn, cut, device)
-        else:
-            yield from map(cut, drawn)
-    finally:
-        drawn.close()
-
-
-def _in_a_thread(source: Iterator[Any], ahead: int = 4) -> Generator[Any, None, None]:
-    """The items of `source`, made by a thread that is up to `ahead` of them in front; errors are raised here."""
-    items: queue.Queue[tuple[bool, Any]] = queue.Queue(ahead)
-    closed = threading.Event()
-
-    def put(item: tuple[bool, Any]) -> None:
-        while not closed.is_set():
-            try:
-                return items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def run() -> None:
-        try:
-            for item in source:
-                put((True, item))
-                if closed.is_set():
-                    return
-            put((False, None))
-        except BaseException as e:
-            put((False, e))
-
-    thread = threading.Thread(target=run, name="draws", daemon=True)
-    thread.start()
-    try:
-        while True:
-            more, item = items.get()
-            if not more:
-                if item:
-                    raise item
-                return
-            yield item
-    finally:
-        closed.set()
-        thread.join()
+    drawn = iter(
+        DataLoader(
+            _Sheets(resident.frames, crops_of),
+            batch_sampler=batches,  # type: ignore[arg-type]  # any iterable will do
+            num_workers=int(process),
+            collate_fn=as_it_is,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
+            prefetch_factor=DRAWN_AHEAD if process else None,
+            worker_init_fn=start_worker,
+        )
+    )
+    yield from one_ahead(drawn, cut, device) if cuda else map(cut, drawn)

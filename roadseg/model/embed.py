@@ -37,7 +37,7 @@ def embedder(network: DeepLabV3Plus) -> Callable[[np.ndarray], np.ndarray]:
 
     @torch.inference_mode()
     def embed(image: np.ndarray) -> np.ndarray:
-        batch = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
+        batch = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float()
         feature = network.backbone((batch - network.mean) / network.std)[-1]
         mean: np.ndarray = feature.mean((2, 3))[0].float().cpu().numpy()
         return mean @ projection

@@ -21,6 +21,8 @@ from roadseg.config import Config, Model, Training
 from roadseg.data.augment import Augmentation
 from roadseg.data.feed import Feed, choose_feed, feed
 from roadseg.data.loader import Batch, Crops
+from roadseg.data.profile import Profile, make_profile
+from roadseg.data.profile import chosen as chosen_frames
 from roadseg.data.resident import split_bytes
 from roadseg.data.sampler import Batches, Order, Sample
 from roadseg.data.shards import Shards, Split
@@ -29,6 +31,7 @@ from roadseg.files import sha256_file
 from roadseg.images import encode_jpeg
 from roadseg.labels import IGNORE, LabelSet
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus, build
+from roadseg.model.embed import backbone_digest, embedder
 from roadseg.release.archive import TERMS, WEIGHTS, Release, write_archive
 from roadseg.release.export import check_export, export_onnx
 from roadseg.train.loop import Settings, train
@@ -201,6 +204,7 @@ def _pack(
             "started_from": f"release {init.digest}" if init else _weights(config.model.backbone_weights),
         },
         "train_class_pixels": shards.class_pixels["train"],
+        "data_profile": _profile(network, shards).to_json(),
         "export_agreement": agreement,
         "package_version": roadseg.__version__,
         "code_commit": _commit(),
@@ -211,6 +215,17 @@ def _pack(
     write_archive(work / "model.tar.gz", model, onnx_path.read_bytes(), save_tensors(tensors), terms)
     onnx_path.unlink()
     log.info("exported graph agrees with the network on %.4f %% of pixels", 100 * agreement)
+
+
+def _profile(network: DeepLabV3Plus, shards: Shards) -> Profile:
+    """Of what was trained on, as this network sees it: what `roadseg data diff` compares other data with."""
+    frames = shards.split("train")
+    images = (frames.read(i)[0] for i in chosen_frames(len(frames)))
+    title = f"{shards.source} train, {len(frames):,} images"
+    pixels = shards.class_pixels["train"]
+    return make_profile(
+        title, images, len(frames), pixels, shards.label_set, embedder(network), backbone_digest(network)
+    )
 
 
 def _weights(given: str) -> str:

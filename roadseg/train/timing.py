@@ -58,7 +58,7 @@ class Timing:
         )
         text = f"{'data' if data else 'compute'} was the bottleneck: {share:.0%} of the time was spent waiting for data"
         if data:
-            text += "; raise training.workers, or see whether training.frames_on_gpu can be set to always"
+            text += "; a larger training.batch_size, more training.workers or training.frames_on_gpu may help"
         log.info("%.1f images/s; %s", rates["images_per_s"], text)
         return text
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 
 from roadseg.data.augment import Augmentation
 from roadseg.data.loader import Crops, batches_from_workers
-from roadseg.data.resident import _in_a_thread, batches_from_memory, load, split_bytes
+from roadseg.data.resident import batches_from_memory, load, split_bytes
 from roadseg.data.sampler import Batches, Order
 from roadseg.data.shards import Shards
 
@@ -19,7 +17,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("augmentation", [Augmentation((32, 40)), Augmentation((60, 110), rotate_deg=9.0, blur=0.5)])
-def test_batches_are_those_of_boxes_that_were_read(shards: Shards, augmentation: Augmentation) -> None:
+@pytest.mark.parametrize("process", [False, True])
+def test_batches_are_those_of_boxes_that_were_read(shards: Shards, augmentation: Augmentation, process: bool) -> None:
     split = shards.split("train")
     crops = Crops(split, augmentation, 3, (9, 8, 7))
     frames = [replace(f, centroids=((1, 5, 60), (2, 20, 30))) for f in split.frames]
@@ -27,29 +26,8 @@ def test_batches_are_those_of_boxes_that_were_read(shards: Shards, augmentation:
     resident = load(split, CPU)
     assert resident.flat.numel() == split_bytes(split) == 6 * 4 * 48 * 96
     read = batches_from_workers(crops, batches, 0, CPU, augment_on_gpu=True)
-    for ours, theirs in zip(batches_from_memory(resident, crops, batches), read, strict=True):
+    for ours, theirs in zip(batches_from_memory(resident, crops, batches, process), read, strict=True):
         assert ours.samples == theirs.samples
         # The same arithmetic on another start of the coordinates: boxes have their own.
         assert torch.equal(ours.label_BHW, theirs.label_BHW)
         assert torch.equal(ours.image_BHWC, theirs.image_BHWC)
-
-
-def test_an_early_end_stops_the_thread(shards: Shards) -> None:
-    split = shards.split("train")
-    crops = Crops(split, Augmentation((8, 8)), 3, (0, 0, 0))
-    batches = batches_from_memory(load(split, CPU), crops, Batches(Order(split.frames, 3), 2, 0, 10**9))
-    next(batches)
-    assert any(t.name == "draws" for t in threading.enumerate())
-    batches.close()
-    assert not any(t.name == "draws" for t in threading.enumerate())
-
-
-def test_an_error_of_the_thread_is_raised_where_batches_are_taken() -> None:
-    def items() -> Iterator[int]:
-        yield 1
-        raise ValueError("of the second item")
-
-    made = _in_a_thread(items())
-    assert next(made) == 1
-    with pytest.raises(ValueError, match="of the second item"):
-        next(made)

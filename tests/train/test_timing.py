@@ -38,7 +38,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, waited_s: float, steps: i
     ("waited_s", "bottleneck", "said"),
     [
         (0.01, "compute", "compute was the bottleneck: 1% of the time was spent waiting for data"),
-        (0.6, "data", "data was the bottleneck: 60% of the time was spent waiting for data; raise training.workers"),
+        (0.6, "data", "data was the bottleneck: 60% of the time was spent waiting for data; a larger"),
     ],
 )
 def test_the_verdict(
