@@ -38,7 +38,7 @@ from roadseg.train.loop import Settings, train
 from roadseg.train.losses import enet_weights
 from roadseg.train.temperature import fit_temperature
 
-VERSION = 1
+VERSION = 2
 CHECKED_FRAMES = 8  # real frames on which the exported graph is compared with the network
 log = logging.getLogger(__name__)
 
