@@ -67,28 +67,17 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def read_part(path: Path, key: str, limits: Limits) -> bytes:
-    """The image's own part as `coco_part` gives it, read from where it stands. Raises as open_annotations."""
+    """The image's own part as JSON: width, height, annotations (category, iscrowd, segmentation).
+
+    The same bytes for the same content, however the file spells it. category: the name; the id where the
+    file has no name for it. Raises as open_annotations, and ImageError for an image that it lacks.
+    """
     annotations = open_annotations(path, limits)
     with open(path, "rb") as f:
         if _stamp(os.fstat(f.fileno())) != annotations.stamp:
             raise ImageError("the file changed while it was read", where=str(path), todo="run again")
         descriptor = f.fileno()
         return _part(annotations, key, lambda start, end: os.pread(descriptor, end - start, start))
-
-
-def coco_part(data: bytes, key: str) -> bytes:
-    """JSON of `coco_entry`, the same for the same content however the file spells it."""
-    return _part(_index(data, Path(), (0, 0, 0)), key, lambda start, end: data[start:end])
-
-
-def coco_entry(data: bytes, key: str) -> dict[str, Any]:
-    """The image's own part of a COCO file: width, height, annotations (category, iscrowd, segmentation).
-
-    category: the name; the id where the file has no name for it. Raises ImageError for a file that is no
-    COCO JSON and for an image that it lacks. It scans all of `data`: for many images see `read_part`.
-    """
-    entry: dict[str, Any] = json.loads(coco_part(data, key))
-    return entry
 
 
 def _part(annotations: Annotations, key: str, read: Callable[[int, int], bytes]) -> bytes:
@@ -229,14 +218,14 @@ class _Shape:
     runs: np.ndarray | None = None
 
 
-def draw_coco(data: bytes, key: str, form: MaskForm, limits: Limits) -> np.ndarray:
+def draw_coco(data: bytes, form: MaskForm, limits: Limits) -> np.ndarray:
     """uint8 [H, W] of the form's ids; uint16 if a category is no class: its pixels hold UNKNOWN.
 
-    data: an image's part (`read_part`), or with its `key` the whole file. A category counts as the class
-    of its name, or of its id where the file names none. Raises ImageError for annotations without an
+    data: an image's part, from `read_part`. A category counts as the class of its name, or of its id where
+    the file names none. Raises ImageError for annotations without an
     outline, for run lengths of another size, and for sizes and work over the limits.
     """
-    entry = _entry(data, key)
+    entry = _entry(data)
     width, height = canvas_size(entry["width"], entry["height"], limits)
     known = ids_by_name(form.label_set)
     shapes = [_shape(row, i, known, form, width, height) for i, row in enumerate(entry["annotations"])]
@@ -302,15 +291,15 @@ def _rings(segmentation: Any, at: str) -> tuple[np.ndarray, ...]:
     return tuple(np.array(ring, np.float64).reshape(-1, 2) for ring in segmentation)
 
 
-def unknown_categories(data: bytes, key: str, form: MaskForm) -> Counter[str]:
+def unknown_categories(data: bytes, form: MaskForm) -> Counter[str]:
     """How many annotations have each category that is no class of the form's, by name or "id n"."""
     known = ids_by_name(form.label_set)
-    categories = [row["category"] for row in _entry(data, key)["annotations"]]
+    categories = [row["category"] for row in _entry(data)["annotations"]]
     return Counter(_called(c) for c in categories if _id_of(c, known, form) == UNKNOWN)
 
 
-def _entry(data: bytes, key: str) -> dict[str, Any]:
-    entry = parse_json(coco_part(data, key) if key else data, _EXPECTED)
+def _entry(data: bytes) -> dict[str, Any]:
+    entry = parse_json(data, _EXPECTED)
     if not isinstance(entry, dict) or entry.keys() != {"width", "height", "annotations"}:
-        raise ImageError("is not one image's part of a COCO file", expected="its id, or its part alone")
+        raise ImageError("is not one image's part of a COCO file", expected="the part that read_part gives")
     return entry

@@ -19,7 +19,6 @@ import cv2
 import numpy as np
 
 from roadseg.errors import ImageError
-from roadseg.files import sha256_bytes
 from roadseg.images import Limits, probe, read_bytes, read_image, read_label
 from roadseg.labels import IGNORE, LabelSet
 
@@ -93,7 +92,7 @@ class MaskForm:
 def mask_bytes(root: Path, label: str, form: MaskForm, limits: Limits) -> bytes:
     """The bytes that one image's label is made of: its file, or of a COCO file that image's part, as JSON.
 
-    They are what `read_ids` takes without a key, and their SHA-256 is the label's. A COCO file is scanned
+    They are what `read_ids` takes, and their SHA-256 is the label's. A COCO file is scanned
     once a process. Raises ImageError, OSError.
     """
     path, key = mask_path(label, form)
@@ -104,8 +103,8 @@ def mask_bytes(root: Path, label: str, form: MaskForm, limits: Limits) -> bytes:
     return read_part(root / path, key, limits)
 
 
-def read_ids(data: bytes, form: MaskForm, limits: Limits, key: str = "") -> np.ndarray:
-    """uint8 or uint16 [H, W] of the form's ids. key: where `data` is a whole COCO file, which image.
+def read_ids(data: bytes, form: MaskForm, limits: Limits) -> np.ndarray:
+    """uint8 or uint16 [H, W] of the form's ids, from what `mask_bytes` gives.
 
     Raises ImageError for anything that is no mask of that kind.
     """
@@ -119,7 +118,7 @@ def read_ids(data: bytes, form: MaskForm, limits: Limits, key: str = "") -> np.n
         return draw_cityscapes(data, form, limits)
     from roadseg.data.coco import draw_coco
 
-    return draw_coco(data, key, form, limits)
+    return draw_coco(data, form, limits)
 
 
 def train_ids(ids: np.ndarray, form: MaskForm) -> np.ndarray:
@@ -133,15 +132,6 @@ def mask_path(label: str, form: MaskForm) -> tuple[str, str]:
     """(file, key) of a sample's label, which for COCO is "file.json#image id"."""
     found = _COCO_LABEL.fullmatch(label) if form.kind == "coco" else None
     return (found[1], found[2]) if found else (label, "")
-
-
-def mask_digest(data: bytes, form: MaskForm, key: str = "") -> str:
-    """SHA-256 of what one image's label is made of: the bytes, or of a whole COCO file the part of `key`."""
-    if form.kind != "coco" or not key:
-        return sha256_bytes(data)
-    from roadseg.data.coco import coco_part
-
-    return sha256_bytes(coco_part(data, key))
 
 
 def _colors(data: bytes, limits: Limits) -> np.ndarray:
@@ -166,7 +156,7 @@ def unknown_colors(data: bytes, form: MaskForm, limits: Limits) -> dict[str, int
     return {"#" + bytes(colors[i]).hex(): int(counts[i]) for i in order}
 
 
-def unknown_names(data: bytes, form: MaskForm, key: str = "") -> Mapping[str, int]:
+def unknown_names(data: bytes, form: MaskForm) -> Mapping[str, int]:
     """Of polygons and COCO: how many shapes have each name that is no class of the form's."""
     if form.kind == "polygons":
         from roadseg.data.polygons import unknown_polygon_names
@@ -174,4 +164,4 @@ def unknown_names(data: bytes, form: MaskForm, key: str = "") -> Mapping[str, in
         return unknown_polygon_names(data, form)
     from roadseg.data.coco import unknown_categories
 
-    return unknown_categories(data, key, form)
+    return unknown_categories(data, form)
