@@ -31,6 +31,8 @@ def data(a: argparse.Namespace, config: Config) -> int:
         if len(a.sides) != 2:
             raise UsageError(f"{len(a.sides)} of A and B", expected="two: roadseg data diff A B")
         return _diff(a, config)
+    if a.most < 1:
+        raise UsageError(f"--most {a.most}", expected="1 or more")
     if a.sides:
         raise UsageError(f"{a.sides[0]!r}", expected="the data set in --config, the split in --data.split")
     return _errors(a, config)

@@ -77,7 +77,11 @@ class Part(Section):
     labels: Path | None = Field(
         None, description="YAML of classes and folders, for source folder", json_schema_extra=_OUT
     )
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of train's samples, against other weights")
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0, description="share of train's samples, against other weights"
+    )
+        1.0, description="share of train's samples, against other weights"
+    )
     splits: tuple[str, ...] = Field((), description="take only these of its splits; empty: all")
 
     @model_validator(mode="after")
@@ -121,8 +125,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _root_given(self) -> Data:
-        if self.source == "folder" and self.labels is None:
-            raise ValueError("source 'folder' needs data.labels, a YAML of its classes and folders")
+        if (self.source == "folder") != (self.labels is not None):
+            raise ValueError("data.labels, a YAML of classes and folders, is for source 'folder', which needs it")
         if (self.source == "mix") != bool(self.mix):
             raise ValueError("data.mix, data sets by name, is for source 'mix', which needs at least one")
         if wrong := [name for name in self.mix if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:

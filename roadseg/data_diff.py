@@ -11,6 +11,7 @@ import numpy as np
 
 from roadseg.config import Config, load_config
 from roadseg.data.drift import Row, compare, table, verdict
+from roadseg.data.frames import read_picture
 from roadseg.data.profile import Embed, Profile, chosen, make_profile
 from roadseg.errors import DataError, UsageError
 from roadseg.pipeline import dataset, find_release, store_of
@@ -109,9 +110,7 @@ def _profile(side: Side, workspace: Path, embed: Embed | None, embedded_by: str)
 
 
 def _images(samples: list[Sample], root: Path, limits: Limits) -> Iterator[np.ndarray]:
-    from roadseg.images import read_image
-
     with progress(len(samples), "look", "images") as bar:
         for sample in samples:
-            yield read_image(root / sample.image, limits)
+            yield read_picture(root, sample, limits)
             bar.update()

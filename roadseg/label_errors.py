@@ -114,7 +114,7 @@ def _judgements(predictor: Predictor, manifest: Manifest, root: Path, limits: Li
             shape = max(1, round(width * label.shape[0] / label.shape[1])), width
             grid = cv2.resize(label, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
             planes = [cv2.resize(p, shape[::-1], interpolation=cv2.INTER_AREA) for p in logits_Khw]
-            positions = np.flatnonzero(_inside(grid))
+            positions = np.flatnonzero(_inside(grid)).astype(np.int32)
             yield sample, grid.ravel()[positions], _softmax(np.stack(planes), positions), positions, shape
             bar.update()
 

@@ -131,5 +131,7 @@ def test_wrong_keys_of_a_mix_are_named_by_their_path(tmp_path: Path) -> None:
     said = wrong(tmp_path, text)
     assert "data.mix.city.wieght: unknown key; perhaps you meant weight" in said
     assert "data.mix.drive" in said and "needs root" in said
+    assert "finite" in wrong(tmp_path, MIX.replace("weight: 2", "weight: .inf"))
+    assert "is for source 'folder'" in wrong(tmp_path, "data: {source: camvid, labels: x.yaml}")
     assert "needs at least one" in wrong(tmp_path, "data: {source: mix}")
     assert "is for source 'mix'" in wrong(tmp_path, MIX.replace("source: mix", "source: town"))

@@ -21,15 +21,20 @@ def read_frame(root: Path, sample: Sample, form: MaskForm, limits: Limits) -> tu
     form: of the sample's part. Raises DataError if a file is gone or its SHA-256 is not the
     manifest's: fingerprints would lie.
     """
-    with naming(sample.image), _readable(sample.image):
-        data = read_bytes(root / sample.image, limits)
-        _unchanged(sample.image, data, sample.image_sha256)
-        image = read_image(data, limits)
+    image = read_picture(root, sample, limits)
     with naming(sample.label), _readable(sample.label):
         data = mask_bytes(root, sample.label, form, limits)
         _unchanged(sample.label, data, sample.label_sha256)
         ids = read_ids(data, form, limits)
     return image, train_ids(ids, form)
+
+
+def read_picture(root: Path, sample: Sample, limits: Limits) -> np.ndarray:
+    """The image alone, uint8 [H, W, 3] RGB. Raises as `read_frame`."""
+    with naming(sample.image), _readable(sample.image):
+        data = read_bytes(root / sample.image, limits)
+        _unchanged(sample.image, data, sample.image_sha256)
+        return read_image(data, limits)
 
 
 @contextmanager

@@ -43,13 +43,13 @@ def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXE
     Links to folders are followed, each folder once. Hidden files are left out.
     """
     found, unusable, seen = [], [], set()
-    for here, folders, names in os.walk(root / folder, followlinks=True):
+    for here, folders, names in os.walk(root / folder, followlinks=True, onerror=_refuse):
         status = os.stat(here)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [d for d in folders if not d.startswith(".")]
+        folders[:] = sorted(d for d in folders if not d.startswith("."))  # of two links to one the first counts
         for name in names:
             if name.startswith(".") or not name.lower().endswith(endings):
                 continue
@@ -59,6 +59,13 @@ def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXE
             else:
                 unusable.append(ascii(path))
     return sorted(found), sorted(unusable)
+
+
+def _refuse(e: OSError) -> None:
+    """Of a folder that can't be listed: what lies there would go missing without a word."""
+    if isinstance(e, FileNotFoundError | NotADirectoryError):
+        return  # looked for where a source may have it or not
+    raise DataError(f"can't be listed ({e.strerror})", where=str(e.filename), todo="make the folder readable")
 
 
 def unusable_names(split: str, names: list[str]) -> list[Finding]:
@@ -76,11 +83,6 @@ def by_key(paths: Iterable[str], key: Callable[[str], str | None]) -> dict[str, 
         if name is not None:
             groups.setdefault(name, []).append(path)
     return groups
-
-
-def below(folder: str, path: str) -> str:
-    """The path without `folder` and without its ending: the usual key."""
-    return path.removeprefix(folder + "/").rpartition(".")[0]
 
 
 def match(

@@ -85,6 +85,7 @@ def _mixed(data: Data, root: Path) -> Found:
     native: dict[str, LabelSet] = {}
     for name, part in data.mix.items():
         pairs_here, findings_here, form = _one(part.source, root / name, part.labels, limits_of(data))
+        _require_splits(name, part.splits, {x.split for x in (*pairs_here, *findings_here)} - {""})
         pairs += [_placed(p, name) for p in pairs_here if not part.splits or p.split in part.splits]
         findings += [_renamed(f, name) for f in findings_here if not part.splits or f.split in part.splits]
         native[name] = form.label_set
@@ -92,11 +93,21 @@ def _mixed(data: Data, root: Path) -> Found:
     if data.taxonomy == "native":
         label_set = _same_classes(native)
     else:
+        label_set = CITYSCAPES
         for name, form in forms.items():
             _require_overlap(form.label_set, name)
-        terms = " ".join(f"{name}: {s.terms}" for name, s in native.items() if s.terms)
-        label_set = replace(CITYSCAPES, terms=terms)
+    terms = " ".join(f"{name}: {s.terms}" for name, s in native.items() if s.terms)
+    label_set = replace(label_set, terms=terms)
     return Found(pairs, findings, label_set, forms, {name: part.weight for name, part in data.mix.items()})
+
+
+def _require_splits(name: str, wanted: tuple[str, ...], there: set[str]) -> None:
+    if missing := [split for split in wanted if split not in there]:
+        raise ConfigError(
+            f"{name} has no split {', '.join(missing)}",
+            expected=f"some of {', '.join(sorted(there)) or 'none'}",
+            where=f"data.mix.{name}.splits",
+        )
 
 
 def _placed(p: Pair, part: str) -> Pair:

@@ -121,6 +121,18 @@ def test_only_some_splits_of_a_part_are_taken(mix: Data, tmp_path: Path) -> None
     assert {s.part for s in manifest.split("train")} == {"own"} and {s.part for s in manifest.split("val")} == {"cs"}
 
 
+def test_a_split_that_a_part_lacks_is_told(mix: Data, tmp_path: Path) -> None:
+    part = mix.mix["cs"].model_copy(update={"splits": ("trian",)})
+    with pytest.raises(ConfigError, match="cs has no split trian; expected some of train, val"):
+        ingested(mix.model_copy(update={"mix": {**mix.mix, "cs": part}}), tmp_path)
+
+
+def test_terms_of_all_parts_are_kept(mix: Data, tmp_path: Path) -> None:
+    twice = {"a": mix.mix["cs"], "b": mix.mix["cs"].model_copy(update={"splits": ("train",)})}
+    data = mix.model_copy(update={"taxonomy": "native", "mix": twice})
+    assert find(data, mixed_root(data, tmp_path / "links")).label_set.terms.count("Cityscapes") >= 2
+
+
 def test_own_classes_of_different_sets_can_not_be_mixed(mix: Data, tmp_path: Path) -> None:
     root = mixed_root(mix, tmp_path / "links")
     with pytest.raises(ConfigError, match="own has other classes than cs.*data.taxonomy"):
