@@ -80,8 +80,6 @@ class Part(Section):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         1.0, description="share of train's samples, against other weights"
     )
-        1.0, description="share of train's samples, against other weights"
-    )
     splits: tuple[str, ...] = Field((), description="take only these of its splits; empty: all")
 
     @model_validator(mode="after")

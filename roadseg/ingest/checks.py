@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +20,7 @@ from roadseg.ingest.findings import CODES, Finding, judged, plural, require_code
 from roadseg.ingest.label_values import value_findings
 from roadseg.ingest.outliers import histogram_drift, outliers
 from roadseg.ingest.pairs import Pair, split_order
-from roadseg.ingest.reading import Seen, read_all
+from roadseg.ingest.reading import Seen, Task, look_at_all, readers
 from roadseg.ingest.void_as_class import void_as_class
 from roadseg.labels import LabelSet
 
@@ -56,32 +58,36 @@ def check(
     forms: Mapping[str, MaskForm],
     limits: Limits,
     workers: int = 0,
-    unlabelled: str = "",
+    unlabelled: Collection[tuple[str, str]] = (),
     allow: Collection[str] = frozenset(),
     forbid: Collection[str] = frozenset(),
+    pool: ProcessPoolExecutor | None = None,
 ) -> Checked:
     """Decodes every file of `pairs`, judges what is in them, and takes out what is wrong.
 
-    unlabelled: a split that may be void throughout, because its public labels are placeholders. allow,
-    forbid: codes, as `judged` takes them; raises ConfigError for one that there isn't. What an allowed
-    error concerns is left out of the samples, as CODES says.
+    workers: 0 for one a core; of no account with a pool, which `readers` made for this task. unlabelled:
+    (split, part) that may be void throughout, because their public labels are placeholders. allow, forbid: codes, as
+    `judged` takes them; raises ConfigError for one that there isn't. What an allowed error concerns is
+    left out of the samples, as CODES says.
     """
     require_codes(allow, forbid)
-    seen = read_all(root, pairs, forms, limits, workers, label_set.num_classes)
+    task = Task(root, forms, limits, label_set.num_classes)
+    with nullcontext(pool) if pool else readers(task, len(pairs), workers) as processes:
+        seen = look_at_all(task, pairs, processes)
     splits = split_order(s.pair.split for s in seen)
     findings: list[Finding] = []
     causes: dict[str, str] = {}
     for split in splits:
         of_split = [s for s in seen if s.pair.split == split]
         for part in sorted({s.pair.part for s in of_split}):
-            values, causes_here = _values(split, part, [s for s in of_split if s.pair.part == part], forms[part])
+            of_part = [s for s in of_split if s.pair.part == part]
+            values, causes_here = _values(split, part, of_part, forms[part])
             findings += values
             causes |= causes_here
+            findings += _void(split, part, _labelled(of_part, causes), placeholder=(split, part) in unlabelled)
         findings += _file_problems(split, of_split, causes)
         findings += _same_files(split, of_split)
-        labelled = [s for s in of_split if s.histogram and s.pair.label not in causes and not _of_file(s, "swapped")]
-        findings += _void(split, labelled, placeholder=split == unlabelled)
-        findings += _missing_classes(split, labelled, label_set)
+        findings += _missing_classes(split, _labelled(of_split, causes), label_set)
     findings += _shared_sequences(pairs, splits)
     near = near_pairs(seen)
     findings += duplicates(seen, near) + outliers(seen) + histogram_drift(seen, label_set)
@@ -95,6 +101,11 @@ def _values(split: str, part: str, seen: Sequence[Seen], form: MaskForm) -> tupl
     findings, causes = value_findings(where, split, seen, form)
     rest = [s for s in seen if s.pair.label not in causes and not _of_file(s, "swapped")]
     return findings + void_as_class(where, split, rest, form), causes
+
+
+def _labelled(seen: Sequence[Seen], causes: Mapping[str, str]) -> list[Seen]:
+    """Those whose label can be read and means what it says."""
+    return [s for s in seen if s.histogram and s.pair.label not in causes and not _of_file(s, "swapped")]
 
 
 def _of_file(s: Seen, code: str) -> tuple[str, ...]:
@@ -167,21 +178,22 @@ def _turn(s: Seen) -> str:
     return "; a quarter turn apart"
 
 
-def _void(split: str, seen: Sequence[Seen], *, placeholder: bool) -> list[Finding]:
+def _void(split: str, part: str, seen: Sequence[Seen], *, placeholder: bool) -> list[Finding]:
+    where = f"{split} of {part}" if part else split
     labelled = [s for s in seen if not _of_file(s, "unknown-id") and not _of_file(s, "unknown-color")]
     void = tuple(s.pair.label for s in labelled if not any(s.histogram[:-1]))
     single = tuple(s.pair.label for s in labelled if sum(n > 0 for n in s.histogram[:-1]) == 1)
     findings = []
     if void and placeholder and len(void) == len(labelled):
-        message = f"all labels of {split} are void: placeholders, as the public ones are"
+        message = f"all labels of {where} are void: placeholders, as the public ones are"
         fix = f"nothing; {split} can be predicted, not scored"
         findings.append(Finding("no-labels", "warning", split, void, len(void), message, fix))
     elif void:
-        message = f"{plural(len(void), 'label')} of {split} with nothing but void"
+        message = f"{plural(len(void), 'label')} of {where} with nothing but void"
         fix = "label them, or take the pairs out: nothing can be learned or scored there"
         findings.append(Finding("all-void", "error", split, void, len(void), message, fix))
     if single:
-        message = f"{plural(len(single), 'label')} of {split} with a single class"
+        message = f"{plural(len(single), 'label')} of {where} with a single class"
         findings.append(Finding("one-class", "warning", split, single, len(single), message, "look whether it is true"))
     return findings
 
@@ -231,7 +243,7 @@ def _shared(code: str, nouns: tuple[str, str], a: str, b: str, images: Counter[s
     return [Finding(code, "warning", f"{a} and {b}", entries, len(entries), message, fix)]
 
 
-def refusal(root: Path, findings: Sequence[Finding], report: Path | None = None) -> DataError:
+def refusal(root: Path | str, findings: Sequence[Finding], report: Path | None = None) -> DataError:
     """One error that lists every finding that is an error, by code, with the first few files of each.
 
     report: where all of them are shown, if anywhere.

@@ -106,7 +106,7 @@ def read_all(
 
 @contextmanager
 def readers(task: Task, pairs: int, workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes for `look_at_all` of that task, and for what else has to be decoded after it; None where they don't pay.
+    """Processes for `look_at_all` of that task and for what is decoded after it; None where they don't pay.
 
     workers 0: one a core. Raises RoadsegError if one dies, whatever it was given to do.
     """
@@ -149,7 +149,7 @@ def _classes(forms: Mapping[str, MaskForm]) -> int:
 def _in_processes(pairs: Sequence[Pair], pool: ProcessPoolExecutor) -> Iterator[Seen]:
     flying: deque[Future[list[Seen]]] = deque()
     for i in range(0, len(pairs), HANDFUL):
-        if len(flying) == 4 * pool._max_workers:
+        if len(flying) == 4 * cores():
             yield from flying.popleft().result()
         flying.append(pool.submit(_look_at_handful, pairs[i : i + HANDFUL]))
     while flying:
@@ -270,14 +270,19 @@ def count_ids(ids: np.ndarray) -> list[tuple[int, int]]:
     """
     flat = np.ascontiguousarray(ids).reshape(-1)
     counts = _counts_by_changes(flat, ids.shape[1])
-    if counts is None and ids.dtype == np.uint8:
-        pieces = (flat[i : i + _EXACT_IN_FLOAT32] for i in range(0, flat.size, _EXACT_IN_FLOAT32))
-        counts = np.sum([cv2.calcHist([p], [0], None, [256], [0, 256]).ravel() for p in pieces], 0, np.int64)
-    elif counts is None:
-        counts = np.bincount(flat)
+    if counts is None:
+        counts = _counts_of_noise(flat)
     there = np.flatnonzero(counts)
     there = there[np.argsort(-counts[there], kind="stable")]
     return list(zip(there.tolist(), counts[there].tolist(), strict=True))
+
+
+def _counts_of_noise(flat: np.ndarray) -> np.ndarray:
+    if flat.dtype != np.uint8:
+        return np.bincount(flat)
+    pieces = (flat[i : i + _EXACT_IN_FLOAT32] for i in range(0, flat.size, _EXACT_IN_FLOAT32))
+    histograms = [cv2.calcHist([p], [0], None, [256], [0, 256]).ravel() for p in pieces]
+    return np.stack(histograms).astype(np.int64).sum(axis=0)
 
 
 def _counts_by_changes(flat: np.ndarray, width: int) -> np.ndarray | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,13 @@ def render(
     findings: Sequence[Finding],
     near: Sequence[NearPair],
     limits: Limits = _LIMITS,
+    pool: Executor | None = None,
 ) -> str:
     """The report as HTML.
 
     seen: the pairs of all splits, broken ones too. near: the most similar first. The pictures shown, about 100, are
-    decoded from `root` under `limits`; one that can't be read is a grey tile with the reason. Raises nothing for
-    what the files hold.
+    decoded from `root` under `limits`, in the pool's processes if there is one; one that can't be read is a grey
+    tile with the reason. Raises nothing for what the files hold.
     """
     ordered = sorted(seen, key=lambda s: (s.pair.split, s.pair.name))
     splits = {split: [s for s in ordered if s.pair.split == split] for split in split_order(s.pair.split for s in seen)}
@@ -123,7 +125,7 @@ def render(
         measures=measures,
         pairs=pairs,
         near_count=len(near),
-        thumbnails=thumbnails(root, [w for f in frames for w in f.wanted], forms, label_set.palette, limits),
+        thumbnails=thumbnails(root, [w for f in frames for w in f.wanted], forms, label_set.palette, limits, pool),
     )
 
 
@@ -268,7 +270,8 @@ def _places(seen: Sequence[Seen], label_set: LabelSet) -> list[dict[str, Any]]:
     if not grids:
         return []
     stack = np.stack(grids)
-    (width, height), _ = Counter((s.width, s.height) for s in seen if s.width).most_common(1)[0]
+    sizes = Counter((s.width, s.height) for s in seen if s.width).most_common(1)
+    width, height = sizes[0][0] if sizes else (2, 1)  # with no image that can be read the labels are still there
     aspect = min(4.0, max(0.5, width / height))
     drawn = []
     for k, c in enumerate(label_set.trained):

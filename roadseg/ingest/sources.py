@@ -85,7 +85,7 @@ def _mixed(data: Data, root: Path) -> Found:
     native: dict[str, LabelSet] = {}
     for name, part in data.mix.items():
         pairs_here, findings_here, form = _one(part.source, root / name, part.labels, limits_of(data))
-        _require_splits(name, part.splits, {x.split for x in (*pairs_here, *findings_here)} - {""})
+        _require_splits(name, part.splits, ({p.split for p in pairs_here} | {f.split for f in findings_here}) - {""})
         pairs += [_placed(p, name) for p in pairs_here if not part.splits or p.split in part.splits]
         findings += [_renamed(f, name) for f in findings_here if not part.splits or f.split in part.splits]
         native[name] = form.label_set

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from roadseg.images import Limits
 from roadseg.ingest.checks import Checked, check, listed, refusal
 from roadseg.ingest.findings import Finding, judged, require_codes
 from roadseg.ingest.pairs import Pair
+from roadseg.ingest.reading import Task, readers
 from roadseg.ingest.report import render
 from roadseg.ingest.sources import Found, find, limits_of
 from roadseg.processes import cores
@@ -47,19 +50,26 @@ def ingest(
     found = _wanted(data, find(data, root), set(only_splits), root)
     limits = limits_of(data)
     allow, forbid = frozenset(data.allow), frozenset(data.forbid)
-    unlabelled = "test" if data.source.startswith("cityscapes") else ""
-    checked = check(
-        root, found.pairs, found.label_set, found.forms, limits, data.workers, unlabelled, allow=allow, forbid=forbid
-    )
-    findings = [*judged(found.findings, allow, forbid), *checked.findings]
-    write_json(work / "findings.json", [asdict(f) for f in findings])
-    report = _report(data, found, root, limits, checked, findings, work, report_in)
+    unlabelled = {("test", name) for name, source in _sources(data).items() if source.startswith("cityscapes")}
+    task = Task(root, found.forms, limits, found.label_set.num_classes)
+    with readers(task, len(found.pairs), data.workers) as pool:
+        checked = check(
+            root, found.pairs, found.label_set, found.forms, limits, data.workers, unlabelled,
+            allow=allow, forbid=forbid, pool=pool,
+        )  # fmt: skip
+        findings = [*judged(found.findings, allow, forbid), *checked.findings]
+        write_json(work / "findings.json", [asdict(f) for f in findings])
+        report = _report(data, found, root, limits, checked, findings, work, report_in, pool)
     if any(f.severity == "error" for f in findings):
-        raise refusal(root, findings, report if report_in else None)
-    if not checked.samples:
-        raise DataError("no pair of image and label is left", where=str(root), todo="add data, or choose other splits")
+        raise refusal(_where(data, root), findings, report if report_in else None)
     for f in findings:
         log.warning("%s: %s\n%s    %s", f.code, f.message, listed(f, "      "), f.fix)
+    if not checked.samples:
+        raise DataError(
+            "no pair of image and label is left",
+            where=str(_where(data, root)),
+            todo=f"see {report} for what was left out; add data, or choose other splits",
+        )
     manifest = Manifest(data.source, found.label_set, checked.samples, found.forms, found.part_weights)
     manifest.save(work)
     return manifest
@@ -78,11 +88,28 @@ def source_digest(data: Data, root: Path) -> str:
     found = find(data, root)
     labels = {mask_path(p.label, found.forms[p.part])[0] for p in found.pairs}
     files = sorted(labels | {path for p in found.pairs for path in (p.image, p.instances) if path})
-    stats = [(path, (root / path).stat()) for path in files]
-    rows = [(path, s.st_size, s.st_mtime_ns) for path, s in stats]
+    rows = [(path, *_stamp(root / path)) for path in files]
     pairs = [asdict(p) for p in found.pairs]
     meaning = {part: form.to_json() for part, form in found.forms.items()}
     return sha256_bytes(json_bytes([rows, pairs, [asdict(f) for f in found.findings], meaning]))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1  # a dangling link, say: reading it will say so, with everything else that is wrong
+    return status.st_size, status.st_mtime_ns
+
+
+def _sources(data: Data) -> dict[str, str]:
+    """By part; the one of a set that is not mixed is ""."""
+    return {name: part.source for name, part in data.mix.items()} or {"": data.source}
+
+
+def _where(data: Data, root: Path) -> Path | str:
+    """What people call the place of the data; a mix's root is a folder of links that nobody knows."""
+    return ", ".join(f"{name} in {part.root or Path()}" for name, part in data.mix.items()) or root
 
 
 def _wanted(data: Data, found: Found, wanted: set[str], root: Path) -> Found:
@@ -106,10 +133,11 @@ def _report(
     findings: Sequence[Finding],
     work: Path,
     report_in: Path | None,
+    pool: ProcessPoolExecutor | None,
 ) -> Path:
     html = render(
         f"roadseg ingest of {data.source}", root, found.label_set, found.forms, checked.seen, findings,
-        checked.near, limits,
+        checked.near, limits, pool,
     )  # fmt: skip
     (work / "log").mkdir(exist_ok=True)
     paths = [work / "log" / REPORT] + ([report_in / REPORT] if report_in else [])
@@ -148,7 +176,7 @@ def _hold_out(pairs: Sequence[Pair], sequences: Sequence[str]) -> list[Pair]:
     if unknown:
         raise DataError(
             f"train has no sequence {', '.join(unknown)}",
-            expected=f"some of {', '.join(there) or '(no sequences are known: set `sequence` in data.labels)'}",
+            expected=f"some of {_some(there, unknown[0]) or '(no sequences are known: set `sequence` in data.labels)'}",
             where="data.holdout_sequences",
         )
     if set(there) <= set(sequences) and all(p.sequence for p in pairs if p.split == "train"):
@@ -158,6 +186,14 @@ def _hold_out(pairs: Sequence[Pair], sequences: Sequence[str]) -> list[Pair]:
             where="data.holdout_sequences",
         )
     return [replace(p, split=HOLDOUT) if p.split == "train" and p.sequence in sequences else p for p in pairs]
+
+
+def _some(names: Sequence[str], near: str) -> str:
+    """The few nearest to what was asked for, or the first, with a count of the rest."""
+    if len(names) <= 12:
+        return ", ".join(names)
+    shown = difflib.get_close_matches(near, names, n=4, cutoff=0.3) or list(names[:8])
+    return f"{', '.join(shown)} and {len(names) - len(shown):,} more"
 
 
 def _require(wanted: set[str], there: set[str], root: Path) -> None:

@@ -62,7 +62,7 @@ DEFAULT = Limits()
 def checked(root: Path, limits: Limits = DEFAULT, label_set: LabelSet = CAMVID, **options: object) -> Checked:
     source = camvid if label_set is CAMVID else cityscapes
     pairs, found = source.pairs(root)
-    unlabelled = "" if label_set is CAMVID else "test"
+    unlabelled = () if label_set is CAMVID else {("test", "")}
     forms = {"": MaskForm("ids", label_set)}
     result = check(root, pairs, label_set, forms, limits, 1, unlabelled, **options)  # type: ignore[arg-type]
     return replace(result, findings=found + result.findings)

@@ -12,7 +12,7 @@ from roadseg.images import Limits, encode_label_png
 from roadseg.ingest.duplicates import NearPair
 from roadseg.ingest.findings import Finding
 from roadseg.ingest.pairs import Pair
-from roadseg.ingest.reading import read_all
+from roadseg.ingest.reading import INLINE_PAIRS, Task, read_all, readers
 from roadseg.ingest.report import render
 from roadseg.ingest.shown import files_behind, index, paths_of
 from roadseg.ingest.thumbnails import SIDE_PX, Wanted, painted, thumbnails
@@ -190,6 +190,16 @@ def test_every_image_broken_still_makes_a_report(tree):
         (root / p.label).write_bytes(b"")
     page = assert_inert(render("a", root, THREE, FORMS, see(root, pairs), [error()], []))
     assert "0 of 3" in page.text and "unreadable" in page.text and "NaN" not in page.text
+
+
+def test_the_processes_that_read_the_data_make_the_same_pictures(tree):
+    root, pairs = tree
+    (root / "train/t2.png").write_bytes(b"broken")
+    wanted = [w for p in pairs for w in (Wanted(p.image), Wanted(p.label, p.part))] + [Wanted("gone.png")]
+    here = thumbnails(root, wanted, FORMS, THREE.palette, Limits())
+    with readers(Task(root, FORMS, Limits(), 3), INLINE_PAIRS, 2) as pool:
+        assert pool is not None and thumbnails(root, wanted, FORMS, THREE.palette, Limits(), pool) == here
+    assert list(here) == wanted and [bool(t.reason) for t in here.values()].count(True) == 2
 
 
 def test_a_colour_mask_among_ids_is_shown_as_it_is(tree):

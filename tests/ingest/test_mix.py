@@ -172,3 +172,11 @@ def test_one_source_in_the_common_taxonomy(mix: Data, tmp_path: Path) -> None:
     found = find(data, tmp_path / "mine")
     assert found.label_set.names == CITYSCAPES.names
     assert found.forms[""].id_to_train[[1, 2, 3]].tolist() == [ROAD, CAR, 255]
+
+
+def test_placeholder_labels_of_the_official_test_split_do_not_refuse_a_mix(mix: Data, tmp_path: Path) -> None:
+    write(tmp_path / "cs/leftImg8bit/test/bonn/bonn_000000_000001_leftImg8bit.png", image(50))
+    placeholder = regions((0, 1, 3), 50)
+    write(tmp_path / "cs/gtFine/test/bonn/bonn_000000_000001_gtFine_labelIds.png", placeholder)
+    manifest, _ = ingested(mix, tmp_path)
+    assert len(manifest.split("test")) == 1

@@ -78,6 +78,8 @@ def seen(root: Path, image: bytes | None, label: bytes | None, form: MaskForm = 
         np.array([[7]], np.uint8),
         np.array([[3, 3, 3, 65_535]], np.uint16),
         np.repeat(mask(2)[:, ::-1], 3, 1)[:, 1:],
+        np.kron(mask(3), np.ones((5, 5), np.uint8))[:-3, :-7],
+        np.kron(mask(4), np.ones((5, 5), np.uint16))[:, 2:].astype(np.uint16) * 2000,
     ],
 )
 def test_counted_ids_are_those_of_numpy(ids):

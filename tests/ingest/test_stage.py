@@ -234,3 +234,23 @@ def test_real_cityscapes(work, real_data):
     assert (len(manifest.split("train")), len(manifest.split("val"))) == (3, 1)
     assert all((s.width, s.height) == (2048, 1024) and s.instances for s in manifest.samples)
     assert {f["code"] for f in json.loads((work / "findings.json").read_text())} == {"class-missing"}
+
+
+def test_dangling_links_and_all_images_broken_are_listed_with_a_report(root, work, tmp_path):
+    for path in sorted((root / "train").iterdir()):
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere")
+    for path in [*(root / "val").iterdir(), *(root / "test").iterdir()]:
+        write(path, b"")
+    assert source_digest(camvid(), root)
+    with pytest.raises(DataError, match="unreadable-image"):
+        ingest(camvid(), root, work, report_in=tmp_path)
+    assert "unreadable-image" in (tmp_path / "data_report.html").read_text()
+
+
+def test_what_was_left_out_is_said_when_nothing_is_left(root, work, caplog):
+    for path in root.glob("*annot/*"):
+        write(path, b"")
+    with caplog.at_level(logging.WARNING), pytest.raises(DataError, match="no pair .* is left.*data_report.html"):
+        ingest(camvid(allow=("unreadable-label",)), root, work)
+    assert "unreadable-label" in caplog.text
