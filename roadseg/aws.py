@@ -22,11 +22,9 @@ _NOT_VALID = (
 
 def aws_session() -> Any:
     """A boto3 session of its own: the shared default one is not safe between threads."""
-    try:
-        import boto3  # type: ignore[import-untyped]
-    except ImportError:
-        raise RoadsegError("AWS needs the package boto3", todo="pip install 'roadseg[aws]'") from None
     with said_plainly("AWS"):
+        import boto3  # type: ignore[import-untyped]
+
         return boto3.session.Session()
 
 
@@ -51,8 +49,10 @@ def aws_client(service: str, *, region: str = "", endpoint_url: str = "") -> Any
 @contextmanager
 def said_plainly(where: str, error: type[RoadsegError] = StoreError) -> Iterator[None]:
     """Turns botocore's errors into `error`, without secrets, signatures or request ids."""
-    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
-
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+    except ImportError:
+        raise RoadsegError("AWS needs the package boto3", todo="pip install 'roadseg[aws]'") from None
     try:
         yield
     except (BotoCoreError, ClientError) as e:
@@ -91,7 +91,7 @@ def _refused(e: Any, signing_in: str) -> tuple[str, str]:
     if code in _NOT_VALID:
         return "the AWS credentials are not valid", signing_in
     if code == "NoSuchBucket":
-        return "the bucket does not exist", "create it, or correct store.url"
+        return "the bucket does not exist", "create it, or correct its name"
     if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "301", "IllegalLocationConstraintException"):
         return "the bucket is in another region", "set aws.region to the bucket's"
     if code in ("SlowDown", "Throttling", "ThrottlingException", "TooManyRequestsException", "503"):

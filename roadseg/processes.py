@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 
 import cv2
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def cores() -> int:
@@ -30,3 +33,17 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def keep_freed_memory() -> None:
+    """Lets this process reuse arrays of a few MB at once. Elsewhere than on glibc nothing changes.
+
+    glibc hands them back to the kernel when they are freed and has them faulted in again, page by
+    page: a third of the time of a 768x768 crop.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
+    except (OSError, AttributeError, TypeError):
+        return

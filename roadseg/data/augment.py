@@ -179,6 +179,8 @@ def apply(
         pixels = cv2.GaussianBlur(pixels, (0, 0), d.blur_px)
     if d.inner[2:] == d.crop_px:
         made = cv2.transform(pixels, d.colour, dst=to_image)
+        if d.turned:
+            made[_beyond(d, label.shape)] = fill
     else:
         top, left, height, width = d.inner
         edges = (top, d.crop_px[0] - top - height, left, d.crop_px[1] - left - width)
@@ -189,6 +191,13 @@ def apply(
         to_image[:] = made
     to_label[:] = ids
     return to_image, to_label
+
+
+def _beyond(d: Draw, box_px: tuple[int, ...]) -> np.ndarray:
+    """bool [H, W]: pixels of a turned crop that the frame does not reach."""
+    flags = cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST
+    covered: np.ndarray = cv2.warpAffine(np.ones(box_px, np.uint8), d.affine, d.crop_px[::-1], flags=flags)
+    return covered == 0
 
 
 def augment(

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from roadseg.data.masks import UNKNOWN, MaskForm
-from roadseg.data.polygons import MAX_LAYERS, canvas_size, ids_by_name, is_coordinate, kind_of, parse_json
+from roadseg.data.polygons import MAX_LAYERS, canvas_size, ids_by_name, is_coordinate, kind_of, parse_json, shown
 from roadseg.data.rle import Patch, fill_polygon, fill_runs, runs_of
 from roadseg.errors import ImageError
 from roadseg.images import Limits, read_bytes
@@ -39,6 +39,7 @@ class Annotations:
 
     images: image id to its span of bytes. annotations: the same to the spans of its annotations, int64
     [n, 2], in the order of the file. file_names, categories: by id. Ids are texts, as in "file.json#12".
+    strays: annotations by the image id they give, which no image has.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Annotations:
     annotations: dict[str, np.ndarray]
     file_names: dict[str, str]
     categories: dict[str, str]
+    strays: dict[str, int]
 
 
 def open_annotations(path: Path, limits: Limits) -> Annotations:
@@ -155,8 +157,9 @@ def _index(data: bytes, path: Path, stamp: tuple[int, int, int]) -> Annotations:
     table = np.array(scan.rows, np.int64).reshape(-1, 3)
     table = table[np.argsort(table[:, 0], kind="stable")]
     bounds = np.searchsorted(table[:, 0], np.arange(len(scan.owners) + 1))
-    spans = {key: table[bounds[n] : bounds[n + 1], 1:] for key, n in scan.owners.items() if key in scan.images}
-    return Annotations(path, stamp, scan.images, spans, scan.file_names, scan.categories)
+    spans = {key: table[bounds[n] : bounds[n + 1], 1:] for key, n in scan.owners.items()}
+    strays = {key: len(spans.pop(key)) for key in scan.owners if key not in scan.images}
+    return Annotations(path, stamp, scan.images, spans, scan.file_names, scan.categories, strays)
 
 
 def _scan(text: str, scan: _Scan) -> set[str]:
@@ -175,7 +178,9 @@ def _scan(text: str, scan: _Scan) -> set[str]:
         if not isinstance(key, str) or key in seen:
             raise ValueError("a key that is no text, or is doubled")
         seen.add(key)
-        if key in takers and text[at] == "[":
+        if key in takers and text[at] != "[":
+            raise ImageError(f"{key} is no list", expected=_EXPECTED, todo="export it again")
+        if key in takers:
             at = _after(text, at, "[")
             while text[at] != "]":
                 value, end = decode(text, at)
@@ -275,7 +280,7 @@ def _id_of(category: Any, known: dict[str, int], form: MaskForm) -> int:
 
 
 def _called(category: Any) -> str:
-    return category[:60] if isinstance(category, str) else f"id {kind_of(category)}"
+    return shown(category) if isinstance(category, str) else f"id {kind_of(category)}"
 
 
 def _rings(segmentation: Any, at: str) -> tuple[np.ndarray, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +60,10 @@ def choose_feed(
     return Feed(False, False, processes, f"crops are read and augmented by {readers}, on the CPU")
 
 
-def feed(chosen: Feed, crops_of: Crops, batches: Batches, device: torch.device) -> Generator[Batch, None, None]:
-    """The batches, on `device`."""
+def feed(
+    chosen: Feed, crops_of: Crops, batches: Batches, device: torch.device, stopped: Callable[[], object] = bool
+) -> Generator[Batch, None, None]:
+    """The batches, on `device`; no more of them once `stopped` while it waits for one."""
     if chosen.frames_on_gpu:
         return batches_from_memory(load(crops_of.split, device), crops_of, batches)
-    return batches_from_workers(crops_of, batches, chosen.workers, device, chosen.augment_on_gpu)
+    return batches_from_workers(crops_of, batches, chosen.workers, device, chosen.augment_on_gpu, stopped)

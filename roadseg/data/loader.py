@@ -7,12 +7,13 @@ crops, or, where a GPU augments, the boxes that the crops are cut from.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from roadseg.data.gpu_augment import Sheet, crops, sheet
 from roadseg.data.sampler import Batches, Sample
 from roadseg.data.shards import Split
 from roadseg.errors import RoadsegError
+from roadseg.processes import keep_freed_memory
 
 log = logging.getLogger(__name__)
 PREFETCH = 2  # batches that a worker is ahead
 HELD = 2  # slots of batches that left the workers: one on its way to the device, one in use
+ASK_EVERY_S = 1.0  # whether to stop, while waiting for a batch
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_TAKEN = 0.8  # of what is free there
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,16 @@ class Crops:
         a = self.augmentation
         high, wide = a.crop_px
         if a.rotate_deg:
-            turn = np.deg2rad(a.rotate_deg)
-            high, wide = (
-                ceil(high * np.cos(turn) + wide * np.sin(turn)),
-                ceil(wide * np.cos(turn) + high * np.sin(turn)),
-            )
+            high, wide = _longest(high, wide, a.rotate_deg), _longest(wide, high, a.rotate_deg)
         high, wide = ceil(high / a.scale[0]) + 5, ceil(wide / a.scale[0]) + 5
         sizes = {(frame.height, frame.width) for frame in self.split.frames}
         return max(min(height, high) * min(width, wide) for height, width in sizes)
+
+
+def _longest(side: int, other: int, rotate_deg: float) -> int:
+    """The side of the box around a rectangle turned by up to `rotate_deg`, at the angle where it is longest."""
+    angle = min(np.deg2rad(rotate_deg), np.arctan2(other, side))
+    return ceil(side * np.cos(angle) + other * np.sin(angle))
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,13 @@ class _Writer(Dataset):
     def __init__(self, crops: Crops, slots: torch.Tensor) -> None:
         self.crops, self.slots = crops, slots
 
-    def __getitems__(self, work: tuple[int, list[Sample]]) -> Filled:
-        slot, samples = work
+    def __getitems__(self, work: tuple[int, list[Sample]]) -> Filled | RoadsegError:
+        try:
+            return self.write(*work)
+        except RoadsegError as e:
+            return e  # raised where the batch is taken: PyTorch would make a traceback of its message
+
+    def write(self, slot: int, samples: list[Sample]) -> Filled:
         image, label = _views(self.slots[slot], len(samples), self.crops.augmentation.crop_px)
         for sample, *out in zip(samples, image.numpy(), label.numpy(), strict=True):
             self.crops.crop(sample, (out[0], out[1]))
@@ -105,8 +114,7 @@ class _Writer(Dataset):
 class _BoxWriter(_Writer):
     """Leaves the boxes of the samples there, each image followed by its label."""
 
-    def __getitems__(self, work: tuple[int, list[Sample]]) -> Filled:
-        slot, samples = work
+    def write(self, slot: int, samples: list[Sample]) -> Filled:
         memory = self.slots[slot].numpy()
         draws, starts, at = [], [], 0
         for sample in samples:
@@ -173,12 +181,18 @@ def _free_shared_bytes() -> int | None:
 
 
 def batches_from_workers(
-    crops_of: Crops, batches: Batches, workers: int, device: torch.device, augment_on_gpu: bool = False
+    crops_of: Crops,
+    batches: Batches,
+    workers: int,
+    device: torch.device,
+    augment_on_gpu: bool = False,
+    stopped: Callable[[], object] = bool,
 ) -> Generator[Batch, None, None]:
     """`batches` on `device`; `workers` processes read ahead, 0 reads in this one.
 
-    On CUDA the next batch is copied, and augmented if asked for, while the last one is used. Raises
-    RoadsegError when shared memory is too small; RuntimeError, from PyTorch, when a worker dies.
+    stopped: asked while workers keep it waiting; once true, no more batches come. On CUDA the next batch
+    is copied, and augmented if asked for, while the last one is used. Raises RoadsegError
+    when shared memory is too small, and whatever a worker raised; RuntimeError, from PyTorch, when one dies.
     """
     # OpenCV's pool of threads does not survive a fork, neither here nor in the workers.
     cv2.setNumThreads(0)
@@ -188,15 +202,17 @@ def batches_from_workers(
     slots = torch.empty((prefetch * workers + HELD, slot_bytes), dtype=torch.uint8)
     if workers:
         slots.share_memory_().zero_()  # what is not there should be missed now, not in a worker
-    source = iter(
+    source = items_of(
         DataLoader(
             (_BoxWriter if augment_on_gpu else _Writer)(crops_of, slots),
             batch_sampler=_Numbered(batches, len(slots)),  # type: ignore[arg-type]  # any iterable will do
             num_workers=workers,
             collate_fn=as_it_is,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
             prefetch_factor=prefetch if workers else None,
+            timeout=ASK_EVERY_S if workers else 0,
             worker_init_fn=start_worker,
-        )
+        ),
+        stopped,
     )
     crop_px, fill = crops_of.augmentation.crop_px, crops_of.fill
 
@@ -207,16 +223,49 @@ def batches_from_workers(
             return Batch(*crops(memory, filled.sheet, crop_px, fill), filled.samples)
         return Batch(*_views(memory, len(filled.samples), crop_px), filled.samples)
 
-    if device.type == "cuda":
-        pinned = _pin(slots)  # only now: the workers are forked
+    with closing(source):
+        if device.type != "cuda":
+            yield from map(on_device, source)
+            return
+        first = next(source, None)  # only once the workers are forked is their memory pinned
+        pinned = _pin(slots)
         try:
-            yield from one_ahead(source, on_device, device)
+            yield from one_ahead(chain([] if first is None else [first], source), on_device, device)
         finally:
             torch.cuda.synchronize(device)
             if pinned:
                 torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
-    else:
-        yield from map(on_device, source)
+
+
+def items_of(loader: DataLoader, stopped: Callable[[], object] = bool) -> Generator[Any, None, None]:
+    """What the loader's processes make, until its end or until `stopped` while they keep it waiting.
+
+    An item that is a RoadsegError is raised. No process outlives this generator, also when it is left by
+    an exception whose traceback is kept: they ignore the SIGTERM that PyTorch would end them with at exit.
+    """
+    source = iter(loader)
+    try:
+        while True:
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            except RuntimeError as e:
+                if not str(e).startswith("DataLoader timed out"):
+                    raise
+                if stopped():
+                    return
+                continue
+            if isinstance(item, RoadsegError):
+                raise item
+            yield item
+    finally:
+        if processes := getattr(source, "_workers", []):
+            source._shutdown_workers()  # type: ignore[attr-defined]  # else only its finaliser calls it
+            for process in processes:
+                if process.is_alive():  # held up in a read
+                    process.kill()
+                    process.join()
 
 
 def one_ahead(
@@ -256,20 +305,6 @@ def _pin(slots: torch.Tensor) -> bool:
 
 def as_it_is(filled: Filled) -> Filled:
     return filled
-
-
-def keep_freed_memory() -> None:
-    """Lets this process reuse arrays of a few MB at once. Elsewhere than on glibc nothing changes.
-
-    glibc hands them back to the kernel when they are freed and has them faulted in again, page by
-    page: a third of the time of a 768x768 crop.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
-    except (OSError, AttributeError, TypeError):
-        return
 
 
 def start_worker(worker: int) -> None:

@@ -25,6 +25,7 @@ from roadseg.labels import IGNORE, LabelSet
 Kind = Literal["ids", "colors", "polygons", "coco"]
 Overlap = Literal["area", "order"]
 UNKNOWN = 65_535
+MOST_COLORS = 100
 _COCO_LABEL = re.compile(r"(.*?\.json)#(.+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -147,13 +148,17 @@ def _ids_of_colors(image: np.ndarray, form: MaskForm) -> np.ndarray:
     return ids if ids.max(initial=0) > 255 else ids.astype(np.uint8)
 
 
-def unknown_colors(data: bytes, form: MaskForm, limits: Limits) -> dict[str, int]:
-    """Pixels by colour, as #rrggbb, of the colours that the form's label set lacks; the most common first."""
+def unknown_colors(data: bytes, form: MaskForm, limits: Limits) -> tuple[dict[str, int], int]:
+    """(pixels by colour, how many colours) of those that the form's label set lacks.
+
+    By colour, as #rrggbb, only the `MOST_COLORS` most common, those first: a photograph has a million.
+    """
     image = _colors(data, limits)
-    stray = image[_ids_of_colors(image, form) == UNKNOWN]
-    colors, counts = np.unique(stray, axis=0, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return {"#" + bytes(colors[i]).hex(): int(counts[i]) for i in order}
+    stray = image[_ids_of_colors(image, form) == UNKNOWN].astype(np.uint32)
+    packed = stray[:, 0] << 16 | stray[:, 1] << 8 | stray[:, 2]  # one number a colour: rows take ten times as long
+    colors, counts = np.unique(packed, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:MOST_COLORS]
+    return {f"#{colors[i]:06x}": int(counts[i]) for i in order}, len(colors)
 
 
 def unknown_names(data: bytes, form: MaskForm) -> Mapping[str, int]:

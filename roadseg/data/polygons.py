@@ -22,6 +22,7 @@ from roadseg.labels import LabelSet
 
 MAX_JSON_BYTES = 32_000_000  # of one image's polygons; Cityscapes' largest has under one
 MAX_LAYERS = 200  # as often may the shapes of an image, together, cover it: a stop to files made to take hours
+MAX_POINTS = 200_000  # of an image's polygons; Pillow is quadratic in those of one, and Cityscapes stays far below
 _NOT_DRAWN = frozenset({"license plate"})  # has the id -1 in Cityscapes' definition of its labels
 
 
@@ -38,12 +39,15 @@ def draw_cityscapes(data: bytes, form: MaskForm, limits: Limits) -> np.ndarray:
         raise ImageError("the JSON has no list of objects", expected="imgWidth, imgHeight and objects")
     width, height = canvas_size(content.get("imgWidth"), content.get("imgHeight"), limits)
     known = ids_by_name(form.label_set)
-    drawn, work = [], 0
+    drawn, work, count = [], 0, 0
     for name, points, at in _objects(content["objects"]):
         id_ = _id_of(name, known)
         if id_ < 0:
             continue
         work += _work(points, width, height)
+        count += len(points)
+        if count > MAX_POINTS:
+            raise ImageError(f"the polygons up to {at} have {count:,} points", expected=f"at most {MAX_POINTS:,}")
         if work > MAX_LAYERS * width * height + 1_000_000:
             raise ImageError(f"the polygons up to {at} take far more drawing than a picture of this size has")
         if len(points) < 2:
@@ -112,6 +116,11 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), "a huge number")
 
 
+def shown(text: str) -> str:
+    """A name out of a JSON as a message may hold it: of at most 60 characters, each of which can be printed."""
+    return (text if text.isprintable() else ascii(text)[1:-1])[:60]  # false for lone surrogates too
+
+
 def is_coordinate(value: Any) -> bool:
     return type(value) in (int, float) and -MAX_SIDE_PX <= value <= MAX_SIDE_PX  # false for NaN too
 
@@ -123,7 +132,7 @@ def _objects(objects: list[Any]) -> Iterator[tuple[str, list[tuple[float, float]
             raise ImageError(f"object {i} is {kind_of(row)} without a label", expected="label and polygon")
         if row.get("deleted"):
             continue
-        at, polygon = f"object {i} ({row['label'][:40]})", row.get("polygon")
+        at, polygon = f"object {i} ({shown(row['label'])})", row.get("polygon")
         if not isinstance(polygon, list) or not all(
             isinstance(p, list) and len(p) >= 2 and is_coordinate(p[0]) and is_coordinate(p[1]) for p in polygon
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from roadseg.data.gpu_augment import Sheet, crops, sheet
-from roadseg.data.loader import Batch, Crops, as_it_is, one_ahead, start_worker
+from roadseg.data.loader import Batch, Crops, as_it_is, items_of, one_ahead, start_worker
 from roadseg.data.sampler import Batches, Sample
 from roadseg.data.shards import Split
 from roadseg.errors import RoadsegError
@@ -105,7 +106,7 @@ def batches_from_memory(
     def cut(drawn: tuple[tuple[Sample, ...], Sheet]) -> Batch:
         return Batch(*crops(resident.flat, drawn[1], crop_px, fill), drawn[0])
 
-    drawn = iter(
+    drawn = items_of(
         DataLoader(
             _Sheets(resident.frames, crops_of),
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable will do
@@ -115,4 +116,5 @@ def batches_from_memory(
             worker_init_fn=start_worker,
         )
     )
-    yield from one_ahead(drawn, cut, device) if cuda else map(cut, drawn)
+    with closing(drawn):
+        yield from one_ahead(drawn, cut, device) if cuda else map(cut, drawn)

@@ -194,7 +194,8 @@ class Shards:
         all_shards = [(split, i, s) for split, shards in self.shards.items() for i, s in enumerate(shards)]
         if isinstance(self.folder, S3Prefix):
             sizes = RangedFiles(self.folder).sizes()
-            return [(split, i) for split, i, s in all_shards if sizes.get(s.file) not in {s.size_bytes or None}]
+            found = [(split, i, s.size_bytes, sizes.get(s.file)) for split, i, s in all_shards]
+            return [(split, i) for split, i, made, there in found if there is None or made not in (0, there)]
         wrong = not_as_made(self.folder, {s.file: (s.sha256, s.size_bytes) for _, _, s in all_shards})
         return [(split, i) for split, i, s in all_shards if s.file in wrong]
 

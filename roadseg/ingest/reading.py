@@ -7,9 +7,7 @@ handfuls, and workers keep their memory. Most of what is left is SHA-256 of the 
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,7 +31,7 @@ from roadseg.ingest.findings import plural
 from roadseg.ingest.looks import Look, look_of
 from roadseg.ingest.pairs import Pair
 from roadseg.labels import IGNORE
-from roadseg.processes import cores, start_worker
+from roadseg.processes import cores, keep_freed_memory, start_worker
 from roadseg.progress import progress
 
 INLINE_PAIRS = 16  # below this, starting processes takes longer than the work
@@ -41,7 +39,6 @@ HANDFUL = 4  # pairs that go to a worker at once; one by one, sending them costs
 PLACES_HIGH, PLACES_WIDE = 16, 32
 MOST_IDS = 512  # that are kept of one label; a label of class ids has some dozens
 _SHOWN = 8
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _EXACT_IN_FLOAT32 = 1 << 24
 
 Problem = tuple[str, str, str]
@@ -161,20 +158,8 @@ _of_this_worker: list[Task] = []  # sent once: its tables would be made anew for
 
 def _start(task: Task) -> None:
     start_worker()
-    _keep_freed_memory()
+    keep_freed_memory()
     _of_this_worker[:] = [task]
-
-
-def _keep_freed_memory() -> None:
-    """Up to 64 MB of it, where the C library is glibc.
-
-    It gives memory back to the system after each image, whose pages are then mapped and zeroed anew for the
-    next: 2,200 page faults a frame of 2048x1024, 4 of 37 ms.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _look_at_handful(pairs: Sequence[Pair]) -> list[Seen]:
@@ -312,11 +297,11 @@ def _counts_by_changes(flat: np.ndarray, width: int) -> np.ndarray | None:
 def _unknown(task: Task, pair: Pair, form: MaskForm, data: bytes, counted: list[tuple[int, int]]) -> Iterator[Problem]:
     unknown = _not_in(form, counted)
     if unknown and form.kind == "colors":
-        colors = unknown_colors(data, form, task.limits)
+        colors, count = unknown_colors(data, form, task.limits)
         yield (
             "unknown-color",
             pair.label,
-            _listed([f"{c} on {plural(n, 'pixel')}" for c, n in colors.items()], "colours"),
+            _listed([f"{c} on {plural(n, 'pixel')}" for c, n in colors.items()], "colours", count),
         )
     elif unknown and form.kind == "ids":
         yield "unknown-id", pair.label, _listed([f"id {i} on {plural(n, 'pixel')}" for i, n in unknown], "ids")
@@ -330,8 +315,8 @@ def _not_in(form: MaskForm, counted: list[tuple[int, int]]) -> list[tuple[int, i
     return [(i, n) for i, n in counted if i not in form.label_set.known_ids]
 
 
-def _listed(entries: list[str], what: str) -> str:
-    more = f" and {len(entries) - _SHOWN} more {what}" if len(entries) > _SHOWN else ""
+def _listed(entries: list[str], what: str, count: int = 0) -> str:
+    more = f" and {max(count, len(entries)) - _SHOWN:,} more {what}" if len(entries) > _SHOWN else ""
     return ", ".join(entries[:_SHOWN]) + more
 
 

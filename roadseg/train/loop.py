@@ -156,7 +156,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 def train(
     network: nn.Module,
-    batches: Callable[[int], Generator[Batch, None, None]],
+    batches: Callable[[int, Callable[[], int]], Generator[Batch, None, None]],
     validation: dict[str, Split],
     label_set: LabelSet,
     class_weights: Sequence[float] | None,
@@ -166,10 +166,11 @@ def train(
 ) -> nn.Module:
     """Train `network` in place and return its average (EMA), on `device`.
 
-    batches(step): the batches from 0-based `step` on. validation: splits scored every
-    `s.validate_every` steps. Checkpoints and history.jsonl lie in `work`; what is there is gone on
-    from. Raises NonFiniteLoss before the step that would spoil the weights, Interrupted after a
-    signal, with a checkpoint saved; during a validation the one before it stands.
+    batches(step, stopped): the batches from 0-based `step` on, ending early once `stopped` while none
+    comes. validation: splits scored every `s.validate_every` steps. Checkpoints and history.jsonl lie in
+    `work`; what is there is gone on from. Raises NonFiniteLoss before the step that would spoil the
+    weights, Interrupted after a signal, with a checkpoint saved; during a validation the one before it
+    stands.
     """
     torch.backends.cudnn.benchmark = True  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -197,11 +198,14 @@ def train(
         stop_signals() as stopped,
         progress(s.steps, "train", "step", initial=start) as bar,
         _loader_failures(),
-        closing(batches(start)) as source,
+        closing(batches(start, stopped)) as source,
     ):
         for step in range(start, s.steps):
             began = time.monotonic()
-            batch = next(source)
+            batch = next(source, None)
+            if batch is None:  # only when stopped while no batch came
+                save(step)
+                raise _interrupted(stopped(), step)
             waited = time.monotonic() - began
             torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
@@ -234,8 +238,7 @@ def train(
                 save(done)
                 last_save = time.monotonic()
             if stopped():
-                name = signal.Signals(stopped()).name
-                raise Interrupted(f"stopped by {name} after step {done}; run again to go on", signal_number=stopped())
+                raise _interrupted(stopped(), done)
     timing.verdict()
     history.flush()
     checkpoint.prune(folder, 1)
@@ -248,17 +251,23 @@ def _due(step: int, last_save_s: float, s: Settings) -> bool:
     return time.monotonic() - last_save_s > CHECKPOINT_EVERY_S
 
 
+def _interrupted(number: int, step: int) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(f"stopped by {name} after step {step}; run again to go on", signal_number=number)
+
+
 @contextmanager
 def _loader_failures() -> Iterator[None]:
     """PyTorch raises wherever the loop is when a loader process dies, not only where it waits for a batch."""
     try:
         yield
     except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
+        if "DataLoader worker (pid" not in str(e):
             raise
         raise RoadsegError(
             "a loader process died",
-            todo="memory or /dev/shm may be full: lower training.workers or training.batch_size; run again to go on",
+            todo="memory or /dev/shm may be full: lower training.workers or training.batch_size; "
+            "or a shard was shortened while it was read; run again to go on",
         ) from e
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ def train_candidate(config: Config, shards: Shards, work: Path, init: Release | 
     chosen = _feed(t, frames, device)
     log.info("data: %s", chosen.why)
 
-    def batches(step: int) -> Generator[Batch, None, None]:
-        return feed(chosen, crops, Batches(order, t.batch_size, step, steps), device)
+    def batches(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
+        return feed(chosen, crops, Batches(order, t.batch_size, step, steps), device, stopped)
 
     validation = {name: shards.split(name) for name in shards.shards if name != "train"}
     weights = enet_weights(shards.class_pixels["train"][:-1]) if t.class_weights == "enet" else None

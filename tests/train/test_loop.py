@@ -5,6 +5,8 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -30,7 +32,7 @@ SETTINGS = Settings(
     clip_norm=5.0, seed=3, bf16=False, validate_every=3, checkpoint_every=1,
 )  # fmt: skip
 CPU = torch.device("cpu")
-Source = Callable[[int], Generator[Batch, None, None]]
+Source = Callable[..., Generator[Batch, None, None]]
 
 
 def network() -> DeepLabV3Plus:
@@ -41,7 +43,9 @@ def network() -> DeepLabV3Plus:
 def source(shards: Shards, steps: int = SETTINGS.steps, workers: int = 0) -> Source:
     crops = Crops(shards.split("train"), Augmentation((32, 64)), SETTINGS.seed, (120, 120, 120))
     order = Order(crops.split.frames, SETTINGS.seed)
-    return lambda step: batches_from_workers(crops, Batches(order, 4, step, steps), workers, CPU)
+    return lambda step, stopped=bool: batches_from_workers(
+        crops, Batches(order, 4, step, steps), workers, CPU, stopped=stopped
+    )
 
 
 def run(shards: Shards, work: Path, settings: Settings = SETTINGS, batches: Source | None = None) -> DeepLabV3Plus:
@@ -63,8 +67,8 @@ class Killed(Exception):
 def dying(batches: Source, at: int) -> Source:
     """Batches of a process that is killed when it asks for the one of step `at`."""
 
-    def start(step: int) -> Generator[Batch, None, None]:
-        for number, batch in enumerate(batches(step), step):
+    def start(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
+        for number, batch in enumerate(batches(step, stopped), step):
             if number == at:
                 raise Killed
             yield batch
@@ -123,7 +127,7 @@ def test_a_spoilt_network_stops_before_the_step_and_names_the_samples(
 
 @pytest.mark.fault
 def test_sigterm_saves_and_says_so(shards: Shards, tmp_path: Path) -> None:
-    def terminating(step: int) -> Generator[Batch, None, None]:
+    def terminating(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
         for number, batch in enumerate(source(shards)(step), step):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -171,7 +175,7 @@ def test_norms_and_biases_are_not_decayed_and_the_backbone_has_its_own_rate() ->
 
 @pytest.mark.fault
 def test_a_killed_loader_process_is_a_clear_failure_wherever_the_loop_is(shards: Shards, tmp_path: Path) -> None:
-    def murderous(step: int) -> Generator[Batch, None, None]:
+    def murderous(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
         before = {p.pid for p in multiprocessing.active_children()}
         for number, batch in enumerate(source(shards, 10_000, workers=2)(step), step):
             if number == 2:
@@ -193,3 +197,69 @@ def test_timing_is_kept_apart_from_history(shards: Shards, tmp_path: Path) -> No
     assert all(set(r) <= {"step", "loss", "learning_rate", "split", "miou", "pixel_accuracy"} for r in rows)
     verdict = json.loads((tmp_path / "log" / "bottleneck.json").read_text())
     assert verdict["steps"] == SETTINGS.steps - 1 and verdict["bottleneck"] in ("compute", "data")
+
+
+STALLS = """
+import sys, time
+from pathlib import Path
+import torch
+sys.path[:0] = {paths!r}
+from test_loop import *
+from roadseg.errors import DataError, RoadsegError
+from roadseg.data.loader import Crops
+from roadseg.data.shards import Shards
+
+plain, calls = Crops.crop, [0]
+def crop(self, sample, out=None):
+    calls[0] += 1
+    if calls[0] > 8:
+        {trouble}
+    return plain(self, sample, out)
+Crops.crop = crop
+torch.set_num_threads(1)
+shards = Shards.load(Path(sys.argv[1]))
+settings = replace(SETTINGS, steps=1000, validate_every=1000, checkpoint_every=1000)
+try:
+    run(shards, Path(sys.argv[2]), settings, source(shards, 1000, workers=2))
+except RoadsegError as kept:  # its traceback holds the loader
+    print(type(kept).__name__, kept, flush=True)
+    sys.exit(kept.exit_code)
+"""
+
+
+def started(trouble: str, shards: Shards, work: Path) -> subprocess.Popen:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script = STALLS.format(trouble=trouble, paths=paths)
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(shards.folder), str(work)], stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.fault
+def test_an_error_inside_a_worker_ends_the_run_with_its_own_message(shards: Shards, tmp_path: Path) -> None:
+    process = started(
+        "raise DataError('the bytes are damaged', where='train-0.bin', todo='run again')", shards, tmp_path
+    )
+    try:
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 3
+    assert out.strip() == "DataError train-0.bin: the bytes are damaged; run again"
+
+
+@pytest.mark.fault
+def test_sigterm_is_answered_with_a_checkpoint_while_workers_are_held_up(shards: Shards, tmp_path: Path) -> None:
+    process = started("time.sleep(300)", shards, tmp_path)
+    try:
+        history = tmp_path / "checkpoints"
+        time.sleep(12)
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        while not list(history.glob("*.safetensors")) and time.monotonic() - sent < 30:
+            time.sleep(0.2)
+        assert list(history.glob("*.safetensors")), "no checkpoint within 30 s"
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in out
