@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from roadseg.errors import ConfigError
+from roadseg.yaml_file import load_yaml
 
 _OUT: dict[str, Any] = {"in_key": False}
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -304,12 +304,7 @@ class Config(Section):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping. Raises ConfigError."""
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("no such file", where=str(path), todo="check the path given to --config") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"not readable as YAML ({e})", where=str(path)) from e
+    value = load_yaml(path, todo="check the path given to --config")
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -346,7 +341,7 @@ def describe(error: ValidationError, where: str) -> str:
             lines.append(f"  {key}: unknown key{hint}")
         else:
             text = e["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(e["input"], dict | BaseModel) else f" (found {e['input']!r})"
+            found = "" if isinstance(e["input"], dict | BaseModel) else f" (found {repr(e['input']):.80})"
             lines.append(f"  {key}: {text[:1].lower()}{text[1:]}{found}")
     count = f"{len(lines)} wrong value{'s' if len(lines) > 1 else ''}"
     return f"{count} in {where}:\n" + "\n".join(lines)

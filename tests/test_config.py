@@ -7,6 +7,7 @@ import yaml
 from roadseg.config import Config, load_config
 from roadseg.errors import ConfigError
 from roadseg.flags import parse_flags
+from roadseg.yaml_file import load_yaml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -135,3 +136,27 @@ def test_wrong_keys_of_a_mix_are_named_by_their_path(tmp_path: Path) -> None:
     assert "is for source 'folder'" in wrong(tmp_path, "data: {source: camvid, labels: x.yaml}")
     assert "needs at least one" in wrong(tmp_path, "data: {source: mix}")
     assert "is for source 'mix'" in wrong(tmp_path, MIX.replace("source: mix", "source: town"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("data: {}\nmodel: {}\ndata: {source: town}\n", "line 3 gives the key 'data' again, after line 1"),
+        ("data:\n  town: {seed: 1, seed: 2}\n", "line 2 gives the key 'seed' again"),
+        ("a: 2020-13-45", "month must be in"),
+        ("[" * 3000, "nested too deep"),
+        ("a: !!int ''", "not readable as YAML"),
+        ("a: !!bool x", "not readable as YAML"),
+        ("a: !!timestamp x", "not readable as YAML"),
+        ("a: 0x" + "f" * 6000, "line 1 holds a huge number"),
+        ("a: " + "9" * 6000, "not readable as YAML"),
+    ],
+)
+def test_what_no_yaml_can_be_made_of_is_one_error(tmp_path: Path, text: str, says: str) -> None:
+    assert says in wrong(tmp_path, text)
+
+
+def test_merge_keys_may_give_what_stands_beside_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("a: {b: &x {<<: &y {k: 1, m: 2}, k: 3}}\nc: {<<: *x, m: 4}\n")
+    assert load_yaml(path, "") == {"a": {"b": {"k": 3, "m": 2}}, "c": {"k": 3, "m": 4}}

@@ -22,7 +22,8 @@ from roadseg.labels import LabelSet
 
 MAX_JSON_BYTES = 32_000_000  # of one image's polygons; Cityscapes' largest has under one
 MAX_LAYERS = 200  # as often may the shapes of an image, together, cover it: a stop to files made to take hours
-MAX_POINTS = 200_000  # of an image's polygons; Pillow is quadratic in those of one, and Cityscapes stays far below
+MAX_POINTS = 200_000  # of an image's polygons, for Pillow is quadratic in those of one; far above Cityscapes'
+MAX_CROSSINGS = 20_000_000  # of its polygons' edges with rows of pixels; each is computed and sorted
 _NOT_DRAWN = frozenset({"license plate"})  # has the id -1 in Cityscapes' definition of its labels
 
 
@@ -39,16 +40,17 @@ def draw_cityscapes(data: bytes, form: MaskForm, limits: Limits) -> np.ndarray:
         raise ImageError("the JSON has no list of objects", expected="imgWidth, imgHeight and objects")
     width, height = canvas_size(content.get("imgWidth"), content.get("imgHeight"), limits)
     known = ids_by_name(form.label_set)
-    drawn, work, count = [], 0, 0
+    drawn, work, count, crossings = [], 0, 0, 0.0
     for name, points, at in _objects(content["objects"]):
         id_ = _id_of(name, known)
         if id_ < 0:
             continue
         work += _work(points, width, height)
         count += len(points)
+        crossings += _crossings(points, height)
         if count > MAX_POINTS:
             raise ImageError(f"the polygons up to {at} have {count:,} points", expected=f"at most {MAX_POINTS:,}")
-        if work > MAX_LAYERS * width * height + 1_000_000:
+        if work > MAX_LAYERS * width * height + 1_000_000 or crossings > MAX_CROSSINGS:
             raise ImageError(f"the polygons up to {at} take far more drawing than a picture of this size has")
         if len(points) < 2:
             raise ImageError(f"{at} has {len(points)} points", expected="at least 2", todo="remove it")
@@ -153,3 +155,9 @@ def _work(points: list[tuple[float, float]], width: int, height: int) -> int:
     rows = max(0, min(max(ys, default=0), height) - max(min(ys, default=0), 0)) + 1
     columns = max(0, min(max(xs, default=0), width) - max(min(xs, default=0), 0)) + 1
     return int(rows * (columns + len(points)))
+
+
+def _crossings(points: list[tuple[float, float]], height: int) -> float:
+    """How many rows of the picture the edges of a polygon pass, together."""
+    ys = [min(max(y, 0), height) for _, y in points]
+    return sum(abs(a - b) for a, b in zip(ys, [*ys[1:], *ys[:1]], strict=True))

@@ -19,23 +19,31 @@ docs/folder.md has an example of each.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
-import yaml
-
 from roadseg.data.coco import open_annotations
 from roadseg.data.masks import Kind, MaskForm, Overlap
 from roadseg.errors import ConfigError, ImageError
 from roadseg.images import Limits
 from roadseg.ingest.findings import Finding, plural
-from roadseg.ingest.folder_classes import Masks, classes_of, kind_of, unknown_keys, void_background
+from roadseg.ingest.folder_classes import (
+    Masks,
+    bare,
+    classes_of,
+    is_name,
+    kind_of,
+    nearest,
+    short,
+    unknown_keys,
+    void_background,
+)
 from roadseg.ingest.pairs import PICTURE_SUFFIXES, Pair, by_key, empty, match, not_there, pictures, unusable_names
 from roadseg.labels import LabelClass, LabelSet
+from roadseg.yaml_file import load_yaml
 
 _KEYS = (
     "name", "classes", "ignore", "splits", "masks", "background", "overlap", "image_suffix", "label_suffix",
@@ -67,16 +75,18 @@ class Description:
 
 
 def pairs(root: Path, description: Description, limits: Limits = _LIMITS) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of every split described whose folders are there, by path without suffix and ending.
+    """The pairs of every split described, by path without suffix and ending.
 
-    Raises DataError if no split's image folder is there. A COCO file that can't be read is a finding.
+    Raises DataError if no split's image folder is there. A folder that is not there beside one that is,
+    and a COCO file that can't be read, are findings.
     """
     present = [row for row in description.folders if (root / row[1]).is_dir()]
     if not present:
         end = "" if description.masks == "coco" else "/"
         looked_for = ", ".join(f"{images}/ with {labels}{end}" for _, images, labels in description.folders)
         raise not_there(root, looked_for)
-    found, findings = [], []
+    found = []
+    findings = [_absent(split, images) for split, images, _ in description.folders if not (root / images).is_dir()]
     for split, image_folder, labels_at in present:
         image_paths, bad = pictures(root, image_folder)
         findings += unusable_names(split, bad)
@@ -93,12 +103,23 @@ def pairs(root: Path, description: Description, limits: Limits = _LIMITS) -> tup
     return found, findings
 
 
+def _absent(split: str, images: str) -> Finding:
+    message = f"{split} has no images: there is no folder {images}/"
+    fix = f"correct splits.{split}.images in the YAML, or take the split out of it"
+    return Finding("empty-split", "error", split, (), 0, message, fix)
+
+
 def _file_pairs(
     root: Path, split: str, images: dict[str, list[str]], folder: str, description: Description
 ) -> tuple[list[tuple[str, str, str]], list[Finding]]:
     endings = (".json",) if description.masks == "polygons" else PICTURE_SUFFIXES
     paths, bad = pictures(root, folder, endings)
-    matched, wrong = match(split, images, by_key(paths, _key(folder, description.label_suffix)))
+    labels = by_key(paths, _key(folder, description.label_suffix))
+    matched, wrong = match(split, images, labels)
+    if paths and not labels:
+        none = f"no file in {folder}/ has a name with label_suffix {short(description.label_suffix)} at its end"
+        fix = f"{none}, see {paths[0]}: correct label_suffix in the YAML"
+        wrong = [replace(f, fix=fix) if f.code == "missing-label" else f for f in wrong]
     return matched, unusable_names(split, bad) + wrong
 
 
@@ -107,18 +128,30 @@ def _coco_pairs(
 ) -> tuple[list[tuple[str, str, str]], list[Finding]]:
     """Labels are "file.json#image id", brought to images by the file names that the file gives them."""
     try:
-        names = open_annotations(root / file, limits).file_names
+        annotations = open_annotations(root / file, limits)
     except (ImageError, OSError) as e:
         what = e.found if isinstance(e, ImageError) else e.strerror or type(e).__name__
         expected = f"; expected {e.expected}" if isinstance(e, ImageError) and e.expected else ""
         message = f"the annotations of {split} can't be read, so its {plural(len(images), 'image')} have no label"
         fix = "fetch or export the file again; if it is only large, raise data.max_file_bytes"
         return [], [Finding("unreadable-label", "error", split, (f"{file}: {what}{expected}",), 1, message, fix)]
+    names = {f"{file}#{id_}": name for id_, name in annotations.file_names.items()}
     labels: dict[str, list[str]] = {}
-    for id_, name in names.items():
-        labels.setdefault(_meant(name, images), []).append(f"{file}#{id_}")
+    for label, name in names.items():
+        labels.setdefault(_meant(name, images), []).append(label)
     matched, findings = match(split, images, labels)
-    return matched, [_with_names(f, file, names) if f.code == "missing-image" else f for f in findings]
+    findings = [_with_names(f, names) if f.code == "missing-image" else f for f in findings]
+    return matched, findings + _strays(split, file, annotations.strays)
+
+
+def _strays(split: str, file: str, strays: dict[str, int]) -> list[Finding]:
+    if not strays:
+        return []
+    entries = tuple(f"{file}#{id_}: {plural(n, 'annotation')}" for id_, n in sorted(strays.items()))
+    count = sum(strays.values())
+    message = f"{plural(count, 'annotation')} of {split} with an image_id that no image of {file} has"
+    fix = "export the file again: its images and annotations are not of one export; or take the annotations out"
+    return [Finding("missing-image", "error", split, entries, count, message, fix)]
 
 
 def _meant(name: str, images: dict[str, list[str]]) -> str:
@@ -130,10 +163,13 @@ def _meant(name: str, images: dict[str, list[str]]) -> str:
     return next((key for key in keys if key in images), "/".join(parts))
 
 
-def _with_names(finding: Finding, file: str, names: dict[str, str]) -> Finding:
+def _with_names(finding: Finding, names: dict[str, str]) -> Finding:
+    """names: file name by label, which itself may hold ": "; so entries are cut behind the longest label."""
+
     def entry(text: str) -> str:
-        label, _, more = text.partition(": ")
-        name = names[label.removeprefix(f"{file}#")]
+        ends = [len(text), *(cut.start() for cut in re.finditer(": ", text))]
+        label = text[: max(end for end in ends if text[:end] in names)]
+        name, more = names[label], text[len(label) + 2 :]
         return f"{label}: {name if name.isprintable() else ascii(name)[1:-1]}" + (f", {more}" if more else "")
 
     return replace(finding, files=tuple(map(entry, finding.files)))
@@ -143,7 +179,8 @@ def _key(folder: str, suffix: str) -> Key:
     def key(path: str) -> str | None:
         inner = path if folder == "." else path.removeprefix(folder + "/")
         whole = inner if "." in suffix else inner.rpartition(".")[0]
-        return whole.removesuffix(suffix) if whole.endswith(suffix) else None
+        end = max(0, len(whole) - len(suffix))
+        return whole[:end] if whole[end:].lower() == suffix.lower() else None
 
     return key
 
@@ -155,12 +192,7 @@ def _sequence(name: str, pattern: re.Pattern[str] | None) -> str:
 
 def read_description(path: Path) -> Description:
     """Raises ConfigError that lists everything wrong with the file at once."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("no such file", where=str(path), todo="check data.labels") from None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as e:
-        raise ConfigError(f"not readable as YAML ({e})", where=str(path)) from None
+    data = load_yaml(path, todo="check data.labels")
     if not isinstance(data, dict):
         raise ConfigError(f"holds {kind_of(data)}", expected="keys such as classes: and splits:", where=str(path))
     wrong: list[str] = []
@@ -187,8 +219,8 @@ def _masks(value: Any, wrong: list[str]) -> Masks:
     for known in get_args(Masks):
         if value == known:
             return known  # type: ignore[no-any-return]
-    near = difflib.get_close_matches(str(value), get_args(Masks), n=1)
-    hint = f"perhaps you meant {near[0]}" if near else f"expected one of {', '.join(get_args(Masks))}"
+    near = nearest(value, get_args(Masks))
+    hint = f"perhaps you meant {near}" if near else f"expected one of {', '.join(get_args(Masks))}"
     wrong.append(f"masks: is {kind_of(value)}; {hint}")
     return "ids"
 
@@ -203,12 +235,12 @@ def _background(
         return classes, 0
     value = data.get("background")
     if "background" not in data:
-        return void_background(classes)
+        return void_background(classes, wrong)
     for c in classes:
         if value == c.name or (type(value) is int and value == c.id):
             return classes, c.id
-    near = difflib.get_close_matches(str(value), [c.name for c in classes], n=1)
-    wrong.append(f"background: is {kind_of(value)}, no class" + (f"; perhaps you meant {near[0]}" if near else ""))
+    near = nearest(value, [c.name for c in classes])
+    wrong.append(f"background: is {kind_of(value)}, no class" + (f"; perhaps you meant {near}" if near else ""))
     return classes, 0
 
 
@@ -218,6 +250,8 @@ def _texts(data: dict[Any, Any], name: str, masks: Masks, wrong: list[str]) -> d
     for key, value in texts.items():
         if not isinstance(value, str):
             wrong.append(f"{key}: is {kind_of(value)}; expected text")
+        elif key == "name" and value and not is_name(value):
+            wrong.append(f"name: is {kind_of(value)}; expected text in one line")
         elif value and key.endswith("_suffix") and masks == "coco":
             wrong.append(f"{key}: is not for masks: coco, whose file names the images")
     return texts
@@ -241,7 +275,7 @@ def _folders(splits: Any, masks: Masks, wrong: list[str]) -> tuple[tuple[str, st
         return ()
     rows = []
     for split, value in splits.items():
-        at = f"splits.{split}"
+        at = f"splits.{bare(split)}"
         if not isinstance(split, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", split) or split == "holdout":
             wrong.append(f"{at}: is no name for a split; expected letters, digits, - and _, and not 'holdout'")
         if not isinstance(value, dict):
@@ -261,9 +295,11 @@ def _path(value: Any, at: str, wrong: list[str]) -> str:
         wrong.append(f"{at}: is {kind_of(value)}; expected {'a .json file' if file else 'a folder'}")
     elif value.startswith("/") or ".." in PurePosixPath(value).parts or not value.isprintable():
         like = "annotations/train.json" if file else "images/train"
-        wrong.append(f"{at}: is {value}; expected a {'file' if file else 'folder'} below data.root, such as {like}")
+        wrong.append(
+            f"{at}: is {bare(value)}; expected a {'file' if file else 'folder'} below data.root, such as {like}"
+        )
     elif file and not value.lower().endswith(".json"):
-        wrong.append(f"{at}: is {value}; expected a .json file")
+        wrong.append(f"{at}: is {bare(value)}; expected a .json file")
     else:
         return PurePosixPath(value).as_posix()
     return ""

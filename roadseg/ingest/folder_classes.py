@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeGuard
@@ -13,6 +14,10 @@ from roadseg.labels import CITYSCAPES, IGNORE, LabelClass
 Masks = Literal["ids", "palette", "colors", "polygons", "coco"]
 _KEYS = ("id", "name", "color", "category", "ignore", "train_id", "cityscapes")
 _OPEN = -1  # an id or a train id that the YAML leaves to be chosen
+_SHORT = reprlib.Repr()  # of what a YAML holds: short also for lists that hold one another by aliases
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlevel = 2
+_MOST_LEARNED = IGNORE  # train ids 0..254
 _HEX = re.compile(r"#[0-9a-fA-F]{6}")
 
 
@@ -34,19 +39,22 @@ def classes_of(rows: Any, ignore: Any, masks: Masks, wrong: list[str]) -> tuple[
     return tuple(_with_ids(numbered, wrong))
 
 
-def void_background(classes: Sequence[LabelClass]) -> tuple[tuple[LabelClass, ...], int]:
+def void_background(classes: Sequence[LabelClass], wrong: list[str]) -> tuple[tuple[LabelClass, ...], int]:
     """(classes, the id of what no polygon covers): an ignored class "unlabeled", made if there is none."""
     for c in classes:
         if c.name == "unlabeled" and c.train_id == IGNORE:
             return tuple(classes), c.id
     free = sorted(set(range(256)) - {c.id for c in classes})
     if not free:
-        return tuple(classes), next((c.id for c in classes if c.train_id == IGNORE), 0)
+        wrong.append("background: no id is free for what no shape covers; expected 255 classes, or the name of one")
+        return tuple(classes), 0
     return (*classes, LabelClass("unlabeled", free[-1], IGNORE, (0, 0, 0))), free[-1]
 
 
 def _check_train_ids(learned: list[LabelClass], wrong: list[str], *, whole: bool) -> None:
     given = [c for c in learned if c.train_id != _OPEN]
+    if not given and len(learned) > _MOST_LEARNED:
+        wrong.append(f"classes: {len(learned)} to learn; expected at most {_MOST_LEARNED}")
     if given and len(given) < len(learned):
         lacking = ", ".join(c.name for c in learned if c.train_id == _OPEN)
         wrong.append(f"classes: some have a train_id, but not {lacking}; expected all or none")
@@ -87,17 +95,17 @@ def _class(row: Any, at: str, masks: Masks, wrong: list[str]) -> LabelClass | No
     id_ = row.get("id")
     if not is_id(id_) and (masks in ("ids", "palette") or id_ is not None):
         wrong.append(f"{at}.id: is {kind_of(id_)}; expected a whole number in 0..255")
-    if not isinstance(row.get("name"), str) or not row["name"].strip():
-        wrong.append(f"{at}.name: is {kind_of(row.get('name'))}; expected text")
+    if not is_name(row.get("name")):
+        wrong.append(f"{at}.name: is {kind_of(row.get('name'))}; expected text in one line")
     color = rgb(row["color"]) if "color" in row else voc_color(id_ if is_id(id_) else 0)
     if color is None:
-        wrong.append(f"{at}.color: is {row['color']!r}; expected [red, green, blue] in 0..255, or '#rrggbb'")
+        wrong.append(f"{at}.color: is {short(row['color'])}; expected [red, green, blue] in 0..255, or '#rrggbb'")
     elif masks == "colors" and "color" not in row:
         wrong.append(f"{at}.color: is empty; expected the class's colour in the masks, as [128, 64, 128]")
     if not isinstance(row.get("ignore", False), bool):
         wrong.append(f"{at}.ignore: is {kind_of(row['ignore'])}; expected true or false")
-    if not isinstance(row.get("category", ""), str):
-        wrong.append(f"{at}.category: is {kind_of(row['category'])}; expected text")
+    if row.get("category", "") != "" and not is_name(row["category"]):
+        wrong.append(f"{at}.category: is {kind_of(row['category'])}; expected text in one line")
     if "train_id" in row and not is_id(row["train_id"]):
         wrong.append(
             f"{at}.train_id: is {kind_of(row['train_id'])}; expected a whole number in 0..254, or 255 to ignore"
@@ -115,8 +123,8 @@ def _counterpart(row: dict[Any, Any], at: str, wrong: list[str]) -> str | None:
     value = row.get("cityscapes")
     if "cityscapes" not in row or value == "" or value in CITYSCAPES.names:
         return value
-    near = difflib.get_close_matches(str(value), CITYSCAPES.names, n=1)
-    hint = f"perhaps you meant {near[0]}" if near else f"expected one of {', '.join(CITYSCAPES.names)}, or '' for none"
+    near = nearest(value, CITYSCAPES.names)
+    hint = f"perhaps you meant {near}" if near else f"expected one of {', '.join(CITYSCAPES.names)}, or '' for none"
     wrong.append(f"{at}.cityscapes: is {kind_of(value)}, no train class of Cityscapes; {hint}")
     return None
 
@@ -131,18 +139,22 @@ def _ignored(ignore: Any, masks: Masks, wrong: list[str]) -> list[LabelClass]:
         color = rgb(value) if masks == "colors" else (0, 0, 0)
         if masks == "colors" and color:
             made.append(LabelClass(f"ignored #{bytes(color).hex()}", _OPEN, IGNORE, color))
-        elif named and isinstance(value, str) and value.strip():
+        elif named and is_name(value):
             made.append(LabelClass(value, _OPEN, IGNORE, (0, 0, 0)))
         elif masks != "colors" and is_id(value) and masks != "polygons":
             made.append(LabelClass(f"ignored {value}", value, IGNORE, (0, 0, 0)))
         else:
-            wrong.append(f"ignore: is {ignore!r}; expected a list of {expected}")
+            wrong.append(f"ignore: is {short(ignore)}; expected a list of {expected}")
             return []
     return made
 
 
 def is_id(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= 255
+
+
+def is_name(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and value.strip() != "" and value.isprintable()
 
 
 def rgb(value: Any) -> tuple[int, int, int] | None:
@@ -162,13 +174,28 @@ def voc_color(id_: int) -> tuple[int, int, int]:
 
 def kind_of(value: Any) -> str:
     """A value of a YAML as an error names it."""
-    return {type(None): "empty", str: f"the text {value!r}", dict: "a mapping", list: "a list"}.get(
-        type(value), repr(value)
-    )
+    kinds = {type(None): "empty", dict: "a mapping", list: "a list"}
+    return kinds.get(type(value), f"the text {short(value)}" if isinstance(value, str) else short(value))
+
+
+def short(value: Any) -> str:
+    """The value itself, in one line that ends."""
+    return _SHORT.repr(value)
+
+
+def bare(value: Any) -> str:
+    """A key or a path without quotes, if it can stand so."""
+    return value if is_name(value) and len(value) <= 60 else short(value)
+
+
+def nearest(value: Any, known: Sequence[str]) -> str:
+    """The one that was perhaps meant, "" if none was."""
+    near = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) and len(value) <= 60 else []
+    return near[0] if near else ""
 
 
 def unknown_keys(data: dict[Any, Any], known: Sequence[str], at: str, wrong: list[str]) -> None:
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            wrong.append(f"{at}{key}: unknown key" + (f"; perhaps you meant {near[0]}" if near else ""))
+            near = nearest(key, known)
+            wrong.append(f"{at}{bare(key)}: unknown key" + (f"; perhaps you meant {near}" if near else ""))

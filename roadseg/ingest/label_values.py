@@ -40,7 +40,10 @@ def causes(seen: Sequence[Seen], form: MaskForm) -> dict[str, str]:
         if pixels[0] and pixels[0] >= pixels[_first_id(form.label_set)]:
             return found | {s.pair.label: "train-ids" for s in rest}
     binary = [s for s in rest if _ids(s) <= _BINARY]
-    if len(rest) >= 3 and len(binary) >= 0.9 * len(rest) and ids >= _BINARY and not _learned(IGNORE, form):
+    void_and_others = IGNORE in form.label_set.known_ids and ids & form.label_set.known_ids - _BINARY
+    if void_and_others or _learned(IGNORE, form):
+        return found
+    if len(rest) >= 3 and len(binary) >= 0.9 * len(rest) and ids >= _BINARY:
         found |= {s.pair.label: "binary-mask" for s in binary}
     return found
 

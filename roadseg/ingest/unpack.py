@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -16,6 +18,10 @@ from roadseg.progress import progress
 MAX_FILES = 500_000
 MAX_RATIO = 30  # of all files to the zip; Cityscapes' PNG and JSON stay below 10
 _CHUNK = 1 << 20
+# All that zipfile raises for one, while it opens the zip or reads a member.
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, IndexError, OverflowError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,16 @@ def unpack(path: Path, root: Path, tops: Collection[str]) -> list[Member]:
                     bar.update()
             os.sync()  # 25,000 single syncs would take minutes; what notes that all is there comes after
             return sorted((Member(i.filename, i.file_size) for i in infos), key=lambda m: m.path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError) as e:
-        raise RoadsegError(f"is damaged ({type(e).__name__})", expected="a whole zip", where=str(path)) from None
+    except _DAMAGED as e:
+        raise _damaged(path, e) from None
+    except OSError as e:
+        if e.errno == errno.EINVAL and e.filename is None:  # to seek where a damaged zip points; a full disk is another
+            raise _damaged(path, e) from None
+        raise
+
+
+def _damaged(path: Path, e: Exception) -> RoadsegError:
+    return RoadsegError(f"is damaged ({type(e).__name__})", expected="a whole zip", where=str(path))
 
 
 def _refuse(path: Path, infos: list[zipfile.ZipInfo], tops: Collection[str]) -> None:

@@ -330,3 +330,28 @@ def test_the_size_of_the_file_is_looked_at_before_it_is_read(tmp_path):
     write(tmp_path / "a.json", file([]))
     with pytest.raises(ImageError, match="expected at most 10"):
         mask_bytes(tmp_path, "a.json#1", FORM, Limits(max_bytes=10))
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("value", [None, {}, {"a": []}, "text", 3])
+def test_what_should_be_a_list_is_one(tmp_path, key, value):
+    data = {"images": [], "annotations": [], "categories": [], key: value}
+    with pytest.raises(ImageError, match=f"{key} is no list"):
+        open_annotations(write(tmp_path / "a.json", json.dumps(data).encode()), Limits())
+
+
+def test_annotations_of_no_image_are_counted(tmp_path):
+    ring = [square(1, 1, 3)]
+    rows = [annotation(10, ring, image=i) for i in (5, 1, 5, "x", 1)]
+    found = open_annotations(write(tmp_path / "a.json", file(rows)), Limits())
+    assert found.strays == {"5": 2, "x": 1} and {k: len(v) for k, v in found.annotations.items()} == {"1": 2}
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\x1b[2J", "x" * 1000])
+def test_categories_are_printed_so_that_they_can_be_written_anywhere(name):
+    more = {"categories": [{"id": 10, "name": name}]}
+    with pytest.raises(ImageError, match="no outline") as caught:
+        drawn([annotation(10, [])], **more)
+    counted = unknown_names(part(file([annotation(10, [square(1, 1, 3)])], **more)), FORM)
+    for said in (str(caught.value), *counted):
+        assert said.isprintable() and said.encode() and len(said) < 250

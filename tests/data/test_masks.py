@@ -1,6 +1,7 @@
 """Masks of every kind to ids and train ids; what a mask's values mean."""
 
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from roadseg.data.masks import UNKNOWN, MaskForm, mask_bytes, mask_path, read_ids, train_ids, unknown_colors
+from roadseg.data.masks import (
+    MOST_COLORS,
+    UNKNOWN,
+    MaskForm,
+    mask_bytes,
+    mask_path,
+    read_ids,
+    train_ids,
+    unknown_colors,
+)
 from roadseg.errors import ImageError
 from roadseg.images import Limits, encode_label_png
 from roadseg.labels import IGNORE, LabelClass, LabelSet
@@ -109,9 +119,10 @@ def test_colours_that_no_class_has_are_named_with_their_pixels():
     data = png(rgb)
     ids = read_ids(data, COLORS, Limits())
     assert ids.dtype == np.uint16 and (ids == UNKNOWN).sum() == 13
-    assert list(unknown_colors(data, COLORS, Limits()).items()) == [("#010203", 10), ("#80407f", 3)]
+    colors, count = unknown_colors(data, COLORS, Limits())
+    assert list(colors.items()) == [("#010203", 10), ("#80407f", 3)] and count == 2
     assert (train_ids(ids, COLORS)[:2, :5] == IGNORE).all()
-    assert unknown_colors(png(painted(some())), COLORS, Limits()) == {}
+    assert unknown_colors(png(painted(some())), COLORS, Limits()) == ({}, 0)
 
 
 def test_lossy_masks_are_refused_in_every_form():
@@ -167,3 +178,13 @@ def test_forms_survive_json_and_pickling_without_their_tables():
     for broken in ({"kind": "tiff"}, {"overlap": "alphabet"}, {"background": "0"}):
         with pytest.raises(ValueError, match="no masks of"):
             MaskForm.from_json({**form.to_json(), **broken})
+
+
+def test_of_many_unknown_colours_the_most_common_are_given_and_all_counted():
+    rgb = np.random.default_rng(0).integers(1, 7, (60, 80, 3)).astype(np.uint8)
+    rgb[:10] = (200, 0, 9)
+    expected = Counter("#" + bytes(p).hex() for p in rgb.reshape(-1, 3))
+    colors, count = unknown_colors(png(rgb), COLORS, Limits())
+    assert count == len(expected) > MOST_COLORS == len(colors) and next(iter(colors)) == "#c80009"
+    assert list(colors.values()) == [n for _, n in expected.most_common(MOST_COLORS)]
+    assert all(expected[c] == n for c, n in colors.items())

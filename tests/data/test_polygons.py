@@ -9,6 +9,7 @@ from cityscapesscripts.helpers.annotation import Annotation
 from cityscapesscripts.helpers.labels import labels as OFFICIAL
 from cityscapesscripts.preparation.json2labelImg import createLabelImage
 
+from roadseg.data import polygons
 from roadseg.data.masks import UNKNOWN, MaskForm, mask_bytes, read_ids, train_ids, unknown_names
 from roadseg.data.polygons import MAX_JSON_BYTES
 from roadseg.errors import ImageError
@@ -171,3 +172,26 @@ def test_files_made_to_take_long_are_refused_before_anything_is_drawn():
     zigzag = [[i % 2 * 200, i % 199] for i in range(20_000)]
     with pytest.raises(ImageError, match="far more drawing"):
         drawn(text([thing("road", zigzag)] * 3, 200, 200))
+
+
+def test_points_are_bounded(monkeypatch):
+    monkeypatch.setattr(polygons, "MAX_POINTS", 8)
+    assert drawn(text([thing("road", BOX), thing("car", BOX)])).shape == (30, 40)
+    with pytest.raises(ImageError, match=r"up to object 2 \(car\) have 12 points; expected at most 8"):
+        drawn(text([thing("road", BOX), thing("car", BOX), thing("car", BOX)]))
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\x1b[2J", "a\nb", "x" * 1000])
+def test_names_are_printed_so_that_they_can_be_written_anywhere(name):
+    with pytest.raises(ImageError, match="no usable polygon") as caught:
+        drawn(text([thing(name, None)]))
+    said = str(caught.value)
+    assert said.isprintable() and said.encode() and len(said) < 200
+
+
+def test_outlines_that_cross_every_row_again_and_again_are_refused():
+    zigzag = [[i % 2000, i % 2 * 1999] for i in range(20_000)]  # far less work than layers and points allow
+    with pytest.raises(ImageError, match="far more drawing"):
+        drawn(text([thing("road", zigzag)], 2000, 2000))
+    outside = [[i % 2000, -9 - i % 2 * 1999] for i in range(20_000)]
+    assert drawn(text([thing("road", outside)], 2000, 2000)).shape == (2000, 2000)

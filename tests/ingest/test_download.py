@@ -1,12 +1,15 @@
 """The official Cityscapes downloader against a server on this machine, and zips that mean no good."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
+import struct
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlparse
 
+import numpy as np
 import pytest
 import requests
 from cityscapesscripts.download import downloader
@@ -364,3 +368,39 @@ def test_a_disk_without_room_is_said_before_unpacking(tmp_path, monkeypatch):
     with pytest.raises(RoadsegError, match="GB are free; expected .* to unpack a.zip"):
         unpack.unpack(tmp_path / "a.zip", tmp_path, TREES)
     assert not (tmp_path / "gtFine").exists()
+
+
+def test_whatever_is_damaged_in_a_zip_is_one_error(tmp_path):
+    whole = zipped(tmp_path / "a.zip", {"gtFine/a.png": bytes(range(200)), "gtFine/b.png": b"b"})
+    rng, said = np.random.default_rng(0), Counter[str]()
+    for i in range(400):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 1 + i % 3):
+            data[at] = rng.choice([0, 1, 127, 255, data[at] ^ 1])
+        (tmp_path / "a.zip").write_bytes(data)
+        (tmp_path / f"{i}").mkdir()
+        try:
+            unpack.unpack(tmp_path / "a.zip", tmp_path / f"{i}", TREES)
+        except RoadsegError as e:
+            said[e.found.split(" (")[0].split(":")[0]] += 1
+    assert said["is damaged"] > 100 and set(said) <= {"is damaged", "the zip is refused"}
+
+
+def test_only_the_zips_own_faults_are_called_damage(tmp_path, monkeypatch):
+    zipped(tmp_path / "a.zip", LABELS)
+
+    def write(error: Exception) -> Callable[..., None]:
+        def fails(*args: object) -> None:
+            raise error
+
+        return fails
+
+    for error in (OSError(errno.EINVAL, "Invalid argument"), IndexError(), struct.error(), ValueError()):
+        monkeypatch.setattr(unpack, "_write", write(error))
+        with pytest.raises(RoadsegError, match="is damaged"):
+            unpack.unpack(tmp_path / "a.zip", tmp_path, TREES)
+    for errno_, name in ((errno.ENOSPC, None), (errno.EINVAL, "a:b")):
+        monkeypatch.setattr(unpack, "_write", write(OSError(errno_, "no", name)))
+        with pytest.raises(OSError) as caught:
+            unpack.unpack(tmp_path / "a.zip", tmp_path, TREES)
+        assert caught.value.errno == errno_

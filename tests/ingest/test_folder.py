@@ -244,7 +244,7 @@ splits: {train: {images: "a\\nb", labels: m}, val: {images: i, annotations: a.js
         "classes.3.id: is 256",
         "classes.4.cityscapes: is the text 'starship', no train class of Cityscapes; expected one of road, sidewalk",
         "classes: the color #010203 is given 2 times; expected once",
-        "splits.train.images: is a\nb",
+        "splits.train.images: is 'a\\nb'",
         "splits.val.annotations: unknown key",
         "splits.val.labels: is empty; expected a folder",
     ):
@@ -268,3 +268,85 @@ def test_the_examples_of_the_documentation_are_read(tmp_path):
     examples = [block.partition("```")[0] for block in page.split("```yaml\n")[1:]]
     assert len(examples) >= 5
     assert {described(tmp_path, text).masks for text in examples} == {"ids", "palette", "colors", "polygons", "coco"}
+
+
+def test_annotations_of_no_image_are_a_finding(tmp_path):
+    write(tmp_path / "images/a.jpg", PICTURE)
+    data = json.loads(coco_file({"id": 7, "file_name": "a.jpg"}, rows=ROWS))
+    data["annotations"] += [{"image_id": 8, "category_id": 4}] * 3 + [{"image_id": "9: x", "category_id": 4}]
+    write(tmp_path / "coco/train.json", json.dumps(data).encode())
+    pairs, [finding] = folder.pairs(tmp_path, described(tmp_path, COCO))
+    assert [p.name for p in pairs] == ["a"]
+    assert (finding.code, finding.severity, finding.split, finding.count) == ("missing-image", "error", "train", 4)
+    assert finding.files == ("coco/train.json#8: 3 annotations", "coco/train.json#9: x: 1 annotation")
+
+
+def test_ids_of_coco_images_may_hold_what_entries_are_cut_at(tmp_path):
+    write(tmp_path / "images/a.jpg", PICTURE)
+    images = (("a: b", "gone.jpg"), ("a", "A.jpg"), ("c: d", "a.jpg"))
+    write(tmp_path / "coco/train.json", coco_file(*({"id": i, "file_name": name} for i, name in images)))
+    findings = folder.pairs(tmp_path, described(tmp_path, COCO))[1]
+    assert [f.files for f in findings if f.code == "missing-image"] == [
+        ("coco/train.json#a: A.jpg", "coco/train.json#a: b: gone.jpg")
+    ]
+
+
+def test_a_split_whose_folder_is_not_there_is_a_finding(tmp_path):
+    write(tmp_path / "images/a.jpg", PICTURE)
+    write(tmp_path / "masks/a.png", values(0, 0, 1))
+    classes = "classes: [{id: 0, name: road}, {id: 1, name: car}]\n"
+    text = f"{classes}{SPLITS}  val: {{images: imagse/val, labels: masks/val}}\n"
+    pairs, [finding] = folder.pairs(tmp_path, described(tmp_path, text))
+    assert [p.split for p in pairs] == ["train"]
+    assert (finding.code, finding.severity, finding.split) == ("empty-split", "error", "val")
+    assert "no folder imagse/val/" in finding.message and "splits.val.images" in finding.fix
+
+
+def test_a_wrong_label_suffix_is_said_and_case_does_not_matter(tmp_path):
+    write(tmp_path / "images/a.jpg", PICTURE)
+    write(tmp_path / "masks/a_Mask.png", values(0, 0, 1))
+    text = f"classes: [{{id: 0, name: road}}, {{id: 1, name: car}}]\n{SPLITS}label_suffix: "
+    for suffix in ("_mask", "_MASK", "_mask.PNG"):
+        pairs, findings = folder.pairs(tmp_path, described(tmp_path, text + suffix))
+        assert [p.name for p in pairs] == ["a"] and findings == []
+    [finding] = folder.pairs(tmp_path, described(tmp_path, text + "_label"))[1]
+    assert finding.code == "missing-label" and "label_suffix '_label'" in finding.fix
+    assert "masks/a_Mask.png" in finding.fix
+
+
+def test_train_ids_end_below_that_of_void(tmp_path):
+    def rows(count: int) -> str:
+        return "masks: polygons\nclasses:\n" + "".join(f"  - {{name: c{i}}}\n" for i in range(count)) + SPLITS
+
+    assert described(tmp_path, rows(255)).label_set.num_classes == 255
+    with pytest.raises(ConfigError, match="classes: 256 to learn; expected at most 255"):
+        described(tmp_path, rows(256))
+    full = rows(255).replace("splits", "  - {name: void, ignore: true}\nsplits")
+    with pytest.raises(ConfigError, match="background: no id is free"):
+        described(tmp_path, full)
+    assert described(tmp_path, full + "background: void\n").background == 255
+
+
+BOMB = "x: &a0 [z, z, z]\n" + "".join(f"x{i}: &a{i + 1} [{f'*a{i}, ' * 4}]\n" for i in range(15))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB
+        + "".join(
+            f"{key}: *a15\n" for key in ("ignore", "masks", "background", "overlap", "name", "sequence", "splits")
+        ),
+        f"{BOMB}classes: [{{id: *a15, name: *a15, color: *a15, train_id: *a15, cityscapes: *a15, ignore: *a15}}]",
+        f"classes: [{{id: 0x{'f' * 6000}, name: road}}]",
+        f"classes: [{{id: 0, name: road, color: 0x{'f' * 6000}}}]",
+        f"classes: [{{id: {'1' * 6000}.5, name: {'a' * 6000}, color: {'b' * 6000}, {'c' * 6000}: 1}}]",
+        f"masks: coco\nbackground: {'a' * 6000}\nsplits: {{{'a ' * 400}: {{images: {'../' * 6000}}}}}",
+        'classes: [{id: 0, name: "a\\eb"}, {id: 1, name: "\\uD800"}]\nname: "\\e"\nignore: ["\\e"]\nmasks: coco',
+    ],
+)
+def test_values_are_printed_short_and_printable(tmp_path, text):
+    with pytest.raises(ConfigError) as caught:
+        described(tmp_path, text)
+    said = str(caught.value)
+    assert len(said) < 3000 and said.encode() and said.replace("\n", "").isprintable()

@@ -140,3 +140,10 @@ def test_palettes_among_grey_masks():
     every = [replace(s, mask_mode="palette") for s in labels]
     assert value_findings("val", "val", every, MaskForm("ids", CAMVID)) == ([], {})
     assert value_findings("val", "val", labels, MaskForm("colors", CAMVID)) == ([], {})
+
+
+def test_0_and_255_in_nearly_every_frame_is_right_where_255_is_void_and_another_class_occurs():
+    split = [seen(0, 255, name=str(i)) for i in range(30)]
+    form = MaskForm("ids", TRAIN_IDS_AND_VOID)
+    assert causes([*split, seen(0, 1, 255, name="x")], form) == {}
+    assert set(causes([*split, seen(0, 77, 255, name="x")], form).values()) == {"binary-mask"}  # 77 is no class

@@ -150,7 +150,10 @@ def test_folder_pairs_by_stem_and_suffix(tmp_path):
         ("monday/a", "monday", "masks/train/monday/a_mask.png"),
         ("tuesday/a", "tuesday", "masks/train/tuesday/a_mask.png"),
     ]
-    assert codes(findings) == [("missing-image", "train", ("masks/train/tuesday/b_mask.png",))]
+    assert codes(findings) == [
+        ("empty-split", "val", ()),
+        ("missing-image", "train", ("masks/train/tuesday/b_mask.png",)),
+    ]
     with pytest.raises(DataError, match="expected pictures/train/ with masks/train/, pictures/val/"):
         folder.pairs(tmp_path / "masks", described(tmp_path, YAML))
 
@@ -159,7 +162,8 @@ def test_folder_with_images_and_masks_side_by_side(tmp_path):
     touch(tmp_path, "pictures/val/x/a_rgb.png", "pictures/val/x/a_mask.png")
     description = described(tmp_path, YAML + "image_suffix: _rgb\n")
     pairs, findings = folder.pairs(tmp_path, description)
-    assert findings == [] and [(p.name, p.image, p.label) for p in pairs] == [
+    assert codes(findings) == [("empty-split", "train", ())]
+    assert [(p.name, p.image, p.label) for p in pairs] == [
         ("x/a", "pictures/val/x/a_rgb.png", "pictures/val/x/a_mask.png")
     ]
 

@@ -224,4 +224,4 @@ def test_comma10k_masks_are_read_by_color():
     form = MaskForm(comma10k.FORM_KIND, comma10k.LABEL_SET)
     mask = np.array([[[64, 32, 32], [255, 0, 0], [128, 128, 96], [0, 255, 102], [204, 0, 255], [1, 2, 3]]], np.uint8)
     assert read_ids(png(mask), form, Limits())[0, :5].tolist() == [1, 2, 3, 4, 5]
-    assert unknown_colors(png(mask), form, Limits()) == {"#010203": 1}
+    assert unknown_colors(png(mask), form, Limits()) == ({"#010203": 1}, 1)

@@ -1,0 +1,54 @@
+"""YAML as people write it by hand: whatever is wrong with it is one error, and no key hides another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from roadseg.errors import ConfigError
+
+_LARGEST = 1 << 64  # Python refuses to print numbers of thousands of digits, and no value needs them
+# Besides YAMLError, what PyYAML raises for `!!int ""`, `!!bool x`, `!!timestamp x`, 2020-13-45 and 3,000 "[".
+_BROKEN = (OSError, ValueError, LookupError, AttributeError, OverflowError, RecursionError, yaml.YAMLError)
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Looks at keys before merges (`<<`) are resolved, which may well give a key that stands beside them."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in lines:
+                first = lines[key.tag, key.value]
+                raise ValueError(f"line {line} gives the key {key.value[:60]!r} again, after line {first}")
+            lines[key.tag, key.value] = line
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node)
+        if abs(value) >= _LARGEST:
+            raise ValueError(f"line {node.start_mark.line + 1} holds a huge number")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def load_yaml(path: Path, todo: str) -> Any:
+    """What the file holds, None if nothing. todo: what to do if there is no file. Raises ConfigError.
+
+    A key given twice in a mapping is an error, by its lines: PyYAML would take the last one.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except FileNotFoundError:
+        raise ConfigError("no such file", where=str(path), todo=todo) from None
+    except RecursionError:
+        raise ConfigError("not readable as YAML (nested too deep)", where=str(path)) from None
+    except _BROKEN as e:
+        raise ConfigError(f"not readable as YAML ({e or type(e).__name__})", where=str(path)) from None
