@@ -237,7 +237,7 @@ def run(
     config: Config,
     until: Stage = "push",
     *,
-    workspace: Path = Path("workspace"),
+    workspace: Path | str = "workspace",
     name: str = "default",
     wait: bool = True,
 ) -> RunResult:
@@ -249,6 +249,7 @@ def run(
     if until not in STAGES:
         raise UsageError(f"no stage {until!r}", expected=", ".join(STAGES))
     _refuse_spawned()
+    workspace = Path(workspace)
     folder = run_folder(workspace, name)
     this = _Run(config, Workspace(workspace, wait), folder)
     steps: dict[str, Callable[[], Any]] = {s: getattr(this, s) for s in STAGES}

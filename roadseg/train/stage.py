@@ -153,7 +153,7 @@ def _network(m: Model, t: Training, shards: Shards, init: Release | None) -> Dee
 
 
 def write_contact_sheet(crops: Crops, label_set: LabelSet, path: Path, samples: int = 12) -> None:
-    """A JPEG of the first augmented samples of epoch 0, image over coloured label, at 240 px width."""
+    """A JPEG of the first frames as epoch 0 augments them, image over coloured label, at 240 px width."""
     tiles = []
     for index in range(min(samples, len(crops.split))):
         image, label = crops.crop(Sample(0, index))
