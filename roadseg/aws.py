@@ -22,10 +22,16 @@ _NOT_VALID = (
 
 def aws_session() -> Any:
     """A boto3 session of its own: the shared default one is not safe between threads."""
-    with said_plainly("AWS"):
+    try:
         import boto3  # type: ignore[import-untyped]
-
+    except ImportError:
+        raise _not_installed() from None
+    with said_plainly("AWS"):
         return boto3.session.Session()
+
+
+def _not_installed() -> RoadsegError:
+    return RoadsegError("AWS needs the package boto3", todo="pip install 'roadseg[aws]'")
 
 
 def aws_client(service: str, *, region: str = "", endpoint_url: str = "") -> Any:
@@ -52,7 +58,7 @@ def said_plainly(where: str, error: type[RoadsegError] = StoreError) -> Iterator
     try:
         from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
     except ImportError:
-        raise RoadsegError("AWS needs the package boto3", todo="pip install 'roadseg[aws]'") from None
+        raise _not_installed() from None
     try:
         yield
     except (BotoCoreError, ClientError) as e:
@@ -91,7 +97,7 @@ def _refused(e: Any, signing_in: str) -> tuple[str, str]:
     if code in _NOT_VALID:
         return "the AWS credentials are not valid", signing_in
     if code == "NoSuchBucket":
-        return "the bucket does not exist", "create it, or correct its name"
+        return "the bucket does not exist", "create it, or correct its name in store.url or transform.shards"
     if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "301", "IllegalLocationConstraintException"):
         return "the bucket is in another region", "set aws.region to the bucket's"
     if code in ("SlowDown", "Throttling", "ThrottlingException", "TooManyRequestsException", "503"):

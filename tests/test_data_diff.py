@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from roadseg.data.profile import Profile
 from roadseg.data_diff import data_diff
 from roadseg.errors import DataError, RoadsegError
 from roadseg.release.archive import load_release
+
+
+@pytest.fixture
+def workspace(micro: Micro, tmp_path: Path) -> Path:
+    """A copy: that of `micro` is for reading only."""
+    return Path(shutil.copytree(micro.workspace, tmp_path / "copy"))
 
 
 def town(path: Path, **options: object) -> str:
@@ -29,13 +36,13 @@ def test_a_release_knows_what_it_was_trained_on(micro: Micro) -> None:
     assert set(profile.class_pixels) and profile.embedded_by
 
 
-def test_a_release_against_its_own_data_and_against_night(micro: Micro, tmp_path: Path) -> None:
-    own = data_diff("champion", str(MICRO), micro.config, workspace=micro.workspace)
+def test_a_release_against_its_own_data_and_against_night(micro: Micro, workspace: Path, tmp_path: Path) -> None:
+    own = data_diff("champion", str(MICRO), micro.config, workspace=workspace)
     by_name = {r.quantity: r for r in own.rows}
     assert by_name["classes"].score == pytest.approx(0, abs=1e-6) and own.verdict in ("same", "not compared")
     assert "trained" not in own.text and own.text.splitlines()[0].startswith("A  town train, ")
     night = town(tmp_path / "night.yaml", weather="night")
-    other = data_diff("champion", night, micro.config, workspace=micro.workspace)
+    other = data_diff("champion", night, micro.config, workspace=workspace)
     assert {r.quantity for r in other.rows} == set(by_name)
 
 
@@ -53,24 +60,24 @@ def test_night_is_another_population_than_day(micro: Micro, tmp_path: Path, caps
     assert "verdict  " in text and "verdict  different" not in text
 
 
-def test_wrong_sides_are_told(micro: Micro, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    workspace = ["--workspace", str(tmp_path / "w")]
-    assert main(["data", "diff", "one", *workspace]) == 2
+def test_wrong_sides_are_told(micro: Micro, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    empty = ["--workspace", str(tmp_path / "w")]
+    assert main(["data", "diff", "one", *empty]) == 2
     assert "roadseg data diff A B" in capsys.readouterr().err
-    assert main(["data", "diff", "nonsense", "other", *workspace]) != 0
+    assert main(["data", "diff", "nonsense", "other", *empty]) != 0
     assert "Traceback" not in capsys.readouterr().err
     day = town(tmp_path / "day.yaml")
     with pytest.raises(DataError, match="no split 'test'"):
         data_diff(day + ":test", day, micro.config, workspace=tmp_path / "w")
     with pytest.raises(RoadsegError):
-        data_diff(str(tmp_path / "nowhere.yaml"), "champion", micro.config, workspace=micro.workspace)
+        data_diff(str(tmp_path / "nowhere.yaml"), "champion", micro.config, workspace=workspace)
 
 
-def test_errors_lists_doubted_labels_and_writes_a_page(micro: Micro, capsys: pytest.CaptureFixture) -> None:
+def test_errors_lists_doubted_labels_and_writes_a_page(workspace: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("cleanlab")
-    arguments = ["data", "errors", "--config", str(MICRO), "--workspace", str(micro.workspace), "--name", "doubts"]
+    arguments = ["data", "errors", "--config", str(MICRO), "--workspace", str(workspace), "--name", "doubts"]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert all(0 < row["share"] <= 1 and row["pairs"] for row in found)
-    assert (micro.workspace / "runs" / "doubts" / "label_errors.html").read_text().startswith("<!doctype html>")
+    assert (workspace / "runs" / "doubts" / "label_errors.html").read_text().startswith("<!doctype html>")
     assert main([*arguments, "extra"]) == 2

@@ -224,7 +224,12 @@ def test_real_camvid(work, real_data):
     manifest = ingest(camvid(), root, work, ("train", "val"))
     assert (len(manifest.split("train")), len(manifest.split("val"))) == (367, 101)
     found = json.loads((work / "findings.json").read_text())
-    assert [(f["code"], f["severity"], f["files"]) for f in found] == [("same-sequence", "warning", ["0016E5"])]
+    assert {(f["code"], f["severity"], f["split"]) for f in found} == {
+        ("same-sequence", "warning", "train and val"),
+        ("near-duplicate-in-split", "warning", "train"),
+        ("near-duplicate-in-split", "warning", "val"),
+    }
+    assert next(f["files"] for f in found if f["code"] == "same-sequence") == ["0016E5"]
     held = ingest(camvid(holdout_sequences=("0006R0",)), root, work, ("holdout",))
     assert len(held.split("holdout")) == 101
 
@@ -233,7 +238,7 @@ def test_real_cityscapes(work, real_data):
     manifest = ingest(Data(source="cityscapes", workers=1), real_data / "cityscapes-mini", work)
     assert (len(manifest.split("train")), len(manifest.split("val"))) == (3, 1)
     assert all((s.width, s.height) == (2048, 1024) and s.instances for s in manifest.samples)
-    assert {f["code"] for f in json.loads((work / "findings.json").read_text())} == {"class-missing"}
+    assert {f["code"] for f in json.loads((work / "findings.json").read_text())} == {"class-missing", "same-city"}
 
 
 def test_dangling_links_and_all_images_broken_are_listed_with_a_report(root, work, tmp_path):
