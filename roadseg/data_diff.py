@@ -47,7 +47,7 @@ def data_diff(
 ) -> Diff:
     """Compare A with B, each a YAML config whose data section names a data set, or a release.
 
-    A config may be followed by ":SPLIT" (default: train, or the only one there is). release: whose
+    A config may be followed by ":SPLIT" (default: train, or the first where there is none). release: whose
     backbone looks at the frames; without it that of the release being compared, else the champion's
     if there is one. Raises UsageError for what is neither, and what ingest raises for the data.
     """

@@ -22,16 +22,16 @@ Paired = tuple[list[Pair], list[Finding]]
 # Sources whose masks are written in one way, whatever their tree holds.
 _FIXED: dict[str, tuple[Callable[[Path], Paired], MaskForm]] = {
     "town": (cityscapes.pairs, MaskForm("ids", TOWN)),
-    "cityscapes": (cityscapes.pairs, MaskForm("ids", cityscapes.LABEL_SET)),
-    "cityscapes-coarse": (cityscapes.coarse_pairs, MaskForm("ids", cityscapes.LABEL_SET)),
-    "camvid": (camvid.pairs, MaskForm("ids", camvid.LABEL_SET)),
-    "camvid-32": (camvid_colors.pairs, MaskForm("colors", camvid_colors.LABEL_SET)),
-    "bdd100k": (bdd100k.pairs, MaskForm("ids", bdd100k.LABEL_SET)),
-    "kitti": (kitti.pairs, MaskForm("ids", kitti.LABEL_SET)),
-    "acdc": (acdc.pairs, MaskForm("ids", acdc.LABEL_SET)),
-    "comma10k": (comma10k.pairs, MaskForm("colors", comma10k.LABEL_SET)),
-    "mapillary-v1.2": (mapillary.pairs_v1_2, MaskForm("ids", mapillary.LABEL_SET_V1_2)),
-    "mapillary-v2": (mapillary.pairs, MaskForm("ids", mapillary.LABEL_SET)),
+    "cityscapes": (cityscapes.pairs, MaskForm(cityscapes.FORM_KIND, cityscapes.LABEL_SET)),
+    "cityscapes-coarse": (cityscapes.coarse_pairs, MaskForm(cityscapes.FORM_KIND, cityscapes.LABEL_SET)),
+    "camvid": (camvid.pairs, MaskForm(camvid.FORM_KIND, camvid.LABEL_SET)),
+    "camvid-32": (camvid_colors.pairs, MaskForm(camvid_colors.FORM_KIND, camvid_colors.LABEL_SET)),
+    "bdd100k": (bdd100k.pairs, MaskForm(bdd100k.FORM_KIND, bdd100k.LABEL_SET)),
+    "kitti": (kitti.pairs, MaskForm(kitti.FORM_KIND, kitti.LABEL_SET)),
+    "acdc": (acdc.pairs, MaskForm(acdc.FORM_KIND, acdc.LABEL_SET)),
+    "comma10k": (comma10k.pairs, MaskForm(comma10k.FORM_KIND, comma10k.LABEL_SET)),
+    "mapillary-v1.2": (mapillary.pairs_v1_2, MaskForm(mapillary.FORM_KIND, mapillary.LABEL_SET_V1_2)),
+    "mapillary-v2": (mapillary.pairs, MaskForm(mapillary.FORM_KIND, mapillary.LABEL_SET)),
 }
 
 
