@@ -1,6 +1,6 @@
 """The configuration: one pydantic section a concern, read from YAML; flags.py lays flags over it.
 
-Fields marked `_OUT` change where or how fast something is made, never what: they stay out of keys.
+Fields marked `OUT` change where or how fast something is made, never what: they stay out of keys.
 """
 
 from __future__ import annotations
@@ -11,34 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from roadseg.config_section import OUT, Positive, Section
+from roadseg.config_training import Training
 from roadseg.errors import ConfigError
 from roadseg.yaml_file import load_yaml
-
-_OUT: dict[str, Any] = {"in_key": False}
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    def key_fields(self) -> dict[str, Any]:
-        """The fields that change a result, JSON-ready."""
-        kept: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("in_key") is False:
-                continue
-            value = getattr(self, name)
-            if isinstance(value, Section):
-                kept[name] = value.key_fields()
-            elif isinstance(value, dict):
-                kept[name] = {k: v.key_fields() if isinstance(v, Section) else v for k, v in value.items()}
-            else:
-                kept[name] = self.model_dump(mode="json")[name]
-        return kept
 
 
 class Town(Section):
@@ -73,9 +51,9 @@ class Part(Section):
     """One data set of a mixed one."""
 
     source: Source = Field(description="the data set's form")
-    root: Path | None = Field(None, description="where it lies", json_schema_extra=_OUT)
+    root: Path | None = Field(None, description="where it lies", json_schema_extra=OUT)
     labels: Path | None = Field(
-        None, description="YAML of classes and folders, for source folder", json_schema_extra=_OUT
+        None, description="YAML of classes and folders, for source folder", json_schema_extra=OUT
     )
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         1.0, description="share of train's samples, against other weights"
@@ -95,9 +73,9 @@ class Data(Section):
     """What is learned and scored: a source, where it lies, which parts."""
 
     source: Literal[Source, "town", "mix"] = Field("town", description="the data set's form")
-    root: Path | None = Field(None, description="where the data set lies; the town needs none", json_schema_extra=_OUT)
+    root: Path | None = Field(None, description="where the data set lies; the town needs none", json_schema_extra=OUT)
     labels: Path | None = Field(
-        None, description="YAML of classes and folders, for source folder", json_schema_extra=_OUT
+        None, description="YAML of classes and folders, for source folder", json_schema_extra=OUT
     )
     mix: dict[str, Part] = Field({}, description="for source mix: data sets by name, in YAML")
     taxonomy: Literal["auto", "native", "cityscapes"] = Field(
@@ -106,11 +84,11 @@ class Data(Section):
         "auto: own, and of a mix the 19",
     )
     download: bool = Field(
-        False, description="fetch Cityscapes with your own account first, into data.root", json_schema_extra=_OUT
+        False, description="fetch Cityscapes with your own account first, into data.root", json_schema_extra=OUT
     )
     allow: tuple[str, ...] = Field((), description="codes of errors to go on with; what they concern is left out")
     forbid: tuple[str, ...] = Field((), description="codes of warnings that refuse, as errors do")
-    split: str = Field("val", description="the split that evaluation scores", json_schema_extra=_OUT)
+    split: str = Field("val", description="the split that evaluation scores", json_schema_extra=OUT)
     holdout_sequences: tuple[str, ...] = Field(
         (), description="sequences taken out of train into the split 'holdout', scored beside data.split"
     )
@@ -118,7 +96,7 @@ class Data(Section):
     max_image_pixels: Positive = Field(64_000_000, description="larger images are refused before decoding")
     max_file_bytes: Positive = Field(256_000_000, description="larger files are refused before reading")
     workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="processes that check and convert; 0: one a core", json_schema_extra=_OUT
+        0, description="processes that check and convert; 0: one a core", json_schema_extra=OUT
     )
 
     @model_validator(mode="after")
@@ -143,7 +121,7 @@ class Transform(Section):
     shards: str = Field(
         "",
         description="train from these finished shards (a folder or s3://bucket/prefix) instead",
-        json_schema_extra=_OUT,
+        json_schema_extra=OUT,
     )
 
 
@@ -152,7 +130,7 @@ class Model(Section):
 
     backbone: str = Field("mobilenetv2_100", description="any timm backbone with features_only")
     backbone_weights: str = Field(
-        "imagenet", description="'imagenet' (timm's own), 'none', or a .safetensors file", json_schema_extra=_OUT
+        "imagenet", description="'imagenet' (timm's own), 'none', or a .safetensors file", json_schema_extra=OUT
     )
     output_stride: Literal[8, 16, 32] = Field(16, description="stride of the backbone's last feature")
     fusion: Literal["skfusion", "sknet", "dense", "concat"] = Field(
@@ -165,88 +143,11 @@ class Model(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="before the classifier")
 
 
-class Augment(Section):
-    """What is drawn for every training sample."""
-
-    scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
-    rotate_deg: Annotated[float, Field(ge=0, le=45)] = Field(0.0, description="largest rotation, either way")
-    flip: Fraction = Field(0.5, description="chance of a left-right flip")
-    brightness: Fraction = Field(0.4, description="brightness factor drawn from 1 - b .. 1 + b")
-    contrast: Fraction = Field(0.4, description="contrast factor drawn from 1 - c .. 1 + c")
-    saturation: Fraction = Field(0.4, description="saturation factor drawn from 1 - s .. 1 + s")
-    blur: Fraction = Field(0.0, description="chance of a Gaussian blur, sigma 0.1 .. 1.5 px")
-
-    @model_validator(mode="after")
-    def _scale_ordered(self) -> Augment:
-        low, high = self.scale
-        if not 0.05 <= low <= high <= 20:
-            raise ValueError(f"scale is {low}..{high}; expected 0.05 <= low <= high <= 20")
-        return self
-
-
-class Training(Section):
-    """Optimisation. Length is epochs or steps, one of the two; neither means 60 epochs."""
-
-    epochs: Positive | None = Field(None, description="passes over train (60 when steps is not given either)")
-    steps: Positive | None = Field(None, description="optimizer steps, instead of epochs")
-    batch_size: Positive = Field(8, description="samples a step")
-    crop_px: tuple[Positive, Positive] = Field((512, 512), description="height and width of a training crop")
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="optimizer")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(0.001, description="peak learning rate")
-    backbone_lr_factor: Annotated[float, Field(ge=0)] = Field(1.0, description="times learning_rate, for the backbone")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="on weights only, not on biases or norms")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
-    scheduler: Literal["poly", "cosine", "constant"] = Field("poly", description="learning rate over steps")
-    poly_power: Annotated[float, Field(gt=0)] = Field(0.9, description="exponent of poly")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up; at most half the run is used")
-    class_weights: Literal["none", "enet"] = Field("none", description="class weights of the loss")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the cross-entropy")
-    auxiliary_weight: Annotated[float, Field(ge=0)] = Field(
-        0.4, description="weight of each auxiliary head's loss; 0: no auxiliary heads"
-    )
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="of the averaged weights that are reported and shipped; 0: the raw weights"
-    )
-    clip_norm: Annotated[float, Field(ge=0)] = Field(5.0, description="gradient norm limit; 0: none")
-    augment: Augment = Field(Augment(), description="random draws")
-    class_uniform: Fraction = Field(
-        0.0, description="share of samples that are crops around a class drawn uniformly, instead of a frame"
-    )
-    seed: int = Field(0, description="of initial weights, order and draws")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
-    init_from: str = Field(
-        "", description="start from this release (digest, path or s3://) instead", json_schema_extra=_OUT
-    )
-    validate_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: ten a run")
-    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps between checkpoints; 0: every 60 s and at validations", json_schema_extra=_OUT
-    )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=_OUT)
-    cuda_graph: bool = Field(True, description="on CUDA, forward and backward as one graph", json_schema_extra=_OUT)
-    augment_device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto",
-        description="where crops are scaled, turned and coloured; auto: where the training is",
-        json_schema_extra=_OUT,
-    )
-    frames_on_gpu: Literal["auto", "never", "always"] = Field(
-        "auto", description="hold all of train in GPU memory; auto: if it fits in a quarter", json_schema_extra=_OUT
-    )
-    workers: Annotated[int, Field(ge=-1)] = Field(
-        -1, description="loader processes; 0: none, -1: chosen by the machine", json_schema_extra=_OUT
-    )
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Training:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError(f"epochs ({self.epochs}) and steps ({self.steps}) are both set; set one to null")
-        return self
-
-
 class Evaluation(Section):
     """Scoring and the report."""
 
     scenes: Annotated[int, Field(ge=0, le=50)] = Field(4, description="best and worst scenes shown, of each")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the runtime; 0: one a core", json_schema_extra=_OUT)
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the runtime; 0: one a core", json_schema_extra=OUT)
 
 
 class Push(Section):

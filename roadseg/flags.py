@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -66,14 +66,18 @@ def _mirror(model: type[BaseModel]) -> type:
         fields = []
         for name, field in model.model_fields.items():
             kind: Any = field.annotation
-            if get_origin(kind) is dict:
-                continue  # sections by name are for YAML
-            if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
+            if get_origin(kind) is dict or any(_is_section(part) for part in get_args(kind)):
+                continue  # sections by name, and lists of them, are for YAML
+            if _is_section(kind):
                 kind = _mirror(kind)
             fields.append((name, Annotated[kind, tyro.conf.arg(help=field.description)]))
         _mirrors[model] = dataclasses.make_dataclass(model.__name__, fields)
         _mirrors[model].__doc__ = model.__doc__
     return _mirrors[model]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _as_mirror(section: BaseModel) -> Any:
