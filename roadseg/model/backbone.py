@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from roadseg.errors import ConfigError
+from roadseg.model.depthwise import speed_up_dilated
 
 HUB_FILE = "model.safetensors"
 
@@ -47,6 +48,7 @@ def create_backbone(name: str, output_stride: int) -> nn.Module:
         raise _unfit(name, output_stride, "its maps are not channels-first")
     if backbone.pretrained_cfg.get("fixed_input_size"):  # type: ignore[union-attr,operator]
         raise _unfit(name, output_stride, "it takes images of one size only")
+    speed_up_dilated(backbone)
     return backbone
 
 

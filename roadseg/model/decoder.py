@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from roadseg.model.enlarge import enlarge
 from roadseg.model.sk_fusion import conv3x3, conv_bn_relu, make_fusion
 
 # What DeepLabv3+ gives the low level where maps are concatenated, so that it does not outweigh the
@@ -35,6 +35,6 @@ class Decoder(nn.Module):
 
     def forward(self, high: Tensor, lows: Sequence[Tensor]) -> Tensor:
         for low, lateral, fusion, refine in zip(lows, self.laterals, self.fusions, self.refinements, strict=True):
-            high = F.interpolate(high, size=low.shape[-2:], mode="bilinear", align_corners=False)
+            high = enlarge(high, low.shape[-2], low.shape[-1])
             high = refine(fusion([lateral(low), high]))
         return self.classifier(high)

@@ -101,6 +101,25 @@ class TrainingOutput(NamedTuple):
     auxiliary: tuple[Tensor, ...]  # [B, K, ., .] at stride 8 and at output_stride
 
 
+class Dropout(nn.Module):
+    """nn.Dropout whose mask is a part of the whole batch's, so that several processes drop what one would.
+
+    All processes draw from one seed the mask of `parts` times their images and take the `part`-th of it.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.part, self.parts = share, 0, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.share:
+            return x
+        images = len(x)
+        draws = torch.rand((images * self.parts, *x.shape[1:]), device=x.device, dtype=torch.float32)
+        kept = draws[images * self.part : images * (self.part + 1)] >= self.share
+        return x * kept.to(x.dtype) / (1 - self.share)
+
+
 class DeepLabV3Plus(nn.Module):
     """Image [B, 3, H, W], RGB, uint8 or float in 0..255, to logits [B, K, h, w].
 
@@ -128,7 +147,7 @@ class DeepLabV3Plus(nn.Module):
         self.low_indices = [level(self.backbone, stride, a.backbone) for stride in a.low_levels]
         self.aspp = ASPP(widths[-1], a.channels, a.atrous_rates, a.fusion, a.head)
         # On the coarse map: at the logits' stride it would cost a pass over the largest map there is.
-        self.dropout = nn.Dropout(a.dropout)
+        self.dropout = Dropout(a.dropout)
         self.decoder = Decoder([widths[i] for i in self.low_indices], a.channels, a.num_classes, a.fusion, a.head)
         self.auxiliary_indices = [level(self.backbone, AUXILIARY_STRIDE, a.backbone), -1] if a.auxiliary else []
         self.auxiliary_heads = nn.ModuleList(

@@ -1,0 +1,43 @@
+"""Bilinear enlargement of maps (align_corners=False), with a gradient that is fast and the same in every run."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def enlarge(map_BChw: Tensor, height: int, width: int) -> Tensor:
+    """[B, C, height, width]; in training on CUDA as two matrix products.
+
+    The gradient of F.interpolate adds atomically: on an H100 (768x768, batch 16) it took 5 of a
+    compiled step's 52 ms, and two runs of it differ.
+    """
+    if not (map_BChw.is_cuda and map_BChw.requires_grad):
+        return F.interpolate(map_BChw, size=(height, width), mode="bilinear", align_corners=False)
+    return as_products(map_BChw, height, width)
+
+
+def as_products(map_BChw: Tensor, height: int, width: int) -> Tensor:
+    """F.interpolate's values, channels last."""
+    batch, channels, rows, columns = map_BChw.shape
+    down = interpolation(rows, height, map_BChw.device).to(map_BChw.dtype)
+    across = interpolation(columns, width, map_BChw.device).to(map_BChw.dtype)
+    taller = down @ map_BChw.permute(0, 2, 3, 1).reshape(batch, rows, columns * channels)
+    wider = across @ taller.view(batch * height, columns, channels)
+    return wider.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache(maxsize=64)
+def interpolation(size: int, to_size: int, device: torch.device) -> Tensor:
+    """float32 [to_size, size]: row i holds the weights with which the inputs make up output i."""
+    centre = ((torch.arange(to_size, dtype=torch.float64) + 0.5) * size / to_size - 0.5).clamp(0, size - 1)
+    left = centre.floor().long().clamp(max=max(size - 2, 0))
+    share = (centre - left)[:, None]
+    matrix = torch.zeros(to_size, size, dtype=torch.float64)
+    matrix.scatter_add_(1, left[:, None], 1 - share)
+    matrix.scatter_add_(1, (left[:, None] + 1).clamp(max=size - 1), share)
+    return matrix.float().to(device)
