@@ -20,32 +20,29 @@ from collections.abc import Callable
 import torch
 from machine import cpu_name
 from reference_model import ReferenceModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from roadseg.data.loader import Batch
 from roadseg.labels import IGNORE
 from roadseg.model import Architecture, build
+from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.ema import EMA
 from roadseg.train.gradients import EAGER_STEPS, Gradients
-from roadseg.train.losses import cross_entropy
+from roadseg.train.objective import Objective
 
 ROUNDS = 5
 
 
-def ours(architecture: Architecture, batch: Batch, device: torch.device, graph: bool) -> Callable[[], object]:
+def ours(
+    architecture: Architecture, batch: Batch, device: torch.device, graph: bool, compiled: bool = False
+) -> Callable[[], object]:
     network = build(architecture, seed=0).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=device.type == "cuda")
     average = EMA(network, 0.999)
     weights = torch.ones(architecture.num_classes, device=device)
-
-    def loss_of(output: object, label: Tensor) -> Tensor:
-        main, *auxiliary = [output] if isinstance(output, Tensor) else [output.logits, *output.auxiliary]  # type: ignore[attr-defined]
-        return cross_entropy(main, label, weights, 0.05) + sum(
-            0.4 * cross_entropy(a, label, weights, 0.05) for a in auxiliary
-        )
-
-    gradients = Gradients(network, loss_of, device, device.type == "cuda", graph)
+    objective = Objective(Criterion(Terms(), Terms(), 0.4, weights, 0.05, 0.7, 0.0625, 2.0, 3))
+    gradients = Gradients(network, objective, device, device.type == "cuda", graph, compiled=compiled)
 
     def step() -> None:
         loss = gradients(batch)
@@ -81,15 +78,12 @@ def peer(network: nn.Module, batch: Batch, device: torch.device) -> Callable[[],
 def forms(a: argparse.Namespace, batch: Batch, device: torch.device) -> dict[str, Callable[[], object]]:
     heads = Architecture(a.classes, auxiliary=True)
     plain = Architecture(a.classes)
-    made = {
-        "roadseg, two auxiliary heads, eager": ours(heads, batch, device, False),
-        "roadseg, no auxiliary heads, eager": ours(plain, batch, device, False),
-    }
+    made = {"roadseg, two auxiliary heads, eager": ours(heads, batch, device, False)}
     if device.type == "cuda":
         made["roadseg, two auxiliary heads, CUDA graph"] = ours(heads, batch, device, True)
         made["roadseg, no auxiliary heads, CUDA graph"] = ours(plain, batch, device, True)
-        finer = Architecture(a.classes, auxiliary=True, low_levels=(8, 4, 2))
-        made["roadseg, two auxiliary heads, stride-2 level, CUDA graph"] = ours(finer, batch, device, True)
+        made["roadseg, two auxiliary heads, compiled, CUDA graph"] = ours(heads, batch, device, True, True)
+        made["roadseg, no auxiliary heads, compiled, CUDA graph"] = ours(plain, batch, device, True, True)
     made["reference model, eager"] = peer(ReferenceModel(a.classes), batch, device)
     try:
         from segmentation_models_pytorch import DeepLabV3Plus
@@ -119,9 +113,11 @@ def main() -> None:
     if device.type == "cuda":
         image, label = image.pin_memory(), label.pin_memory()
     steps = forms(a, Batch(image, label, ()), device)
-    for step in steps.values():
+    for form, step in steps.items():
+        start = time.perf_counter()
         for _ in range(EAGER_STEPS + 5 if device.type == "cuda" else 1):
             step()
+        print(f"{form}: first steps with compilation and capture {time.perf_counter() - start:.0f} s", flush=True)
     took: dict[str, list[float]] = {form: [] for form in steps}
     for _ in range(ROUNDS):
         for form, step in steps.items():

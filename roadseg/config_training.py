@@ -21,6 +21,9 @@ class Augment(Section):
     contrast: Fraction = Field(0.4, description="contrast factor drawn from 1 - c .. 1 + c")
     saturation: Fraction = Field(0.4, description="saturation factor drawn from 1 - s .. 1 + s")
     blur: Fraction = Field(0.0, description="chance of a Gaussian blur, sigma 0.1 .. 1.5 px")
+    class_mix: Fraction = Field(
+        0.0, description="share of crops into which half the classes of another crop of the batch are pasted"
+    )
 
     @model_validator(mode="after")
     def _scale_ordered(self) -> Augment:

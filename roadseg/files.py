@@ -93,13 +93,13 @@ def content_digest(folder: Path, leave_out: tuple[str, ...] = ()) -> str:
 
 @contextmanager
 def lock(path: Path, what: str, *, wait: bool, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Hold `path` as an exclusive flock; the kernel frees it with its owner.
+    """Hold `path` as an exclusive flock; the kernel frees it with its owner, whatever processes that forked.
 
     Raises Busy, naming the owner, if another process holds it and `wait` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with open(path, "a+") as f:
+        with open(path, "a+") as f, _not_in_children(f):
             _acquire(f, what, wait, say)
             if not _is_file_at(path, f):
                 continue  # removed by its last owner while we waited: a lock on it keeps nobody out
@@ -109,6 +109,28 @@ def lock(path: Path, what: str, *, wait: bool, say: Callable[[str], None] = lamb
             f.flush()
             yield
             return
+
+
+_locks: set[TextIO] = set()  # open in this process
+
+
+def _close_locks() -> None:
+    for f in _locks:
+        f.close()
+    _locks.clear()
+
+
+# A lock is of all processes that share its file: one that outlives the owner for a while would keep it.
+os.register_at_fork(after_in_child=_close_locks)
+
+
+@contextmanager
+def _not_in_children(f: TextIO) -> Iterator[None]:
+    _locks.add(f)
+    try:
+        yield
+    finally:
+        _locks.discard(f)
 
 
 def _acquire(f: TextIO, what: str, wait: bool, say: Callable[[str], None]) -> None:

@@ -5,9 +5,11 @@ Stages are imported where they run, so that a command that needs no torch does n
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from roadseg.config import Config
 from roadseg.errors import ConfigError, DataError, GateRefused, UsageError
-from roadseg.files import lock, read_json, sha256_file, write_atomic, write_json
+from roadseg.files import lock, read_json, write_atomic, write_json
 from roadseg.release.archive import Release, load_release
 from roadseg.release.store import Store, open_store, resolve
+from roadseg.train.place import Place, place
 from roadseg.workspace import Output, Workspace
 
 if TYPE_CHECKING:
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
     from roadseg.data.shards import Shards
     from roadseg.images import Limits
     from roadseg.push.gate import Decision
+    from roadseg.train.inputs import Inputs
+    from roadseg.train.words import Words
 
 log = logging.getLogger(__name__)
+_runs = itertools.count()  # of this process; all of a cluster count alike
 Stage = Literal["ingest", "transform", "train", "evaluate", "push"]
 STAGES: tuple[Stage, ...] = ("ingest", "transform", "train", "evaluate", "push")
 HOLDOUT = "holdout"
@@ -37,7 +43,10 @@ CACHE = "cache"  # below the workspace: archives fetched from a remote store
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run ended with. outputs: by stage; evaluation: content of metrics.json."""
+    """What a run ended with. outputs: by stage; evaluation: content of metrics.json.
+
+    Of several processes that train together only rank 0 has any of it.
+    """
 
     outputs: dict[str, Output]
     folder: Path
@@ -51,12 +60,14 @@ class _Run:
     """One run in the making; each stage's method needs those before it.
 
     folder: where the record of its outputs is kept up, so that `clean` leaves them alone, also when
-    the run is still going or was killed; None for a single evaluation.
+    the run is still going or was killed; None for a single evaluation. words: to the other ranks, where
+    a cluster's processes all run this.
     """
 
     config: Config
     workspace: Workspace
     folder: Path | None = None
+    words: Words | None = None
     outputs: dict[str, Output] = field(default_factory=dict)
 
     def keep(self, stage: str, output: Output) -> Output:
@@ -128,20 +139,64 @@ class _Run:
         return self.keep("transform", output)
 
     def train(self) -> Output:
-        from roadseg.train.stage import VERSION, train_candidate
+        """By this process, or by as many as the config or the cluster says, of which this one then is rank 0."""
+        from roadseg.train.job import do, job_of, processes
+        from roadseg.train.launch import launch
+        from roadseg.train.ranks import outside
+        from roadseg.train.stage import train_candidate
+
+        inputs, shards, key = self._training()
+        together = False
+
+        def build(work: Path) -> None:
+            nonlocal together
+            if self.words:
+                self.words.tell("training")
+                together = True
+                do(outside(), job_of(self.config, shards(), inputs, work), self.words)
+            elif (world := processes(self.config.training)) > 1:
+                launch(do, (job_of(self.config, shards(), inputs, work),), world)
+            else:
+                init, teacher = (g.release if g else None for g in (inputs.init, inputs.teacher))
+                train_candidate(self.config, shards(), work, init, teacher)
+
+        output = self.workspace.make("train", *key, build, resumes=True)
+        if self.words:
+            self.words.finish(await_others=together)
+        return self.keep("train", output)
+
+    def follow(self) -> None:
+        """What a rank other than 0 does: its part of the training, if there is one to be done, and no more.
+
+        Returns when rank 0 has finished training; at once if its output is there. Raises what rank 0 failed with.
+        """
+        from roadseg.train.job import do, job_of
+        from roadseg.train.ranks import outside
+
+        inputs, shards, key = self._training()
+        assert self.words is not None
+        if self.workspace.find("train", *key):
+            return
+        if self.words.wait("training", "trained") == "training":
+            with tempfile.TemporaryDirectory(prefix="roadseg-rank-") as work:  # it writes nothing there
+                do(outside(), job_of(self.config, shards(), inputs, work), self.words)
+            self.words.wait("trained")
+        self.words.heard()
+
+    def _training(self) -> tuple[Inputs, Callable[[], Shards], tuple[int, dict[str, Any], dict[str, str]]]:
+        """What the train stage starts from, and what its key is made of."""
+        from roadseg.train.inputs import training_inputs
+        from roadseg.train.job import refuse_uneven
+        from roadseg.train.stage import VERSION
 
         c = self.config
-        init, weights = self._init_release(), _weights(c)  # first: what is wrong here is told before hours of data
+        world = self.words.here.world if self.words else max(c.training.gpus, 1)
+        # First: what is wrong here is told before hours of data.
+        refuse_uneven(c.training, world)
+        inputs = training_inputs(c, lambda reference: find_release(c, self.workspace.path, reference))
         shards, content = self._shards()
-        output = self.workspace.make(
-            "train",
-            VERSION,
-            {"model": c.model.key_fields(), "training": c.training.key_fields()},
-            {"transform": content, "weights": weights, "init_from": init.digest if init else ""},
-            lambda work: train_candidate(c, shards(), work, init),
-            resumes=True,
-        )
-        return self.keep("train", output)
+        fields = {"model": c.model.key_fields(), "training": c.training.key_fields()}
+        return inputs, shards, (VERSION, fields, {"transform": content, **inputs.digests})
 
     def _shards(self) -> tuple[Callable[[], Shards], str]:
         """What reads the shards to train from, and their content digest."""
@@ -175,10 +230,6 @@ class _Run:
                 manifest, root, limits = self.manifest()
                 rebuild(damaged, self.config.transform, manifest, root, shards, limits)
         return shards
-
-    def _init_release(self) -> Release | None:
-        reference = self.config.training.init_from
-        return load_release(find_release(self.config, self.workspace.path, reference)) if reference else None
 
     def evaluate(self) -> Output:
         self._scored_splits(self.manifest()[0].splits)  # what is wrong here is told before hours of training
@@ -243,6 +294,8 @@ def run(
 ) -> RunResult:
     """Run the stages up to `until`; what is there already is not made again.
 
+    Under torchrun or on a SageMaker cluster every process calls this alike; see `RunResult`.
+
     Writes runs/<name>/run.json, and report.html once there is an Evaluation. Raises the exceptions
     of roadseg.errors; GateRefused, after everything is written, when the champion stays.
     """
@@ -251,7 +304,43 @@ def run(
     _refuse_spawned()
     workspace = Path(workspace)
     folder = run_folder(workspace, name)
-    this = _Run(config, Workspace(workspace, wait), folder)
+    here = place()
+    if here.world > 1:
+        return _run_in_cluster(config, until, workspace, folder, here)
+    return _run(_Run(config, Workspace(workspace, wait), folder), until, folder)
+
+
+def _run_in_cluster(config: Config, until: Stage, workspace: Path, folder: Path, here: Place) -> RunResult:
+    """As one of the processes that a launcher started: rank 0 runs, the others make its data and train with it.
+
+    Locks are always waited for: mostly it is a sibling that holds one.
+    """
+    if config.training.gpus != 1:
+        raise ConfigError(
+            f"{config.training.gpus} in one of {here.world} processes that were started together",
+            expected="1",
+            where="training.gpus",
+            todo="leave it out: torchrun or the cluster says how many there are",
+        )
+    this = _Run(config, Workspace(workspace), folder if here.main else None)
+    if not here.main:
+        log.parent.setLevel(logging.WARNING)  # type: ignore[union-attr]  # rank 0 tells the rest
+    if until not in ("ingest", "transform"):
+        from roadseg.train.words import Words
+
+        this.words = Words(here, f"run {next(_runs)}")
+        with this.words.failures_told():
+            if here.main:
+                return _run(this, until, folder)
+            this.follow()
+    elif here.main:
+        return _run(this, until, folder)
+    else:
+        getattr(this, until)()
+    return RunResult({}, folder)
+
+
+def _run(this: _Run, until: Stage, folder: Path) -> RunResult:
     steps: dict[str, Callable[[], Any]] = {s: getattr(this, s) for s in STAGES}
     result = evaluation = None
     try:
@@ -322,18 +411,6 @@ def find_release(config: Config, workspace: Path, reference: str) -> Path:
         config = config.model_copy(update={"store": config.store.model_copy(update={"url": url})})
         reference = rest.split("/")[0] or "champion"
     return resolve(reference, store_of(config, workspace), workspace / CACHE)
-
-
-def _weights(config: Config) -> str:
-    """What the backbone starts from, by content: none, imagenet, or a file's SHA-256."""
-    weights = config.model.backbone_weights
-    if weights in ("none", "imagenet"):
-        return weights
-    if not Path(weights).is_file():
-        raise ConfigError(
-            f"no file {weights!r}", expected="none, imagenet or a .safetensors file", where="model.backbone_weights"
-        )
-    return sha256_file(Path(weights))
 
 
 def _report(this: _Run, folder: Path, evaluation: dict[str, Any], decision: Decision | None) -> None:

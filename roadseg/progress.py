@@ -27,7 +27,7 @@ def progress(total: int, what: str, unit: str, initial: int = 0) -> tqdm[Any]:
     """A bar on stderr that shows itself only if it lasts over two seconds."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=what, unit=unit, initial=initial, delay=2, dynamic_ncols=True)
-    form = "{desc} {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left {postfix}"
+    form = "{desc} {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
     lines: Any = _Lines(sys.stderr)
     return tqdm(
         total=total, desc=what, unit=unit, initial=initial, delay=2, mininterval=10, maxinterval=30,

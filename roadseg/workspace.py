@@ -58,11 +58,9 @@ class Workspace:
         fields: what of the config changes the result. inputs: content digests by name. resumes:
         whether `build` goes on with what a killed run left; otherwise it gets an empty folder.
         """
-        named = {"stage": stage, "version": version, "fields": fields, "inputs": inputs}
-        key = sha256_bytes(json_bytes(named))[:16]
-        folder = self.path / "stages" / stage / key
-        if (folder / RECORD).exists():
-            return self._found(stage, key, folder)
+        if found := self.find(stage, version, fields, inputs):
+            return found
+        named, key, folder = self._place(stage, version, fields, inputs)
         with lock(folder.with_suffix(".lock"), f"{stage} {key}", wait=self.wait, say=log.warning):
             if (folder / RECORD).exists():
                 return self._found(stage, key, folder)
@@ -88,6 +86,18 @@ class Workspace:
         folder.with_suffix(".lock").unlink(missing_ok=True)
         log.info("%-9s made     %s in %.1f s", stage, folder, seconds)
         return Output(stage, key, content, folder, cached=False)
+
+    def find(self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]) -> Output | None:
+        """The output of this key if it is there."""
+        _, key, folder = self._place(stage, version, fields, inputs)
+        return self._found(stage, key, folder) if (folder / RECORD).exists() else None
+
+    def _place(
+        self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]
+    ) -> tuple[dict[str, Any], str, Path]:
+        named = {"stage": stage, "version": version, "fields": fields, "inputs": inputs}
+        key = sha256_bytes(json_bytes(named))[:16]
+        return named, key, self.path / "stages" / stage / key
 
     def _found(self, stage: str, key: str, folder: Path) -> Output:
         log.info("%-9s found    %s", stage, folder)

@@ -11,7 +11,7 @@ from roadseg.errors import ConfigError
 
 _LARGEST = 1 << 64  # Python refuses to print numbers of thousands of digits, and no value needs them
 # Besides YAMLError, what PyYAML raises for `!!int ""`, `!!bool x`, `!!timestamp x`, 2020-13-45 and 3,000 "[".
-_BROKEN = (OSError, ValueError, LookupError, AttributeError, OverflowError, RecursionError, yaml.YAMLError)
+_BROKEN = (ValueError, LookupError, AttributeError, OverflowError, RecursionError, yaml.YAMLError)
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,10 +45,19 @@ def load_yaml(path: Path, todo: str) -> Any:
     A key given twice in a mapping is an error, by its lines: PyYAML would take the last one.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError("no such file", where=str(path), todo=todo) from None
-    except RecursionError:
-        raise ConfigError("not readable as YAML (nested too deep)", where=str(path)) from None
-    except _BROKEN as e:
+    except (OSError, ValueError) as e:
         raise ConfigError(f"not readable as YAML ({e or type(e).__name__})", where=str(path)) from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What the text holds; the rules of `load_yaml`."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise ConfigError("not readable as YAML (nested too deep)", where=where) from None
+    except _BROKEN as e:
+        raise ConfigError(f"not readable as YAML ({e or type(e).__name__})", where=where) from None

@@ -1,10 +1,11 @@
-"""What many tests need: a small label set, shards in memory's size, a release without training."""
+"""What many tests need: a small label set, shards in memory's size, a release without training, a bucket's server."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from roadseg.data.manifest import Manifest, Sample
 from roadseg.data.shards import Shard, Shards, write_frame
 from roadseg.files import sha256_file
 from roadseg.images import encode_label_png
+from roadseg.ingest.findings import Finding
+from roadseg.ingest.pairs import Pair
 from roadseg.labels import IGNORE, LabelClass, LabelSet
 from roadseg.pipeline import RunResult, run
 from roadseg.release.archive import write_archive
@@ -185,6 +188,56 @@ def write_shards(folder: Path, train: int = 6, val: int = 3) -> Shards:
 @pytest.fixture
 def shards(tmp_path: Path) -> Shards:
     return write_shards(tmp_path / "shards")
+
+
+def touch(root: Path, *paths: str) -> None:
+    """Empty files, for what only looks at names."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"")
+
+
+def codes(findings: list[Finding]) -> list[tuple[str, str, int]]:
+    return [(f.code, f.split, f.count) for f in findings]
+
+
+def told(pairs: list[Pair]) -> list[tuple[str, str, str]]:
+    return [(p.split, p.name, p.sequence) for p in pairs]
+
+
+AWS_SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    """Address of moto's S3 over HTTP on loopback."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
+
+    # One request at a time: moto's own check of If-Match is not safe between threads.
+    app = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, app, threaded=False, request_handler=MotoRequestHandler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join(timeout=10)
+    server.server_close()
+
+
+@pytest.fixture
+def aws_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Somebody's, and nothing of the machine's own settings."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", AWS_SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
 
 
 @pytest.fixture(scope="session")

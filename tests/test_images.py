@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from roadseg import image_formats
 from roadseg.errors import ImageError
 from roadseg.image_formats import mode
 from roadseg.images import Limits, encode_jpeg, encode_label_png, probe, read_image, read_label, read_photograph
@@ -368,6 +369,34 @@ def test_a_changed_byte_in_pixels_that_nobody_needs_is_noticed():
     whole = png(67, 41, 8, 2, raw)
     with pytest.raises(ImageError, match="the checksum of its IDAT chunk is wrong"):
         read_image(whole[:-12] + bytes(spare) + whole[-12:])
+
+
+def cut(whole: bytes, lengths: list[int]) -> bytes:
+    """A PNG of three chunks with its pixels in chunks of these bytes, and what is left in one more."""
+    body, parts = whole[41:-16], list[bytes]()
+    for length in lengths:
+        parts.append(png_chunk(b"IDAT", body[:length]))
+        body = body[length:]
+    return whole[:33] + b"".join(parts) + png_chunk(b"IDAT", body) + whole[-12:]
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [9] * 40, [9] * 40 + [5] * 8 + [9], [7, 9, 9, 9], [5, 0, 0, 5]])
+def test_pixels_in_many_chunks(lengths):
+    whole = png(67, 41, 8, 2, b"".join(b"\0" + row.tobytes() for row in PHOTO))
+    many = cut(whole, lengths)
+    assert_same(read_image(many), PHOTO)
+    for end in range(33, len(many) - 1, 21):
+        with pytest.raises(ImageError, match="truncated"):
+            read_image(many[:end])
+
+
+def test_too_many_chunks_are_refused_however_alike(monkeypatch):
+    monkeypatch.setattr(image_formats, "MAX_CHUNKS", 50)
+    whole = png(67, 41, 8, 2, b"".join(b"\0" + row.tobytes() for row in PHOTO))
+    assert_same(read_image(cut(whole, [0] * 47)), PHOTO)  # and a last one of pixels, IHDR, IEND
+    for lengths in ([0] * 48, [0] * 9_000, [1, 2] * 25):
+        with pytest.raises(ImageError, match="over 50 chunks"):
+            read_image(cut(whole, lengths))
 
 
 def test_a_panic_of_the_decoder_is_an_image_error_and_an_interrupt_is_not(monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
+from roadseg.evaluate.training_curves import training_curves
 from roadseg.labels import IGNORE
 from roadseg.report import charts
 from roadseg.report.matrix import confusion_matrix
 from roadseg.report.page import count, css_color, fill, finite, percent, picture, stripes
 
-_CURVE_POINTS = 300  # a training of any length draws this many points at most
 _CONFUSIONS = 8
 
 
@@ -75,13 +74,16 @@ def render(
     contact_sheet: bytes | None = None,
     decision: Mapping[str, Any] | None = None,
     title: str = "roadseg",
+    timing: Sequence[Mapping[str, Any]] = (),
+    pictures: Sequence[tuple[str, bytes]] = (),
 ) -> str:
     """The report as HTML.
 
     evaluation: the content of metrics.json; whatever is missing is left out of the page. history: a row
     {step, loss, learning_rate} for a training step and {step, split, miou, pixel_accuracy} for a validation.
     contact_sheet: JPEG or PNG bytes. decision: of the gate, {outcome, reason, candidate, champion, miou_gain,
-    min_gain, classes}. Raises UsageError for pictures in another format.
+    min_gain, classes}. timing: rows {step, images_per_s, waiting_share} of log/timing.jsonl. pictures: captions with
+    JPEG or PNG bytes, as report.film gives them. Raises UsageError for pictures in another format.
     """
     classes = _classes(evaluation)
     return fill(
@@ -98,7 +100,8 @@ def render(
         per_image=_quantiles(evaluation.get("per_image") or {}),
         heat=_heat(evaluation, classes),
         confusions=_confusions(evaluation, classes),
-        curves=_curves(history),
+        curves=training_curves(history, timing),
+        film=pictures,
         groups=[(n, s) for n, s in (("Worst scenes", worst), ("Best scenes", best)) if s],
         splits=_splits(evaluation),
         contact_sheet=contact_sheet,
@@ -195,52 +198,6 @@ def _confusions(evaluation: Mapping[str, Any], classes: Sequence[Mapping[str, An
         {"truth": classes[i], "predicted": classes[j], "of_wrong": n / wrong, "of_class": n / sum(counts[i])}
         for n, i, j in cells[:_CONFUSIONS]
     ]
-
-
-def _curves(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
-    """(caption, chart) of loss, validation scores and learning rate, as far as the history has them."""
-    steps = sorted((r for r in history if "loss" in r and "split" not in r), key=lambda r: r["step"])
-    checks = sorted((r for r in history if "split" in r), key=lambda r: r["step"])
-    loss, rate = _binned(steps, "loss"), _binned(steps, "learning_rate")
-    scores = []
-    for key, text in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
-        for split in sorted({str(r["split"]) for r in checks}):
-            rows = [(r["step"], r[key]) for r in checks if str(r["split"]) == split and finite(r.get(key)) is not None]
-            scores.append(charts.Line(f"{split} {text}", rows, marked=len(rows) <= 40))
-    mean = f", means of up to {math.ceil(len(steps) / _CURVE_POINTS)} steps" if len(steps) > _CURVE_POINTS else ""
-    drawn = [
-        (f"Training loss{mean}", _one_line("Training loss", loss)),
-        (
-            "Validation during training",
-            charts.lines(scores, label=_spoken("Validation", scores), x_label="step", percent=True),
-        ),
-        ("Learning rate", _one_line("Learning rate", rate)),
-    ]
-    return [(caption, chart) for caption, chart in drawn if chart]
-
-
-def _one_line(name: str, rows: list[tuple[float, float]]) -> Markup:
-    line = charts.Line(name, rows)
-    return charts.lines([line], label=_spoken(name, [line]), x_label="step")
-
-
-def _spoken(what: str, series: Sequence[charts.Line]) -> str:
-    """A chart in words: where each line begins and ends."""
-    ends = [
-        f"{s.name} goes from {s.points[0][1]:.3g} at step {s.points[0][0]:,.0f}"
-        f" to {s.points[-1][1]:.3g} at step {s.points[-1][0]:,.0f}"
-        for s in series
-        if s.points
-    ]
-    return f"{what} by step: " + "; ".join(ends)
-
-
-def _binned(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the finite values, as means of at most _CURVE_POINTS runs of neighbours."""
-    pairs = [(float(r["step"]), v) for r in rows if (v := finite(r.get(key))) is not None]
-    size = math.ceil(len(pairs) / _CURVE_POINTS)
-    bins = [pairs[i : i + size] for i in range(0, len(pairs), size)] if pairs else []
-    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
 
 
 def _splits(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:

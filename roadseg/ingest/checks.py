@@ -15,6 +15,7 @@ from roadseg.data.manifest import Sample
 from roadseg.data.masks import MaskForm
 from roadseg.errors import DataError
 from roadseg.images import Limits
+from roadseg.ingest.copies import with_copies_told
 from roadseg.ingest.duplicates import NearPair, duplicates, near_pairs
 from roadseg.ingest.findings import CODES, Finding, judged, plural, require_codes
 from roadseg.ingest.label_values import value_findings
@@ -73,7 +74,7 @@ def check(
     require_codes(allow, forbid)
     task = Task(root, forms, limits, label_set.num_classes)
     with nullcontext(pool) if pool else readers(task, len(pairs), workers) as processes:
-        seen = look_at_all(task, pairs, processes)
+        seen = with_copies_told(root, limits, look_at_all(task, pairs, processes), processes)
     splits = split_order(s.pair.split for s in seen)
     findings: list[Finding] = []
     causes: dict[str, str] = {}

@@ -45,12 +45,11 @@ def look_of(image: np.ndarray) -> Look:
     small = _reduced(image)
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     mean, std = cv2.meanStdDev(small)
-    counts = cv2.calcHist([luma], [0], None, [256], [0, 256]).ravel()
     return Look(
         tuple(float(v) for v in mean.ravel()),  # type: ignore[arg-type]
         tuple(float(v) for v in std.ravel()),  # type: ignore[arg-type]
-        float(counts[: _BLACK_LUMA + 1].sum()) / luma.size,
-        float(counts[_WHITE_LUMA:].sum()) / luma.size,
+        int(np.count_nonzero(luma <= _BLACK_LUMA)) / luma.size,
+        int(np.count_nonzero(luma >= _WHITE_LUMA)) / luma.size,
         sharpness(image),
         _descriptor(luma).tobytes(),
     )

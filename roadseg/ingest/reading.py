@@ -1,25 +1,26 @@
 """Every file decoded once, on all cores: what of it matters is small, the pixels stay in the worker.
 
 All checks together are to take less than a fifth of what the decoding takes (benchmarks/ingest_speed.py).
-So the pixels' digest is no cryptographic one, ids are counted by changes, pairs go to the workers by
-handfuls, and workers keep their memory. Most of what is left is SHA-256 of the files.
+So pixels are hashed in copies.py where there may be a copy, ids are counted by changes, pairs go to the workers
+by handfuls, and workers keep their memory. Most of what is left is SHA-256 of the files.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
 import numpy as np
-import xxhash
 
 from roadseg import image_formats
 from roadseg.data.masks import MaskForm, mask_bytes, read_ids, train_ids, unknown_colors, unknown_names
@@ -51,8 +52,8 @@ class Seen:
 
     problems: (code, file, what). width, height: of the upright image, 0 if unreadable. image_format:
     "png", "jpeg", "webp", "bmp" or "tiff". orientation: EXIF 1..8 as stored, 1 when none. label_bytes,
-    label_sha256: of the label's file, or of what a COCO file says of the image. pixels_digest: XXH3-128 of
-    the decoded image and its size, so equal for lossless copies in another format, "" if unreadable.
+    label_sha256: of the label's file, or of what a COCO file says of the image. pixels_digest: equal for
+    equal files, and after copies.with_copies_told for equal pixels in whatever files; "" if unreadable.
     histogram: pixels by train id, void and unknown last. id_pixels: (id as stored, pixels), known or
     not, the most common first, `MOST_IDS` at most. mask_mode: of the label's file, as image_formats.mode
     says. places: uint8 [16, 32] train ids of the label, sampled at the centres of a grid. blends: see
@@ -112,7 +113,8 @@ def readers(task: Task, pairs: int, workers: int) -> Iterator[ProcessPoolExecuto
         yield None
         return
     spawn = multiprocessing.get_context("spawn")  # OpenCV and torch can hang in a forked child
-    with ProcessPoolExecutor(min(workers, -(-pairs // HANDFUL)), spawn, _start, (task,)) as pool:
+    pool = ProcessPoolExecutor(min(workers, -(-pairs // HANDFUL)), spawn, _start, (task,))
+    with _one_blas_thread(), pool:
         try:
             yield pool
         except BrokenProcessPool:
@@ -122,6 +124,20 @@ def readers(task: Task, pairs: int, workers: int) -> Iterator[ProcessPoolExecuto
                 todo="lower data.workers or data.max_image_pixels; a script that calls roadseg must do so "
                 'below `if __name__ == "__main__":`',
             ) from None
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """For processes that are started meanwhile: those that NumPy and OpenCV start at import and that nobody needs
+    here spin for a while, which doubles what starting a process takes (0.17 s of a core)."""
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read where the library is loaded, so this process keeps its own
+    try:
+        yield
+    finally:
+        os.environ.pop("OPENBLAS_NUM_THREADS")
+        if before is not None:
+            os.environ["OPENBLAS_NUM_THREADS"] = before
 
 
 def look_at_all(task: Task, pairs: Sequence[Pair], pool: ProcessPoolExecutor | None) -> list[Seen]:
@@ -220,9 +236,9 @@ def _of_image(photo: Photograph, data: bytes) -> dict[str, Any]:
         "height": photo.pixels.shape[0],
         "image_format": photo.format,
         "orientation": photo.orientation,
-        "image_sha256": sha256_bytes(data),
+        "image_sha256": (sha256 := sha256_bytes(data)),
         "image_bytes": len(data),
-        "pixels_digest": f"{xxhash.xxh3_128(photo.pixels.data).hexdigest()}-{_size(photo.pixels)}",
+        "pixels_digest": sha256,
         "look": look_of(photo.pixels),
     }
 
@@ -234,17 +250,22 @@ def _of_label(
     for id_, count in counted:
         pixels[form.id_to_train[id_]] += count
     learned = pixels[: task.classes]
-    high, wide = ids.shape
-    rows = (2 * np.arange(PLACES_HIGH) + 1) * high // (2 * PLACES_HIGH)
-    columns = (2 * np.arange(PLACES_WIDE) + 1) * wide // (2 * PLACES_WIDE)
     return {
         "label_sha256": sha256_bytes(data),
         "label_bytes": len(data),
         "histogram": (*learned, ids.size - sum(learned)),
         "id_pixels": tuple(counted[:MOST_IDS]),
-        "places": train_ids(ids[np.ix_(rows, columns)], form).tobytes(),
+        "places": train_ids(ids.take(_places(*ids.shape)), form).tobytes(),
         "blends": blended(ids) if form.kind in ("ids", "colors") else 0.0,
     }
+
+
+@lru_cache(maxsize=16)
+def _places(high: int, wide: int) -> np.ndarray:
+    """int64 [16, 32]: where in [high, wide], counted row by row, the centres of a grid lie."""
+    rows = (2 * np.arange(PLACES_HIGH) + 1) * high // (2 * PLACES_HIGH)
+    columns = (2 * np.arange(PLACES_WIDE) + 1) * wide // (2 * PLACES_WIDE)
+    return rows[:, None] * wide + columns
 
 
 def count_ids(ids: np.ndarray) -> list[tuple[int, int]]:

@@ -62,6 +62,19 @@ def find(data: Data, root: Path) -> Found:
     return Found(pairs, findings, form.label_set, {"": form})
 
 
+def label_set_of(data: Data) -> LabelSet:
+    """What would be learned, without a look at the data; of idd the classes of its level 3."""
+    if data.taxonomy == "cityscapes" or (data.source == "mix" and data.taxonomy == "auto"):
+        return CITYSCAPES
+    source, labels = data.source, data.labels
+    if source == "mix":  # native: all parts have the classes of the first
+        first = next(iter(data.mix.values()))
+        source, labels = first.source, first.labels
+    if labels is not None:
+        return folder.read_description(labels).label_set
+    return idd.LABEL_SET if source == "idd" else _FIXED[source][1].label_set
+
+
 def limits_of(data: Data) -> Limits:
     return Limits(data.max_file_bytes, data.max_image_pixels)
 

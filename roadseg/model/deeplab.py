@@ -57,14 +57,16 @@ class Architecture:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, below 1")
         rates_fit = len(self.atrous_rates) > 0 and all(1 <= rate <= 256 for rate in self.atrous_rates)
         _require(rates_fit, "atrous_rates", self.atrous_rates, "one or more, each 1 to 256")
-        coarse_to_fine = (self.output_stride, *self.low_levels)
-        descending = all(a > b for a, b in zip(coarse_to_fine, coarse_to_fine[1:], strict=False))
+        descending = all(a > b for a, b in zip(self.low_levels, self.low_levels[1:], strict=False))
         _require(
-            len(self.low_levels) > 0 and descending and self.low_levels[-1] >= 1,
+            len(self.low_levels) > 0
+            and descending
+            and self.output_stride >= self.low_levels[0]
+            and self.low_levels[-1] >= 1,
             "low_levels",
             self.low_levels,
-            f"strides from coarse to fine, each finer than output_stride {self.output_stride}, such as "
-            f"{[s for s in (8, 4) if s < self.output_stride]}",
+            f"strides from coarse to fine, none coarser than output_stride {self.output_stride}, such as "
+            f"{[s for s in (8, 4) if s <= self.output_stride]}",
         )
 
     @property

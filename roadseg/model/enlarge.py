@@ -30,14 +30,15 @@ def as_products(map_BChw: Tensor, height: int, width: int) -> Tensor:
     return wider.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache(maxsize=64)
 def interpolation(size: int, to_size: int, device: torch.device) -> Tensor:
     """float32 [to_size, size]: row i holds the weights with which the inputs make up output i."""
-    centre = ((torch.arange(to_size, dtype=torch.float64) + 0.5) * size / to_size - 0.5).clamp(0, size - 1)
-    left = centre.floor().long().clamp(max=max(size - 2, 0))
-    share = (centre - left)[:, None]
-    matrix = torch.zeros(to_size, size, dtype=torch.float64)
-    matrix.scatter_add_(1, left[:, None], 1 - share)
-    matrix.scatter_add_(1, (left[:, None] + 1).clamp(max=size - 1), share)
-    return matrix.float().to(device)
+    return _matrix(size, to_size, device) if torch.compiler.is_compiling() else _kept_matrix(size, to_size, device)
+
+
+def _matrix(size: int, to_size: int, device: torch.device) -> Tensor:
+    centre = (torch.arange(to_size, device=device, dtype=torch.float64) + 0.5) * (size / to_size) - 0.5
+    away = centre.clamp(0, size - 1)[:, None] - torch.arange(size, device=device, dtype=torch.float64)
+    return (1 - away.abs()).clamp(min=0).float()
+
+
+_kept_matrix = lru_cache(maxsize=64)(_matrix)

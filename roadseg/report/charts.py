@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -20,11 +20,15 @@ CHAR = 6.6  # width of a character at 12 px, a little generous
 
 @dataclass(frozen=True)
 class Line:
-    """A series; points with a value that is not finite are left out. `marked` draws each point."""
+    """A series; points with a value that is not finite are left out. `marked` draws each point.
+
+    thin: faint, below the others, and without a colour of the series: what a smoothed line was made of.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     marked: bool = False
+    thin: bool = False
 
 
 def bar(value: float | None, mark: float | None = None) -> Markup:
@@ -77,8 +81,8 @@ def lines(series: Sequence[Line], *, label: str, x_label: str, percent: bool = F
 
     label: what a screen reader says instead. percent: values are 0..1 and the axis says %, ending at 100.
     """
-    finite = [Line(s.name, [p for p in s.points if math.isfinite(p[1])], s.marked) for s in series]
-    drawn = [s for s in finite if s.points]
+    finite = [replace(s, points=[p for p in s.points if math.isfinite(p[1])]) for s in series]
+    drawn = [s for s in sorted(finite, key=lambda s: s.thin) if s.points]
     if not drawn:
         return Markup("")
     xs = [x for s in drawn for x, _ in s.points]
@@ -91,7 +95,7 @@ def lines(series: Sequence[Line], *, label: str, x_label: str, percent: bool = F
     legend, legend_height = _legend(drawn)
     frame = _Frame(x_low, x_high, y_ticks[0], y_ticks[-1], 12 + legend_height)
     body = [legend, *_axes(frame, x_ticks, y_ticks, x_label, percent)]
-    body += [_polyline(i, s, frame) for i, s in enumerate(drawn)]
+    body += [_polyline(i, s, frame) for thin in (True, False) for i, s in enumerate(drawn) if s.thin == thin]
     return Markup('<svg class="lines" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _Frame.WIDTH, num(frame.bottom + 40), label, Markup("").join(body)
     )
@@ -132,9 +136,7 @@ def _legend(series: Sequence[Line]) -> tuple[Markup, float]:
         width = 44 + CHAR * len(s.name)
         if x + width > _Frame.WIDTH and x > _Frame.LEFT:
             x, y = float(_Frame.LEFT), y + 18
-        stroke = Markup('<path class="line s{}" stroke-dasharray="{}" d="M{} {}h26"/>').format(
-            i % SERIES, _dash(i), num(x), num(y - 4)
-        )
+        stroke = _stroke(i, s, f"M{num(x)} {num(y - 4)}h26")
         mark = _marker(i, x + 13, y - 4) if s.marked else Markup("")
         text = Markup('<text x="{}" y="{}">{}</text>').format(num(x + 32), num(y), s.name)
         parts += [stroke, mark, text]
@@ -174,13 +176,16 @@ def _axes(
 def _polyline(index: int, series: Line, frame: _Frame) -> Markup:
     at = [(frame.x(x), frame.y(y)) for x, y in series.points]
     path = "M" + "L".join(f"{num(x)} {num(y)}" for x, y in at)
-    line = Markup('<path class="line s{}" stroke-dasharray="{}" d="{}"/>').format(index % SERIES, _dash(index), path)
-    marks = [_marker(index, x, y) for x, y in at] if series.marked or len(at) == 1 else []
+    line = _stroke(index, series, path)
+    marks = [_marker(index, x, y) for x, y in at] if series.marked or (len(at) == 1 and not series.thin) else []
     return Markup("").join([line, *marks])
 
 
-def _dash(index: int) -> str:
-    return _DASHES[index % len(_DASHES)]
+def _stroke(index: int, series: Line, path: str) -> Markup:
+    if series.thin:
+        return Markup('<path class="line thin" d="{}"/>').format(path)
+    dash = _DASHES[index % len(_DASHES)]
+    return Markup('<path class="line s{}" stroke-dasharray="{}" d="{}"/>').format(index % SERIES, dash, path)
 
 
 def _marker(index: int, x: float, y: float) -> Markup:

@@ -5,72 +5,225 @@ The JSON is written last and holds the SHA-256 of the tensors: what has no match
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
-from roadseg.files import read_json, sha256_bytes, write_atomic, write_json
+from roadseg.errors import RoadsegError
+from roadseg.files import json_bytes, read_json, sha256_bytes, write_atomic
 
 log = logging.getLogger(__name__)
 KEPT = 2
+WITH_STATE = "optimizer.parameters"  # how many parameters the optimizer had state of
+NAMED = 5  # tensors that an error names
 
 
-def save(folder: Path, step: int, network: nn.Module, average: nn.Module, optimizer: Optimizer) -> None:
-    """Save the state after `step` steps, then remove all but the newest checkpoints."""
-    folder.mkdir(exist_ok=True)
-    tensors: dict[str, Tensor] = {f"network.{k}": v for k, v in network.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-    data = save_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+def save(
+    folder: Path,
+    step: int,
+    network: nn.Module,
+    average: nn.Module,
+    optimizer: Optimizer,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Save the state after `step` steps, then remove all but the newest checkpoints.
+
+    extra: what else a resumed run has to know, as JSON holds it. Returns only when both files were
+    flushed and, under their names, read back as they were written; 0.03 s of 0.12 s for 50 MB. Raises
+    RoadsegError when they can't be, with nothing of this step left behind: what was saved before stands.
+    """
+    data = save_tensors(_state(network, average, optimizer))
+    about: dict[str, Any] = {"step": step, "sha256": sha256_bytes(data), "bytes": len(data), "extra": dict(extra or {})}
+    about["check"] = sha256_bytes(json_bytes(about))
     path = folder / f"step-{step:08d}.safetensors"
-    write_atomic(path, data)
-    write_json(path.with_suffix(".json"), {"step": step, "sha256": sha256_bytes(data), "bytes": len(data)})
+    try:
+        folder.mkdir(exist_ok=True)
+        _sweep(folder)  # what a kill left half-written may be what fills the disk
+        _write(path, data)
+        _write(path.with_suffix(".json"), _text(about))
+    except OSError as e:
+        _sweep(folder)
+        raise not_saved(e, path, len(data)) from e
+    for later in folder.glob("step-*.json"):  # damaged: training would have gone on from them
+        if later.stem > path.stem:
+            _remove(later)
     prune(folder, KEPT)
+
+
+def extra_of(folder: Path, step: int) -> dict[str, Any]:
+    """What `save` was given as `extra` at this step; {} of a checkpoint from before there was any."""
+    return dict(read_json(folder / f"step-{step:08d}.json").get("extra", {}))
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints, and what a kill left half-written."""
     for path in sorted(folder.glob("step-*.json"))[:-keep]:
-        path.unlink()
-        path.with_suffix(".safetensors").unlink(missing_ok=True)
-    for path in [*folder.glob(".*.tmp"), *folder.glob("step-*.safetensors")]:
-        if path.name.endswith(".tmp") or not path.with_suffix(".json").exists():
-            path.unlink()
+        _remove(path)  # first: without it the tensors are litter
+    _sweep(folder)
 
 
 def newest(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """(step, tensors) of the newest checkpoint whose digest holds, or None."""
-    for path in sorted(folder.glob("step-*.json"), reverse=True):
+    """(step, tensors) of the newest checkpoint that is as it was saved, or None."""
+    found = sorted(folder.glob("step-*.json"), reverse=True)
+    for path in found:
         try:
-            about = read_json(path)
-            data = path.with_suffix(".safetensors").read_bytes()
-            if sha256_bytes(data) != about["sha256"]:
-                raise ValueError("its SHA-256 differs from what was saved")
-            return int(about["step"]), load_tensors(data)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            return _read(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
             log.warning("checkpoint %s is damaged (%s); trying the one before", path.stem, e)
+    if found:
+        log.warning("no checkpoint in %s is whole: training starts again", folder)
     return None
 
 
 def restore(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, optimizer: Optimizer) -> None:
-    """Put a checkpoint's tensors where they came from, bit for bit, in each parameter's memory layout."""
+    """Put a checkpoint's tensors where they came from, bit for bit, in each parameter's memory layout.
+
+    Raises RoadsegError, with nothing changed, when they are not all of this network's and optimizer's.
+    """
+    if wrong := _misfits(tensors, network, average, optimizer):
+        more = f" and {len(wrong) - NAMED} more" * (len(wrong) > NAMED)
+        raise RoadsegError(
+            f"the checkpoint is of another network or optimizer: {'; '.join(wrong[:NAMED])}{more}",
+            expected="the tensors of this training's network, average and optimizer",
+            todo="go on with the version of roadseg and of timm that saved it, or remove the folder checkpoints "
+            "to train from the first step",
+        )
     for prefix, module in (("network.", network), ("average.", average)):
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        module.load_state_dict(state)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    parameters = _parameters(optimizer)
     states: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    for i, name, value in _optimizer_state(tensors):
+        like = parameters[i]
+        if value.shape == like.shape:  # moments; a channels-last parameter's are channels-last too
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        states.setdefault(i, {})[name] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def not_saved(error: OSError, path: Path, size_bytes: int) -> RoadsegError:
+    """What a failed write means to the user, and what to do about it."""
+    megabytes = f"{max(size_bytes / 1e6, 0.1):.1f} MB"
+    saved = sorted(p.stem for p in path.parent.glob("step-*.json"))
+    stands = f"it goes on after step {int(saved[-1].removeprefix('step-'))}" if saved else "it starts again"
+    free = f"free {megabytes} on that disk (`roadseg clean` shows what no run needs)"
+    elsewhere = "make it writable or pass another --workspace"
+    found, todo = {
+        errno.ENOSPC: (f"no space left for {megabytes}", free),
+        errno.EDQUOT: (f"the quota leaves no room for {megabytes}", free),
+        errno.EFBIG: (f"a file of {megabytes} is not allowed here", "raise the limit (ulimit -f)"),
+        errno.EROFS: ("the file system is read-only", elsewhere),
+        errno.EACCES: ("may not be written", elsewhere),
+        errno.EPERM: ("may not be written", elsewhere),
+    }.get(error.errno or 0, (f"could not be saved ({error.strerror or error})", "look after that disk"))
+    return RoadsegError(found, where=str(path), todo=f"{todo}, then run again: {stands}")
+
+
+def _state(network: nn.Module, average: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {f"network.{k}": v for k, v in network.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
+    states = optimizer.state_dict()["state"]
+    for i, state in states.items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors[WITH_STATE] = torch.tensor(sum(any(isinstance(v, Tensor) for v in s.values()) for s in states.values()))
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Raises OSError also when the rename, or bytes, were lost without a word."""
+    write_atomic(path, data)
+    try:
+        same = path.read_bytes() == data
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise OSError(errno.EIO, "it was written, but is not there when read back")
+
+
+def _text(about: Mapping[str, Any]) -> bytes:
+    return json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def _read(path: Path) -> tuple[int, dict[str, Tensor]]:
+    """Raises ValueError, KeyError or the like for what is not as it was saved."""
+    text = path.read_bytes()
+    about = json.loads(text)
+    check = about.get("check")  # not in the first form, which had no `extra` that needs it
+    rest = {k: v for k, v in about.items() if k != "check"}
+    whole = check == sha256_bytes(json_bytes(rest)) if check else set(about) == {"step", "sha256", "bytes"}
+    if _text(about) != text or not whole or path.stem != f"step-{about['step']:08d}":
+        raise ValueError("its JSON differs from what was saved")
+    data = path.with_suffix(".safetensors").read_bytes()
+    if len(data) != about["bytes"] or sha256_bytes(data) != about["sha256"]:
+        raise ValueError("its SHA-256 differs from what was saved")
+    return about["step"], load_tensors(data)
+
+
+def _sweep(folder: Path) -> None:
+    for path in [*folder.glob(".*.tmp"), *folder.glob("step-*.safetensors")]:
+        if path.name.endswith(".tmp") or not path.with_suffix(".json").exists():
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        log.warning("%s could not be removed (%s)", path, e.strerror)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _optimizer_state(tensors: Mapping[str, Tensor]) -> list[tuple[int, str, Tensor]]:
+    """(index of the parameter, name, value) of what the optimizer held."""
+    found = [(key.split(".", 2), tensors[key]) for key in sorted(tensors) if key != WITH_STATE]
+    return [(int(parts[1]), parts[2], value) for parts, value in found if parts[0] == "optimizer"]
+
+
+def _misfits(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, optimizer: Optimizer) -> list[str]:
+    """What is missing, unknown or of another shape, in words."""
+    expected = {f"network.{k}": v for k, v in network.state_dict().items()}
+    expected |= {f"average.{k}": v for k, v in average.state_dict().items()}
+    wrong = [f"{key} is missing" for key in expected if key not in tensors]
+    for key, value in sorted(tensors.items()):
         if key.startswith("optimizer."):
-            _, i, name = key.split(".", 2)
-            like = parameters[int(i)]
-            if value.shape == like.shape:  # moments; a channels-last parameter's are channels-last too
-                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
-            states.setdefault(int(i), {})[name] = value
-    whole = optimizer.state_dict()
-    optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+            continue
+        if key not in expected:
+            wrong.append(f"{key} is unknown")
+        elif value.shape != expected[key].shape:
+            wrong.append(f"{key} is {list(value.shape)}, not {list(expected[key].shape)}")
+    return wrong + _optimizer_misfits(tensors, network, optimizer)
+
+
+def _optimizer_misfits(tensors: dict[str, Tensor], network: nn.Module, optimizer: Optimizer) -> list[str]:
+    parameters = _parameters(optimizer)
+    names = {id(p): name for name, p in network.named_parameters()}
+    if isinstance(optimizer, SGD):
+        needed = {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
+    else:
+        needed = {"step", "exp_avg", "exp_avg_sq"}
+    states: dict[int, set[str]] = {}
+    wrong = []
+    for i, name, value in _optimizer_state(tensors):
+        states.setdefault(i, set()).add(name)
+        if i >= len(parameters) or name not in needed:
+            wrong.append(f"optimizer.{i}.{name} is unknown")
+        elif value.ndim and value.shape != parameters[i].shape:
+            of = names.get(id(parameters[i]), "a parameter")
+            wrong.append(f"optimizer.{i}.{name} is {list(value.shape)}, not {list(parameters[i].shape)} as {of}")
+    wrong += [f"optimizer.{i}.{name} is missing" for i, had in sorted(states.items()) for name in sorted(needed - had)]
+    if WITH_STATE in tensors and int(tensors[WITH_STATE]) != len(states):
+        wrong.append(f"the optimizer's state is of {len(states)} parameters, not of {int(tensors[WITH_STATE])}")
+    return wrong

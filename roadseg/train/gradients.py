@@ -1,80 +1,132 @@
-"""Forward and backward of one batch; on CUDA replayed as one graph.
+"""Forward and backward of one step's batch: in micro-batches, compiled, and on CUDA replayed as one graph.
 
 Run eagerly, a step is bound by the CPU that launches its many small kernels (docs/experiments.md); a
 graph launches them at once. Clipping, the optimizer and the average stay outside: they are few
 kernels, and the loop must look at the loss before it lets the optimizer step.
+
+Shapes: B samples of this process, H W the crop.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from roadseg.data.loader import Batch
+from roadseg.train.objective import Objective
+from roadseg.train.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 EAGER_STEPS = 11  # before capture: libraries choose algorithms, allocators settle
 
 
 class Gradients:
-    """Calling it leaves the batch's gradients in the parameters and returns the loss, detached.
+    """Calling it leaves the whole batch's gradients in the parameters and returns the loss, detached.
 
-    loss_of(output, label_BHW): a scalar. With `graph`, every batch must have the shape of the first;
-    where capture fails, a warning is logged and steps stay eager.
+    The batch is `accumulate` micro-batches of every rank. With `graph`, every batch must have the
+    shape of the first; where compilation or capture fails, a warning is logged and steps stay plain.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        loss_of: Callable[[Any, Tensor], Tensor],
+        objective: Objective,
         device: torch.device,
         bf16: bool,
         graph: bool,
+        *,
+        compiled: bool = False,
+        accumulate: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._network, self._loss_of, self._device, self._bf16 = network, loss_of, device, bf16
-        self._until_capture = EAGER_STEPS if graph and device.type == "cuda" else -1
+        self._network, self._objective, self._device, self._bf16 = network, objective, device, bf16
+        self._forward: Any = torch.compile(network, dynamic=False) if compiled else network
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._accumulate, self._ranks, self._parts = accumulate, ranks, accumulate * ranks.world
+        self._captures = graph and device.type == "cuda"
+        self._until_capture = EAGER_STEPS
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        if self._graph is not None:
-            self._image.copy_(batch.image_BHWC, non_blocking=True)
-            self._label.copy_(batch.label_BHW, non_blocking=True)
-            self._graph.replay()
-            return self._loss
-        image = batch.image_BHWC.to(self._device, non_blocking=True)
-        label = batch.label_BHW.to(self._device, non_blocking=True)
-        if self._until_capture == 0 and self._capture(image, label):
-            return self(batch)
-        self._until_capture -= 1
-        return self._compute(image, label)
+        if self._parts == 1:
+            return self._part(batch.image_BHWC, batch.label_BHW, None)
+        size = len(batch.image_BHWC) // self._accumulate
+        images, labels = batch.image_BHWC.split(size), batch.label_BHW.split(size)
+        counted = [self._objective.counts(label.to(self._device, non_blocking=True)) for label in labels]
+        counts = self._ranks.sum_(torch.stack(counted).sum(0))
+        loss = torch.zeros((), device=self._device)
+        sums: list[Tensor] = []
+        for image, label in zip(images, labels, strict=True):
+            loss += self._part(image, label, counts)
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            if not sums:
+                sums = [g.clone() for g in gradients] if self._accumulate > 1 else gradients
+            else:
+                torch._foreach_add_(sums, gradients)
+        for p, total in zip((p for p in self._parameters if p.grad is not None), sums, strict=True):
+            p.grad = total
+        self._ranks.sum_gradients(self._parameters)
+        return self._ranks.sum_(loss)
 
-    def _compute(self, image_BHWC: Tensor, label_BHW: Tensor) -> Tensor:
-        for p in self._network.parameters():
+    def _part(self, image_BHWC: Tensor, label_BHW: Tensor, counts: Tensor | None) -> Tensor:
+        if self._graph is not None:
+            self._image.copy_(image_BHWC, non_blocking=True)
+            self._label.copy_(label_BHW, non_blocking=True)
+            if counts is not None and self._counts is not None:
+                self._counts.copy_(counts)
+            self._graph.replay()
+            for p, gradient in zip(self._parameters, self._gradients, strict=True):
+                p.grad = gradient
+            return self._loss
+        image = image_BHWC.to(self._device, non_blocking=True)
+        label = label_BHW.to(self._device, non_blocking=True)
+        if self._captures and self._until_capture == 0 and self._capture(image, label, counts):
+            return self._part(image, label, counts)
+        self._until_capture -= 1
+        return self._compute(image, label, counts)
+
+    def _compute(self, image_BHWC: Tensor, label_BHW: Tensor, counts: Tensor | None) -> Tensor:
+        for p in self._parameters:
             p.grad = None
+        image_BCHW = image_BHWC.permute(0, 3, 1, 2)
         # The cache of cast weights must not outlive a capture; without one it saves the casts of shared weights.
-        with torch.autocast(
-            self._device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=self._until_capture < 0
-        ):
-            output = self._network(image_BHWC.permute(0, 3, 1, 2))
-        loss = self._loss_of(output, label_BHW)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=not self._captures):
+            output = self._run(image_BCHW)
+        if counts is None:
+            counts = self._objective.counts(label_BHW)
+        loss = self._objective(image_BCHW, output, label_BHW, counts, self._parts)
         loss.backward()
         return loss.detach()
 
-    def _capture(self, image: Tensor, label: Tensor) -> bool:
+    def _run(self, image_BCHW: Tensor) -> Any:
+        if self._forward is self._network:
+            return self._network(image_BCHW)
+        try:
+            return self._forward(image_BCHW)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, ImportError, OSError) as e:  # no compiler, or a layer that it can't compile
+            log.warning("the network is not compiled (%s: %s)", type(e).__name__, str(e).strip().splitlines()[0])
+            self._forward = self._network
+            return self._network(image_BCHW)
+
+    def _capture(self, image: Tensor, label: Tensor, counts: Tensor | None) -> bool:
         self._image, self._label = image.clone(), label.clone()
+        self._counts = None if counts is None else counts.clone()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
             # The loader pins memory in a thread of its own meanwhile; it must not spoil the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._loss = self._compute(self._image, self._label)
+                self._loss = self._compute(self._image, self._label, self._counts)
         except RuntimeError as e:
             log.warning("steps stay eager: the CUDA graph could not be captured (%s)", str(e).splitlines()[0])
             torch.cuda.synchronize()
+            self._captures = False
             return False
+        self._gradients = [p.grad for p in self._parameters]
         self._graph = graph
         return True

@@ -1,4 +1,4 @@
-"""The training loop: one process, one device, from a step to the last.
+"""The training loop: from a step to the last, on one device or on several ranks.
 
 Shapes: B samples, H W the crop, K classes. Every draw is a function of (seed, epoch, sample) or
 (seed, step), so a run that was stopped goes on bit for bit where its checkpoint stands.
@@ -6,40 +6,44 @@ Shapes: B samples, H W the crop, K classes. Every draw is a function of (seed, e
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from roadseg.data.augment import generator
 from roadseg.data.loader import Batch
 from roadseg.data.shards import Split
 from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
-from roadseg.files import read_json_lines, write_atomic
-from roadseg.labels import IGNORE, LabelSet
+from roadseg.labels import LabelSet
 from roadseg.metrics.iou import scores
+from roadseg.model.deeplab import DeepLabV3Plus
+from roadseg.model.surgery import set_output_stride
 from roadseg.progress import progress
 from roadseg.train import checkpoint
 from roadseg.train.ema import EMA
 from roadseg.train.gradients import Gradients
-from roadseg.train.losses import cross_entropy
+from roadseg.train.history import History
+from roadseg.train.mirrors import Mirrors
+from roadseg.train.objective import Objective
+from roadseg.train.optimizer import make_optimizer
+from roadseg.train.ranks import ALONE, Ranks
 from roadseg.train.schedule import lr_factor
 from roadseg.train.timing import Timing
+from roadseg.train.validation import validate
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY_S = 60.0
+STEERED_BY = "val"  # the split that may end training early; never a held-out one
+Source = Callable[[int, Callable[[], object]], Generator[Batch, None, None]]
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,6 @@ class Settings:
     scheduler: str
     poly_power: float
     warmup_steps: int
-    label_smoothing: float
-    auxiliary_weight: float
     ema_decay: float
     clip_norm: float
     seed: int
@@ -64,76 +66,28 @@ class Settings:
     validate_every: int
     checkpoint_every: int = 0
     cuda_graph: bool = True
+    compiled: bool = False
+    accumulate: int = 1
+    patience: int = 0
 
 
-def make_optimizer(network: nn.Module, s: Settings) -> torch.optim.Optimizer:
-    """Four groups: backbone or not, decayed (weights of two dimensions and more) or not."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, p in network.named_parameters():
-        groups.setdefault((name.startswith("backbone."), p.ndim > 1), []).append(p)
-    parameters = [
-        {
-            "params": params,
-            "peak_lr": s.learning_rate * (s.backbone_lr_factor if backbone else 1.0),
-            "weight_decay": s.weight_decay if decayed else 0.0,
-        }
-        for (backbone, decayed), params in sorted(groups.items(), key=lambda item: item[0])
-    ]
-    fused = next(network.parameters()).is_cuda
-    if s.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=s.learning_rate, momentum=s.momentum, nesterov=s.momentum > 0)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[s.optimizer]
-    return kind(parameters, lr=s.learning_rate, fused=fused)
+@dataclass(frozen=True)
+class Stretch:
+    """Steps first..last-1 of a run, all of one crop size and output stride.
+
+    batches(step, stopped): those of this rank from 0-based `step` on, ending early once `stopped`
+    while none comes.
+    """
+
+    first: int
+    last: int
+    output_stride: int
+    batches: Source
 
 
-def batch_loss(output: Any, label_BHW: Tensor, class_weights: Tensor | None, s: Settings) -> Tensor:
-    heads = [output] if isinstance(output, Tensor) else [output.logits, *output.auxiliary]
-    losses = [cross_entropy(head, label_BHW, class_weights, s.label_smoothing) for head in heads]
-    return losses[0] + s.auxiliary_weight * sum(losses[1:], start=torch.zeros_like(losses[0]))
-
-
-@torch.inference_mode()
-def validate(
-    network: nn.Module, split: Split, num_classes: int, device: torch.device, bf16: bool, stopped: Callable[[], int]
-) -> Tensor:
-    """int64 [K, K] confusion (rows truth) of whole frames, one at a time, on the CPU; cut short once `stopped`."""
-    matrix = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    for index in range(len(split)):
-        if stopped():
-            break
-        image, label = split.read(index)
-        image_BHWC, label_HW = (
-            torch.from_numpy(image.copy())[None].to(device),
-            torch.from_numpy(label.copy()).to(device),
-        )
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = network(image_BHWC.permute(0, 3, 1, 2))
-        prediction_HW = F.interpolate(logits.float(), label.shape, mode="bilinear", align_corners=False)[0].argmax(0)
-        valid = label_HW != IGNORE
-        joint = label_HW[valid].long() * num_classes + prediction_HW[valid]
-        matrix += torch.bincount(joint, minlength=len(matrix))
-    return matrix.reshape(num_classes, num_classes).cpu()
-
-
-class History:
-    """history.jsonl: a row a step and a row a validation; no times, so that it is the same for every run."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        """Go on after `step`: rows of later steps, written by a run that was killed, are dropped."""
-        self._path, self._rows = path, ""
-        kept = [row for row in read_json_lines(path) if row["step"] <= step]
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-
-    def add(self, **row: Any) -> None:
-        self._rows += json.dumps(row) + "\n"
-
-    def flush(self) -> None:
-        """Must come before a checkpoint is saved: its step's rows are never written again."""
-        with open(self._path, "a", encoding="utf-8") as f:
-            f.write(self._rows)
-            f.flush()
-            os.fsync(f.fileno())
-        self._rows = ""
+@contextmanager
+def no_mirrors(step: int) -> Iterator[Mirrors]:
+    yield Mirrors(())
 
 
 @contextmanager
@@ -155,55 +109,83 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 def train(
-    network: nn.Module,
-    batches: Callable[[int, Callable[[], int]], Generator[Batch, None, None]],
-    validation: dict[str, Split],
+    network: DeepLabV3Plus,
+    stretches: Sequence[Stretch],
+    validation: Mapping[str, Split],
     label_set: LabelSet,
-    class_weights: Sequence[float] | None,
+    objective: Objective,
     s: Settings,
     device: torch.device,
     work: Path,
-) -> nn.Module:
-    """Train `network` in place and return its average (EMA), on `device`.
+    *,
+    ranks: Ranks = ALONE,
+    mirrors: Callable[[int], AbstractContextManager[Mirrors]] = no_mirrors,
+    draw: Callable[[nn.Module, int], object] | None = None,
+) -> tuple[DeepLabV3Plus, int]:
+    """Train `network` in place; return its average (EMA) on `device`, and the steps it took.
 
-    batches(step, stopped): the batches from 0-based `step` on, ending early once `stopped` while none
-    comes. validation: splits scored every `s.validate_every` steps. Checkpoints and history.jsonl lie in
-    `work`; what is there is gone on from. Raises NonFiniteLoss before the step that would spoil the
-    weights, Interrupted after a signal, with a checkpoint saved; during a validation the one before it
-    stands.
+    validation: splits scored every `s.validate_every` steps. mirrors(step): opens where losses and scores
+    are shown besides history.jsonl, for a run that goes on after `step`. draw(average, step): called
+    after each validation, for pictures. Checkpoints and history.jsonl lie in `work`, written by the main rank;
+    what is there is gone on from. Raises NonFiniteLoss before the step that would spoil the weights,
+    Interrupted after a signal to any rank, with a checkpoint saved; during a validation the one
+    before it stands.
     """
-    torch.backends.cudnn.benchmark = True  # crops are all of one size
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network.dropout.part, network.dropout.parts = ranks.rank, ranks.world
     average = EMA(network, s.ema_decay)
-    optimizer = make_optimizer(network, s)
+    optimizer = make_optimizer(network, s.optimizer, s.learning_rate, s.backbone_lr_factor, s.weight_decay, s.momentum)
     folder = work / "checkpoints"
     start = 0
-    if found := checkpoint.newest(folder) if folder.exists() else None:
+    if found := ranks.from_main(checkpoint.newest(folder) if ranks.main and folder.exists() else None):
         start, tensors = found
         checkpoint.restore(tensors, network, average.network, optimizer)
         log.info("going on after step %d of %d", start, s.steps)
-    history = History(work / "history.jsonl", start)
-    weights = torch.tensor(class_weights, device=device) if class_weights else None
-    gradients = Gradients(
-        network, lambda output, label: batch_loss(output, label, weights, s), device, s.bf16, s.cuda_graph
-    )
-    timing = Timing(work / "log")
+    history = History(work / "history.jsonl" if ranks.main else None, start)
+    timing = Timing(work / "log" if ranks.main else work / "log" / "ranks" / str(ranks.rank), device)
 
     def save(step: int) -> None:
-        history.flush()
-        checkpoint.save(folder, step, network, average.network, optimizer)
+        if ranks.main:
+            history.flush()
+            checkpoint.save(folder, step, network, average.network, optimizer)
 
-    last_save = time.monotonic()
+    def early(step: int) -> bool:
+        """Has the steering split's score stood still for too long? The main rank knows."""
+        if not s.patience or step % s.validate_every:
+            return False
+        waited = ranks.main and history.validations_without_gain(STEERED_BY) >= s.patience
+        return bool(ranks.sum_(torch.tensor(float(waited), device=device)))
+
+    def steps(stopped: Callable[[], int]) -> Generator[tuple[int, Batch | None, Gradients, float], None, None]:
+        """(step, its batch or None when it was stopped, what computes its gradients, when it began)."""
+        for stretch in stretches:
+            if (first := max(start, stretch.first)) >= stretch.last:
+                continue
+            if stretch.output_stride != network.architecture.output_stride:
+                for restrided in (network, average.network):
+                    set_output_stride(restrided, stretch.output_stride)
+                torch._dynamo.reset()
+            gradients = Gradients(
+                network, objective, device, s.bf16, s.cuda_graph,
+                compiled=s.compiled, accumulate=s.accumulate, ranks=ranks,
+            )  # fmt: skip
+            # One of several ranks must not leave the others waiting: it goes on until all have heard.
+            with closing(stretch.batches(first, stopped if ranks.world == 1 else bool)) as source:
+                for step in range(first, stretch.last):
+                    began = time.monotonic()
+                    yield step, next(source, None), gradients, began
+
+    done, ended, last_save = start, early(start), time.monotonic()
     with (
         stop_signals() as stopped,
+        mirrors(start) as mirror,
         progress(s.steps, "train", "step", initial=start) as bar,
         _loader_failures(),
-        closing(batches(start, stopped)) as source,
+        closing(steps(stopped)) as source,
     ):
-        for step in range(start, s.steps):
-            began = time.monotonic()
-            batch = next(source, None)
-            if batch is None:  # only when stopped while no batch came
+        for step, batch, gradients, began in () if ended else source:
+            if batch is None:
                 save(step)
                 raise _interrupted(stopped(), step)
             waited = time.monotonic() - began
@@ -213,36 +195,56 @@ def train(
                 group["lr"] = group["peak_lr"] * factor
             loss = gradients(batch)
             norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
-            loss_value, norm_value = torch.stack([loss, norm]).tolist()
+            loss_value, norm_value, signalled = _read(loss, norm, stopped(), ranks)
             if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                 history.flush()
                 raise _non_finite(loss_value, norm_value, step, batch)
             optimizer.step()
             average.update(step)
-            history.add(step=step + 1, loss=round(loss_value, 6), learning_rate=s.learning_rate * factor)
             done = step + 1
+            history.add(step=done, loss=round(loss_value, 6), learning_rate=s.learning_rate * factor)
+            mirror.mean(done, {"loss": loss_value, "learning_rate": s.learning_rate * factor})
             bar.update()
-            timing.step(done, began, waited, len(batch.samples), bar)
-            validated = done % s.validate_every == 0 or done == s.steps
-            if validated:
-                for split, frames in validation.items():
-                    matrix = validate(average.network, frames, label_set.num_classes, device, s.bf16, stopped)
-                    if stopped():
-                        break
-                    result = scores(matrix.numpy(), label_set)
-                    history.add(step=done, split=split, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
-                    log.info("step %d: %s mIoU %.4f", done, split, result["miou"] or 0.0)
-            # A validation that was cut short has no scores to save; the checkpoint before it stands.
-            cut_short = validated and stopped()
-            if (validated or stopped() or _due(done, last_save, s)) and not cut_short:
+            row = timing.step(done, began, waited, len(batch.samples) * ranks.world, bar, loss_value)
+            if row:
+                mirror.scalars(done, {k: row[k] for k in ("images_per_s", "waiting_share")})
+            validated, cut_short = done % s.validate_every == 0 or done == s.steps, False
+            for split, frames in validation.items() if validated else ():
+                matrix = validate(average.network, frames, label_set.num_classes, device, s.bf16, stopped, ranks)
+                if matrix is None:  # no scores to save: the checkpoint before it stands
+                    cut_short = True
+                    break
+                result = scores(matrix.numpy(), label_set)
+                history.add(step=done, split=split, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
+                mirror.scalars(done, {f"{split}/miou": result["miou"]})
+                log.info("step %d: %s mIoU %.4f", done, split, result["miou"] or 0.0)
+            if validated and draw and ranks.main and not cut_short:
+                draw(average.network, done)
+            if (validated or signalled or _due(done, last_save, s)) and not cut_short:
                 save(done)
                 last_save = time.monotonic()
-            if stopped():
+            if signalled or cut_short:
                 raise _interrupted(stopped(), done)
+            if ended := early(done):
+                break
+    if ended:
+        log.info("ended after step %d: val mIoU stood still for %d validations", done, s.patience)
     timing.verdict()
     history.flush()
-    checkpoint.prune(folder, 1)
-    return average.network
+    if ranks.main:
+        checkpoint.prune(folder, 1)
+    assert isinstance(average.network, DeepLabV3Plus)
+    return average.network, done
+
+
+def _read(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ranks) -> tuple[float, float, bool]:
+    """Loss and gradient norm, the same on all ranks, and whether any of them got a signal."""
+    values = torch.stack([loss, norm])
+    if ranks.world > 1:
+        flag = ranks.sum_(values.new_tensor([float(bool(signalled))]))
+        values = torch.cat([values, flag])
+    loss_value, norm_value, *flags = values.tolist()
+    return loss_value, norm_value, bool(flags[0] if flags else signalled)
 
 
 def _due(step: int, last_save_s: float, s: Settings) -> bool:
@@ -252,8 +254,9 @@ def _due(step: int, last_save_s: float, s: Settings) -> bool:
 
 
 def _interrupted(number: int, step: int) -> Interrupted:
-    name = signal.Signals(number).name
-    return Interrupted(f"stopped by {name} after step {step}; run again to go on", signal_number=number)
+    name = signal.Signals(number).name if number else "another rank's signal"
+    text = f"stopped by {name} after step {step}; run again to go on"
+    return Interrupted(text, signal_number=number or signal.SIGTERM)
 
 
 @contextmanager

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from roadseg.files import write_json
 
@@ -16,35 +19,41 @@ DATA_BOUND = 0.1  # share of the time spent waiting from which data is what to w
 
 
 class Timing:
-    """log/timing.jsonl: images/s and the share of time spent waiting for data, every ten seconds.
+    """log/timing.jsonl: loss, images/s, the share of time spent waiting for data and memory, every ten seconds.
 
     Validations and checkpoints don't count, nor does a run's first step, which waits for worker
-    processes to start and libraries to choose their algorithms.
+    processes to start and libraries to choose their algorithms. `device`: whose memory is told.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._device = folder, device or torch.device("cpu")
         self._row, self._all = _Sum(), _Sum()
         self._first = True
 
-    def step(self, step: int, began_s: float, waited_s: float, images: int, bar: Any) -> None:
-        """After a step: began_s, on the clock of time.monotonic, and how long it then waited for its batch."""
+    def step(
+        self, step: int, began_s: float, waited_s: float, images: int, bar: Any, loss: float | None = None
+    ) -> dict[str, float] | None:
+        """After a step: began_s, on the clock of time.monotonic, and how long it then waited for its batch.
+
+        Returns the row {step, loss (mean of its steps), images_per_s, waiting_share, memory_gb} when one was due;
+        `bar` then shows it too.
+        """
         if self._first:
             self._first = False
-            return
+            return None
         took = time.monotonic() - began_s
         for total in (self._row, self._all):
-            total.add(took, waited_s, images)
+            total.add(took, waited_s, images, loss)
         if self._row.took_s < EVERY_S:
-            return
-        row = {"step": step, **self._row.rates()}
+            return None
+        used, total_gb = memory_gb(self._device)
+        row = {"step": step, **self._row.mean_loss(), **self._row.rates(), "memory_gb": round(used, 3)}
         self._row = _Sum()
-        bar.set_postfix_str(
-            f"{row['images_per_s']} images/s, {row['waiting_share']:.0%} waiting for data", refresh=False
-        )
+        bar.set_postfix_str(_spoken(row, total_gb), refresh=False)
         with open(self._folder / "timing.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
+        return row
 
     def verdict(self) -> str:
         """What held up this run's steps; logged, and in log/bottleneck.json. "" for a run of one step or none."""
@@ -63,15 +72,46 @@ class Timing:
         return text
 
 
+def memory_gb(device: torch.device) -> tuple[float, float]:
+    """(used, total) in 1e9 bytes: on CUDA the peak that PyTorch had allocated, elsewhere what this process holds now.
+
+    Total is the device's, on the CPU the machine's; 0 where the system does not tell.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        return resident / 1e9, os.sysconf("SC_PHYS_PAGES") * page / 1e9
+    except (OSError, ValueError):  # no /proc on macOS
+        return 0.0, 0.0
+
+
+def _spoken(row: dict[str, float], total_gb: float) -> str:
+    parts = [f"loss {row['loss']:.4g}"] if "loss" in row else []
+    parts += [f"{row['images_per_s']} images/s", f"{row['waiting_share']:.0%} waiting for data"]
+    if row["memory_gb"]:
+        parts.append(f"{row['memory_gb']:.1f} of {total_gb:.0f} GB")
+    return ", ".join(parts)
+
+
 class _Sum:
     def __init__(self) -> None:
         self.steps, self.took_s, self._waited_s, self._images = 0, 0.0, 0.0, 0
+        self._loss, self._losses = 0.0, 0
 
-    def add(self, took_s: float, waited_s: float, images: int) -> None:
+    def add(self, took_s: float, waited_s: float, images: int, loss: float | None) -> None:
         self.steps += 1
         self.took_s += took_s
         self._waited_s += waited_s
         self._images += images
+        if loss is not None:
+            self._loss += loss
+            self._losses += 1
+
+    def mean_loss(self) -> dict[str, float]:
+        return {"loss": round(self._loss / self._losses, 6)} if self._losses else {}
 
     def rates(self) -> dict[str, float]:
         took = max(self.took_s, 1e-9)

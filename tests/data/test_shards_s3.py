@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,51 +14,26 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ConnectionClosedError
 from botocore.httpsession import URLLib3Session
-from conftest import scene, write_shards
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from conftest import AWS_SECRET, scene, write_shards
 from test_shards import FORMS, smooth, written
-from werkzeug.serving import make_server
 
 from roadseg.aws import aws_client
 from roadseg.data.shard_files import RangedFiles
 from roadseg.data.shards import Shards, Split
 from roadseg.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.aws
-SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+pytestmark = [pytest.mark.aws, pytest.mark.usefixtures("aws_credentials")]
 BUCKET = "shards"
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    app = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join(timeout=10)
-    server.server_close()
-
-
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.delenv(proxy, raising=False)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("roadseg.data.shard_files.time.sleep", lambda seconds: None)
 
 
 @pytest.fixture
-def bucket(endpoint: str) -> Iterator[Any]:
-    client = aws_client("s3", region="us-east-1", endpoint_url=endpoint)
+def bucket(s3_endpoint: str) -> Iterator[Any]:
+    client = aws_client("s3", region="us-east-1", endpoint_url=s3_endpoint)
     client.create_bucket(Bucket=BUCKET)
     yield client
     for item in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):
@@ -177,7 +151,7 @@ def test_refusals_are_said_without_secrets(tmp_path: Path, bucket: Any, status: 
     with pytest.raises(DataError, match=said) as e:
         split.read(0)
     assert f"s3://{BUCKET}/a/b/train-00000.bin" in str(e.value)
-    assert SECRET not in str(e.value) and "Signature" not in str(e.value)
+    assert AWS_SECRET not in str(e.value) and "Signature" not in str(e.value)
     assert len(asked) == (1 if status < 500 else 12)
 
 

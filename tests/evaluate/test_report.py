@@ -174,11 +174,55 @@ def test_seventy_classes():
 def test_long_histories_are_binned_by_mean():
     rows = [{"step": s, "loss": float(s % 2), "learning_rate": 0.1} for s in range(1, 14_001)]
     html = render({}, [], [], rows)
-    paths = re.findall(r'<path class="line s0" stroke-dasharray="" d="(M[^"]*)"', html)
-    assert len(paths) == 2
-    heights = {p.split(" ")[1] for p in re.split("[ML]", paths[0]) if p}
-    assert paths[0].count("L") < 300 and len(heights) < 8  # around 0.5, no longer between 0 and 1
+    raw, smooth = (drawn_line(html, f'class="line {kind}"') for kind in ("thin", 's0" stroke-dasharray="'))
+    assert len(raw) < 300 and len({y for _, y in raw}) < 8  # around 0.5, no longer between 0 and 1
+    assert len({y for _, y in smooth[5:]}) < 8 and len(smooth) == len(raw)
     assert "means of up to 47 steps" in html
+
+
+def drawn_line(html, tag):
+    """[(x, y)] of the first chart's longest line with this tag."""
+    chart = html[html.index('<svg class="lines"') :].split("</svg>")[0]
+    path = max(re.findall(rf'<path {tag} d="M([^"]*)"', chart), key=len)
+    return [tuple(map(float, point.split(" "))) for point in path.split("L")]
+
+
+def test_the_smoothed_loss_is_the_decaying_mean():
+    rng = np.random.default_rng(0)
+    losses = rng.uniform(1, 2, 100)
+    rows = [{"step": s, "loss": float(v), "learning_rate": 0.1} for s, v in enumerate(losses, 1)]
+    raw, smooth = (
+        drawn_line(render({}, [], [], rows), f'class="line {k}"') for k in ("thin", 's0" stroke-dasharray="')
+    )
+    slope, start = np.polyfit([y for _, y in raw], losses, 1)  # pixels to values
+    ages = np.arange(100)
+    for at in (0, 1, 50, 99):
+        weights = 0.5 ** (ages[: at + 1][::-1] / 4)  # a half-life of 4 % of the run
+        assert slope * smooth[at][1] + start == pytest.approx(
+            (weights * losses[: at + 1]).sum() / weights.sum(), abs=2e-3
+        )
+
+
+def timing(steps):
+    return [{"step": s, "images_per_s": 40.0 + s / 100, "waiting_share": 0.02} for s in steps]
+
+
+def test_speed_is_drawn_and_steps_taken_again_count_once():
+    rows = timing([100, 200, 300]) + timing([150, 250])  # killed, and gone on with after 100
+    html = render({}, [], [], timing=rows)
+    assert "Images a second" in html and "Share of the time waiting for data" in html
+    assert "Images a second goes from 41 at step 100 to 42.5 at step 250" in html
+    assert len(drawn_line(html, 's0" stroke-dasharray="'.join(('class="line ', '"')))) == 3
+    assert "Images a second" not in render({}, [], [], history(10))
+
+
+def test_predictions_over_time_are_a_strip():
+    shown = [(name, picture(np.zeros((8, 8, 3), np.uint8))) for name in ("Frame", "Truth", "Step 100", HOSTILE)]
+    html = render({}, [], [], pictures=shown)
+    assert_accessible(assert_inert(html.replace(HOSTILE, "")))
+    page = Page(html)
+    assert [image["alt"] for image in page.named("img")] == ["Frame", "Truth", "Step 100", HOSTILE]
+    assert not page.named("script") and "Predictions over time" in page.text
 
 
 def test_values_that_are_not_finite_draw_nothing():

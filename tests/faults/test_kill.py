@@ -1,4 +1,4 @@
-"""Killed anywhere and run again, the whole way ends with the same bytes; stopped politely, it says so."""
+"""Killed anywhere and run again, the whole way ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from conftest import MICRO, Micro
 
 import roadseg
 from roadseg.files import content_digest, read_json
-from roadseg.train import checkpoint
 from roadseg.workspace import LEAVE_OUT, Workspace
 
 pytestmark = pytest.mark.fault
@@ -97,24 +96,6 @@ def test_killed_in_every_stage_and_run_again_the_same_comes_out(micro: Micro, tm
         assert not (workspace / "store").exists()
     log = finish(workspace)
     assert "going on after step 6 of 6" in log
-    assert_like(micro, workspace)
-
-
-@pytest.mark.parametrize("to_the_group", [False, True])
-def test_sigterm_in_training_is_143_with_a_checkpoint_and_it_goes_on(
-    micro: Micro, tmp_path: Path, to_the_group: bool
-) -> None:
-    workspace = tmp_path / "w"
-    process = start(workspace, "--training.workers", "2" if to_the_group else "0")
-    stages = workspace / "stages"
-    assert when(process, lambda: any(stages.glob("train/*.partial/checkpoints/step-00000001.json")))
-    os.killpg(process.pid, signal.SIGTERM) if to_the_group else process.terminate()
-    assert process.wait(60) == 143, workspace.with_suffix(".log").read_text()
-    assert "roadseg run: stopped by SIGTERM after step" in workspace.with_suffix(".log").read_text()
-    found = checkpoint.newest(next(stages.glob("train/*.partial")) / "checkpoints")
-    assert found and 1 <= found[0] < 6
-    log = finish(workspace)
-    assert f"going on after step {found[0]} of 6" in log
     assert_like(micro, workspace)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import xxhash
 from PIL import Image
 
 from roadseg.data.masks import MaskForm
@@ -112,16 +111,6 @@ def test_what_is_seen_of_a_pair(tmp_path):
     # The centres of 16 x 32 cells of 4 x 3 pixels.
     assert s.places == bytes(train[int(ids[4 * y + 2, 3 * x + 1])] for y in range(16) for x in range(32))
     assert s.look is not None and abs(s.look.mean_rgb[0] - scene(0)[..., 0].mean()) < 3
-
-
-def test_the_pixels_digest_is_of_the_pixels_alone(tmp_path):
-    label = encode_label_png(mask(0))
-    digest = seen(tmp_path, saved(scene(0)), label).pixels_digest
-    assert digest == xxhash.xxh3_128(scene(0).tobytes()).hexdigest() + "-96x64"
-    for copy in (saved(scene(0), "WEBP", lossless=True), saved(scene(0), "BMP"), saved(scene(0), compress_level=1)):
-        assert seen(tmp_path, copy, label).pixels_digest == digest
-    for other in (scene(1), scene(0).reshape(WIDTH, HEIGHT, 3)):
-        assert seen(tmp_path, saved(other), label).pixels_digest != digest
 
 
 def test_the_histogram_has_the_classes_that_are_learned_not_those_of_the_source(tmp_path):

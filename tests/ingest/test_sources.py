@@ -5,17 +5,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import touch
 
 from roadseg.errors import ConfigError, DataError
 from roadseg.ingest import camvid, cityscapes, folder
 from roadseg.ingest.folder import read_description
 from roadseg.labels import IGNORE
-
-
-def touch(root: Path, *paths: str) -> None:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(b"")
 
 
 def frame(split: str, name: str, *kinds: str) -> list[str]:

@@ -5,27 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import codes, told, touch
 
 from roadseg.data.masks import read_ids, train_ids
 from roadseg.errors import DataError
 from roadseg.images import Limits
 from roadseg.ingest import acdc, cityscapes, idd
-from roadseg.ingest.findings import Finding
-from roadseg.ingest.pairs import Pair
-
-
-def touch(root: Path, *paths: str) -> None:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(b"")
-
-
-def codes(findings: list[Finding]) -> list[tuple[str, str, int]]:
-    return [(f.code, f.split, f.count) for f in findings]
-
-
-def told(pairs: list[Pair]) -> list[tuple[str, str, str]]:
-    return [(p.split, p.name, p.sequence) for p in pairs]
 
 
 def coarse_tree(root: Path, *splits: str) -> None:

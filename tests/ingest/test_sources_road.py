@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import codes, told, touch
 from PIL import Image
 
 from roadseg.data.masks import MaskForm, read_ids, train_ids, unknown_colors
@@ -14,22 +15,6 @@ from roadseg.errors import DataError
 from roadseg.images import Limits
 from roadseg.ingest import bdd100k, camvid_colors, comma10k, kitti, mapillary
 from roadseg.ingest.camvid_colors import segnet_split
-from roadseg.ingest.findings import Finding
-from roadseg.ingest.pairs import Pair
-
-
-def touch(root: Path, *paths: str) -> None:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(b"")
-
-
-def codes(findings: list[Finding]) -> list[tuple[str, str, int]]:
-    return [(f.code, f.split, f.count) for f in findings]
-
-
-def told(pairs: list[Pair]) -> list[tuple[str, str, str]]:
-    return [(p.split, p.name, p.sequence) for p in pairs]
 
 
 def png(pixels: np.ndarray) -> bytes:

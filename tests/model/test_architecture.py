@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from roadseg.errors import ConfigError
 from roadseg.model import Architecture, build
@@ -18,7 +19,7 @@ from roadseg.model import Architecture, build
         ("atrous_rates", ()),
         ("atrous_rates", (6, 0)),
         ("low_levels", ()),
-        ("low_levels", (16, 4)),
+        ("low_levels", (32, 4)),
         ("low_levels", (4, 8)),
         ("low_levels", (4, 4)),
         ("dropout", 1.0),
@@ -31,9 +32,14 @@ def test_wrong_values_name_their_key(key: str, value: object) -> None:
     assert repr(value) in str(caught.value) and caught.value.expected
 
 
-def test_low_levels_must_be_finer_than_output_stride_8() -> None:
-    with pytest.raises(ConfigError, match=r"finer than output_stride 8, such as \[4\]"):
-        Architecture(19, output_stride=8)
+def test_no_low_level_is_coarser_than_the_output_stride() -> None:
+    with pytest.raises(ConfigError, match=r"none coarser than output_stride 8, such as \[8, 4\]"):
+        Architecture(19, output_stride=8, low_levels=(16, 4))
+
+
+def test_a_network_that_was_trained_at_stride_16_may_end_at_8_with_the_same_levels() -> None:
+    network = build(Architecture(3, "mobilenetv2_035", 8, channels=8, low_levels=(8, 4)), seed=0).eval()
+    assert network(torch.zeros(1, 3, 33, 64)).shape == (1, 3, 9, 16)
 
 
 def test_low_level_that_the_backbone_lacks() -> None:

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.httpsession import URLLib3Session
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-from werkzeug.serving import make_server
+from conftest import AWS_SECRET
 
 from roadseg.aws import aws_client
 from roadseg.errors import ConfigError, PointerMoved, RoadsegError, StoreError
@@ -26,36 +25,8 @@ from roadseg.files import sha256_bytes
 from roadseg.release.store import ARCHIVE, Champion, FolderStore, Store, champion_bytes, open_store, resolve
 from roadseg.release.store_s3 import S3Store
 
-pytestmark = pytest.mark.aws
-SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+pytestmark = [pytest.mark.aws, pytest.mark.usefixtures("aws_credentials")]
 BUCKET = "models"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    # One request at a time: moto's own check of If-Match is not safe between threads.
-    app = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, app, threaded=False, request_handler=MotoRequestHandler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join(timeout=10)
-    server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.delenv(proxy, raising=False)
 
 
 class Backdoor:
@@ -87,10 +58,10 @@ def s3_store(endpoint: str, prefix: str = "a/b") -> S3Store:
 
 
 @pytest.fixture
-def s3(endpoint: str) -> Iterator[S3Store]:
-    own = s3_store(endpoint).client  # tests spoil the store's
+def s3(s3_endpoint: str) -> Iterator[S3Store]:
+    own = s3_store(s3_endpoint).client  # tests spoil the store's
     own.create_bucket(Bucket=BUCKET)
-    yield s3_store(endpoint)
+    yield s3_store(s3_endpoint)
     for item in own.list_objects_v2(Bucket=BUCKET).get("Contents", ()):
         own.delete_object(Bucket=BUCKET, Key=item["Key"])
     own.delete_bucket(Bucket=BUCKET)
@@ -379,12 +350,12 @@ def test_a_promotion_whose_answer_got_lost_is_our_own(s3: S3Store) -> None:
     assert [c.serial for c in s3.history()] == [1]
 
 
-def test_stores_of_one_bucket_do_not_mix(s3: S3Store, endpoint: str, archive: Path) -> None:
+def test_stores_of_one_bucket_do_not_mix(s3: S3Store, s3_endpoint: str, archive: Path) -> None:
     digest = s3.publish(archive, {})
-    root = S3Store(f"s3://{BUCKET}", region="us-east-1", endpoint_url=endpoint)
+    root = S3Store(f"s3://{BUCKET}", region="us-east-1", endpoint_url=s3_endpoint)
     assert s3.releases() == [digest] and root.releases() == []
     assert (root.address, s3.address) == (f"s3://{BUCKET}", f"s3://{BUCKET}/a/b")
-    opened = open_store(f"s3://{BUCKET}/a/b/", Path("unused"), region="us-east-1", endpoint_url=endpoint)
+    opened = open_store(f"s3://{BUCKET}/a/b/", Path("unused"), region="us-east-1", endpoint_url=s3_endpoint)
     assert opened.releases() == [digest]
 
 
@@ -427,17 +398,17 @@ def test_refusals(s3: S3Store, archive: Path, tmp_path: Path, status: int, code:
         with pytest.raises(StoreError) as e:
             act()
         assert said in str(e.value) and todo in str(e.value) and e.value.where == s3.address
-        assert SECRET not in str(e.value) and "AKIA" not in str(e.value)
+        assert AWS_SECRET not in str(e.value) and "AKIA" not in str(e.value)
 
 
-def test_a_bucket_that_does_not_exist(endpoint: str) -> None:
-    store = S3Store("s3://nowhere/x", region="us-east-1", endpoint_url=endpoint)
+def test_a_bucket_that_does_not_exist(s3_endpoint: str) -> None:
+    store = S3Store("s3://nowhere/x", region="us-east-1", endpoint_url=s3_endpoint)
     for act in (store.champion, store.releases, lambda: store.promote(champion(1), None)):
         with pytest.raises(StoreError, match="the bucket does not exist"):
             act()
 
 
-def test_missing_credentials_are_said_at_once(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_said_at_once(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
@@ -445,7 +416,7 @@ def test_missing_credentials_are_said_at_once(endpoint: str, monkeypatch: pytest
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://203.0.113.1")
     began = time.monotonic()
     with pytest.raises(StoreError, match="no AWS credentials were found.*aws sso login"):
-        s3_store(endpoint).champion()
+        s3_store(s3_endpoint).champion()
     assert time.monotonic() - began < 5
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,17 @@ from roadseg.data.shards import Shards
 from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
 from roadseg.files import read_json_lines
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
+from roadseg.model.surgery import freeze
 from roadseg.train import checkpoint
-from roadseg.train.loop import Settings, make_optimizer, train
+from roadseg.train.criterion import Criterion, Terms
+from roadseg.train.loop import Settings, Stretch, train
+from roadseg.train.objective import Objective
+from roadseg.train.optimizer import make_optimizer
 
 SETTINGS = Settings(
     steps=6, optimizer="adamw", learning_rate=0.003, backbone_lr_factor=1.0, weight_decay=0.01, momentum=0.9,
-    scheduler="poly", poly_power=0.9, warmup_steps=2, label_smoothing=0.0, auxiliary_weight=0.4, ema_decay=0.9,
-    clip_norm=5.0, seed=3, bf16=False, validate_every=3, checkpoint_every=1,
+    scheduler="poly", poly_power=0.9, warmup_steps=2, ema_decay=0.9, clip_norm=5.0, seed=3, bf16=False,
+    validate_every=3, checkpoint_every=1,
 )  # fmt: skip
 CPU = torch.device("cpu")
 Source = Callable[..., Generator[Batch, None, None]]
@@ -48,11 +53,24 @@ def source(shards: Shards, steps: int = SETTINGS.steps, workers: int = 0) -> Sou
     )
 
 
-def run(shards: Shards, work: Path, settings: Settings = SETTINGS, batches: Source | None = None) -> DeepLabV3Plus:
+def criterion() -> Objective:
+    return Objective(Criterion(Terms(), Terms(), 0.4, None, 0.0, 0.7, 0.0625, 2.0, 3))
+
+
+def run(
+    shards: Shards,
+    work: Path,
+    settings: Settings = SETTINGS,
+    batches: Source | None = None,
+    objective: Objective | None = None,
+    stretches: list[Stretch] | None = None,
+    split: str = "val",
+    net: DeepLabV3Plus | None = None,
+) -> DeepLabV3Plus:
     work.mkdir(exist_ok=True)
-    validation = {"val": shards.split("val")}
-    average = train(network(), batches or source(shards), validation, THREE, None, settings, CPU, work)
-    assert isinstance(average, DeepLabV3Plus)
+    stretches = stretches or [Stretch(0, settings.steps, 16, batches or source(shards, settings.steps))]
+    validation = {split: shards.split("val")}
+    average, _ = train(net or network(), stretches, validation, THREE, objective or criterion(), settings, CPU, work)
     return average
 
 
@@ -101,24 +119,21 @@ def test_it_learns(shards: Shards, tmp_path: Path) -> None:
 @pytest.mark.fault
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_spoilt_network_stops_before_the_step_and_names_the_samples(
-    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+    shards: Shards, tmp_path: Path, value: float
 ) -> None:
-    import roadseg.train.loop as loop
+    sound, calls = criterion(), []
 
-    real, calls = loop.batch_loss, []
+    class Spoilt(Objective):
+        def __call__(self, *arguments: Any) -> torch.Tensor:
+            calls.append(1)
+            return sound(*arguments) * (value if len(calls) == 4 else 1.0)
 
-    def spoilt(*arguments: object) -> torch.Tensor:
-        calls.append(1)
-        return real(*arguments) * (value if len(calls) == 4 else 1.0)
-
-    monkeypatch.setattr(loop, "batch_loss", spoilt)
     with pytest.raises(NonFiniteLoss, match="at step 4,") as caught:
-        run(shards, tmp_path / "spoilt")
+        run(shards, tmp_path / "spoilt", objective=Spoilt(sound.criterion))
     samples = next(iter(Batches(Order(shards.split("train").frames, SETTINGS.seed), 4, 3, 4)))
     assert all(f"{s.index} (epoch {s.epoch})" in str(caught.value) for s in samples)
     step, tensors = checkpoint.newest(tmp_path / "spoilt" / "checkpoints") or (None, {})
     assert step == 3
-    monkeypatch.setattr(loop, "batch_loss", real)
     with pytest.raises(Killed):
         run(shards, tmp_path / "sound", SETTINGS, dying(source(shards), 3))
     _, expected = checkpoint.newest(tmp_path / "sound" / "checkpoints") or (None, {})
@@ -165,7 +180,7 @@ def test_a_checkpoint_without_its_json_was_never_saved(shards: Shards, tmp_path:
 
 
 def test_norms_and_biases_are_not_decayed_and_the_backbone_has_its_own_rate() -> None:
-    optimizer = make_optimizer(network(), replace(SETTINGS, backbone_lr_factor=0.1))
+    optimizer = make_optimizer(network(), "adamw", 0.003, 0.1, 0.01, 0.9)
     groups = optimizer.param_groups
     assert sum(len(g["params"]) for g in groups) == len(list(network().parameters()))
     for group in groups:
@@ -200,6 +215,62 @@ def test_timing_is_kept_apart_from_history(shards: Shards, tmp_path: Path) -> No
     assert all(set(r) <= {"step", "loss", "learning_rate", "split", "miou", "pixel_accuracy"} for r in rows)
     verdict = json.loads((tmp_path / "log" / "bottleneck.json").read_text())
     assert verdict["steps"] == SETTINGS.steps - 1 and verdict["bottleneck"] in ("compute", "data")
+
+
+def losses(work: Path) -> list[float]:
+    return [row["loss"] for row in read_json_lines(work / "history.jsonl") if "loss" in row]
+
+
+def plain(net: DeepLabV3Plus) -> DeepLabV3Plus:
+    """Batch norm by its running statistics and no dropout: a micro-batch sees what the whole batch sees."""
+    freeze(net, ("batch_norm",))
+    net.dropout.share = 0.0
+    return net
+
+
+def test_micro_batches_give_the_steps_of_the_whole_batch(shards: Shards, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=4, learning_rate=0.001)
+    for parts in (1, 2, 4):
+        run(shards, tmp_path / str(parts), replace(settings, accumulate=parts), net=plain(network()))
+    whole = losses(tmp_path / "1")
+    assert len(whole) == 4
+    for parts in ("2", "4"):
+        assert losses(tmp_path / parts) == pytest.approx(whole, rel=2e-4)
+
+
+def two_stretches(shards: Shards) -> list[Stretch]:
+    """Crops of 32x64 at stride 16, then of 48x64 at stride 8."""
+
+    def crops(size: tuple[int, int], last: int) -> Source:
+        made = Crops(shards.split("train"), Augmentation(size), SETTINGS.seed, (120, 120, 120))
+        order = Order(made.split.frames, SETTINGS.seed)
+        return lambda step, stopped=bool: batches_from_workers(
+            made, Batches(order, 4, step, last), 0, CPU, stopped=stopped
+        )
+
+    return [Stretch(0, 4, 16, crops((32, 64), 4)), Stretch(4, 6, 8, crops((48, 64), 6))]
+
+
+def test_a_later_stretch_has_its_own_crops_and_stride_and_is_resumed(shards: Shards, tmp_path: Path) -> None:
+    whole = run(shards, tmp_path / "whole", stretches=two_stretches(shards))
+    assert whole.architecture.output_stride == 8
+    for at in (2, 5):
+        parts = [replace(p, batches=dying(p.batches, at)) for p in two_stretches(shards)]
+        with pytest.raises(Killed):
+            run(shards, tmp_path / "cut", stretches=parts)
+    resumed = run(shards, tmp_path / "cut", stretches=two_stretches(shards))
+    assert resumed.architecture == whole.architecture and same(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_it_ends_when_val_stands_still_and_never_for_a_held_out_split(shards: Shards, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=8, learning_rate=1e-12, ema_decay=0.0, validate_every=2, patience=2)
+    run(shards, tmp_path / "val", settings)
+    assert len(losses(tmp_path / "val")) == 6  # the first score, and two that are no better
+    run(shards, tmp_path / "val", settings)  # run again, it knows that it has ended
+    assert len(losses(tmp_path / "val")) == 6
+    run(shards, tmp_path / "held", settings, split="holdout")
+    assert len(losses(tmp_path / "held")) == 8
 
 
 STALLS = """

@@ -1,0 +1,370 @@
+"""The ablation on CamVid: single changes to a base config, trained as `roadseg sweep` does, and one table of them.
+
+    python benchmarks/ablation.py --data CAMVID [--steps 3000] [--seeds 3] [--budget-s 560] [--only fusion loss]
+    python benchmarks/ablation.py --cpu-latency | --gpu-latency | --table | --list
+
+Start it again and again: results lie in STATE/ablation.json (small, to be carried between machines), and a run
+that the budget stopped goes on from its checkpoint where WORKSPACE is still there. Order: the base with every seed,
+every change with the first, then more seeds for changes within --close points of the base. A run counts for its
+config, so a changed base starts anew; changed code does not: take another --state for that.
+
+Scores are the training loop's own at its last step (history.jsonl): the averaged network on whole frames, single
+scale, bf16 on CUDA, val and the held-out drive. Latency is that of the network from uint8 image to logits, batch 1,
+random weights: on the GPU in fp16, channels last; on the CPU by onnxruntime with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import cpu_name
+from model_table import gmac
+
+from roadseg.config import Config, load_config
+from roadseg.config_training import Loss
+from roadseg.errors import Interrupted
+from roadseg.files import json_bytes, read_json, sha256_bytes, write_atomic, write_json
+from roadseg.model import Architecture, DeepLabV3Plus, build
+from roadseg.release.export import export_onnx
+from roadseg.sweep import BASE, Plan, Point, Setting, interruptible, plan, run_point
+from roadseg.sweep_table import Result, Row, difference_text, rows, spread_text
+from roadseg.train.stage import VERSION
+
+HEIGHT, WIDTH, CLASSES = 360, 480, 11
+HOLDOUT = "holdout"
+ROUNDS = 5
+EXTRA_TERMS = {"ohem": 1.0, "focal": 1.0, "lovasz": 1.0, "dice": 1.0, "boundary": 1.0, "rmi": 0.5}
+
+# What is the base's own already is left out of the plan.
+CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((f"fusion {name}", {"model.fusion": name}) for name in ("concat", "sknet", "dense", "skfusion")),
+    *((f"head {name}", {"model.head": name}) for name in ("separable", "dense")),
+    ("output stride 8, same rates", {"model.output_stride": 8}),
+    ("output stride 8, rates 6 12 18", {"model.output_stride": 8, "model.atrous_rates": [6, 12, 18]}),
+    ("output stride 16", {"model.output_stride": 16}),
+    ("output stride 8 for the last quarter", {"training.phases": [{"after": 0.75, "output_stride": 8}]}),
+    *((f"rates {' '.join(map(str, r))}", {"model.atrous_rates": r}) for r in ([2, 4, 6], [3, 6, 9], [6, 12, 18])),
+    *((f"low levels {' '.join(map(str, s))}", {"model.low_levels": s}) for s in ([4], [8, 4], [8, 4, 2])),
+    ("EMA off", {"training.ema_decay": 0}),
+    *((f"class weights {name}", {"training.class_weights": name}) for name in ("none", "enet", "median")),
+    ("label smoothing off", {"training.label_smoothing": 0}),
+    ("auxiliary heads off", {"training.auxiliary_weight": 0}),
+    ("ohem instead of cross-entropy", {"training.loss": {"cross_entropy": 0, "ohem": 1}}),
+    ("resolution: crops of 240x320", {"training.crop_px": [240, 320]}),
+    ("resolution: crops of 288x384", {"training.crop_px": [288, 384]}),
+    (
+        "resolution: crops of 240x320, then 360x480 for the last half",
+        {"training.crop_px": [240, 320], "training.phases": [{"after": 0.5, "crop_px": [360, 480]}]},
+    ),
+)
+
+
+def changes(base: Config) -> list[Setting]:
+    """The base, CHANGES, and each term of the loss added where the base lacks it and left out where it has it."""
+    loss = {name: getattr(base.training.loss, name) for name in Loss.model_fields}
+    found = [Setting(BASE), *(Setting(name, values) for name, values in CHANGES)]
+    for term, weight in loss.items():
+        if not weight:
+            found.append(Setting(f"loss + {EXTRA_TERMS[term]:g} {term}", {"training.loss": {term: EXTRA_TERMS[term]}}))
+        elif sum(map(bool, loss.values())) > 1:
+            found.append(Setting(f"loss without {term}", {"training.loss": {term: 0}}))
+    return found
+
+
+def base_config(a: argparse.Namespace) -> Config:
+    training = {"steps": a.steps, "epochs": None, "validate_every": a.steps, "pictures": 0, "compile": a.compile}
+    data = {"root": a.data, "holdout_sequences": [a.holdout]}
+    return load_config(a.config, {"data": data, "training": training})
+
+
+# ---- what was found so far ------------------------------------------------------------------
+
+
+class State:
+    """ablation.json: results by the digest of their config, figures of networks by that of their architecture."""
+
+    def __init__(self, folder: Path, out: Path | None) -> None:
+        self._path, self._out = folder / "ablation.json", out
+        folder.mkdir(parents=True, exist_ok=True)
+        known = read_json(self._path) if self._path.exists() else {}
+        self.runs: dict[str, dict[str, Any]] = known.get("runs", {})
+        self.networks: dict[str, dict[str, Any]] = known.get("networks", {})
+
+    def save(self) -> None:
+        for path in (self._path, *([self._out / self._path.name] if self._out else [])):
+            write_json(path, {"runs": self.runs, "networks": self.networks})
+
+    def results(self, points: Mapping[tuple[str, int], Point]) -> list[Result]:
+        """Of these points; a result counts for its config, whatever it was called when it was made."""
+        found = ((point, self.runs.get(digest(point.config))) for point in points.values())
+        known = {f.name for f in fields(Result)} - {"name", "setting", "seed"}
+        return [Result(p.name, p.setting, p.seed, **{k: run[k] for k in known}) for p, run in found if run]
+
+
+def digest(config: Config) -> str:
+    key = config.key_fields()
+    about = [VERSION, key["model"], key["training"], key["transform"], config.data.source, key["data"]]
+    return sha256_bytes(json_bytes(about))[:16]
+
+
+def architecture_of(config: Config) -> Architecture:
+    """Of the network that ships: at the last phase's output stride, without auxiliary heads."""
+    given = {f.name: getattr(config.model, f.name) for f in fields(Architecture) if hasattr(config.model, f.name)}
+    strides = [phase.output_stride for phase in config.training.phases if phase.output_stride]
+    return Architecture(
+        **{**given, "num_classes": CLASSES, "output_stride": (strides or [config.model.output_stride])[-1]}
+    )
+
+
+def network_key(architecture: Architecture) -> str:
+    return sha256_bytes(json_bytes(architecture.to_json()))[:16]
+
+
+# ---- training -------------------------------------------------------------------------------
+
+
+def queue(
+    made: Plan, points: Mapping[tuple[str, int], Point], state: State, close_points: float, every_seed: bool
+) -> Iterator[Point]:
+    """What is to be trained next, most wanted first; asked anew after every run, as later ones depend on it."""
+    first = made.seeds[0]
+
+    def wanted() -> Iterator[tuple[str, int]]:
+        yield from ((made.base, seed) for seed in made.seeds)
+        yield from ((setting.label, first) for setting in made.settings)
+        table = {row.setting: row for row in rows(state.results(points), made.base, HOLDOUT)}
+        for seed in made.seeds[1:]:
+            for setting in made.settings:
+                row = table.get(setting.label)
+                if every_seed or (row and near(row, close_points)):
+                    yield setting.label, seed
+
+    while True:
+        left = (points[key] for key in wanted() if digest(points[key].config) not in state.runs)
+        if (point := next(left, None)) is None:
+            return
+        yield point
+
+
+def near(row: Row, close_points: float) -> bool:
+    """Is it within so many points of the base on the held-out drive, or on val where none is held out?"""
+    found = row.difference.get(HOLDOUT)
+    return found is not None and abs(found.mean) * 100 < close_points
+
+
+def train_all(made: Plan, a: argparse.Namespace, state: State, began_s: float) -> None:
+    """Train what the budget allows. A run that it cuts short keeps its checkpoint in the workspace."""
+    points = {(point.setting, point.seed): point for point in made.points}
+    timer = threading.Timer(max(0.0, began_s + a.budget_s - time.monotonic()), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        with interruptible():
+            for point in queue(made, points, state, a.close, a.every_seed):
+                left_s = began_s + a.budget_s - time.monotonic()
+                longest_s = max((run["wall_s"] for run in state.runs.values() if not run["error"]), default=0.0)
+                if a.whole and left_s < 1.1 * longest_s:
+                    print(f"{left_s:.0f} s are left, a run takes {longest_s:.0f} s: not started", flush=True)
+                    return
+                print(f"{point.name} {point.setting}, seed {point.seed} ({left_s:.0f} s left)", flush=True)
+                started = time.monotonic()
+                result = run_point(point, "train", a.workspace, wait=True, data_shared=True)
+                state.runs[digest(point.config)] = {**asdict(result), "wall_s": round(time.monotonic() - started, 1)}
+                state.save()
+                print(f"  {result.error or scored(result)}", flush=True)
+    except (Interrupted, KeyboardInterrupt) as e:
+        print(f"stopped ({str(e) or 'by a signal'}); start it again to go on", flush=True)
+    finally:
+        timer.cancel()
+
+
+def scored(result: Result) -> str:
+    mious = ", ".join(f"{split} {100 * (miou or 0):.2f} %" for split, miou in sorted(result.miou.items()))
+    return f"mIoU: {mious}; {result.images_per_s} images/s, {result.train_seconds} s"
+
+
+# ---- figures of the networks ----------------------------------------------------------------
+
+
+def sizes(made: Plan, state: State) -> None:
+    """Parameters and GMAC of every distinct network that is not known yet."""
+    for architecture in distinct(made):
+        known = state.networks.setdefault(network_key(architecture), {})
+        if "gmac" not in known:
+            network = build(architecture, seed=0).inference_network()
+            known |= {"parameters": network.count_parameters(), "gmac": round(gmac(network, HEIGHT, WIDTH), 3)}
+
+
+def distinct(made: Plan) -> list[Architecture]:
+    return list({network_key(a): a for point in made.points if (a := architecture_of(point.config))}.values())
+
+
+def gpu_latency(made: Plan, state: State) -> None:
+    """Milliseconds of one image, launched eagerly and as one CUDA graph: medians of interleaved rounds."""
+    image = torch.randint(0, 256, (1, 3, HEIGHT, WIDTH), dtype=torch.uint8, device="cuda")
+    image = image.contiguous(memory_format=torch.channels_last)
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    with torch.inference_mode():
+        for architecture in distinct(made):
+            network = build(architecture, seed=0).inference_network().cuda().half()
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            calls[network_key(architecture), "gpu_eager_ms"] = lambda network=network: network(image)  # type: ignore[misc]
+            calls[network_key(architecture), "gpu_graph_ms"] = captured(network, image)
+        keep_medians(calls, state, runs=50, wait=torch.cuda.synchronize)
+    for key, _ in calls:
+        state.networks[key]["gpu"] = torch.cuda.get_device_name()
+
+
+def captured(network: DeepLabV3Plus, image: torch.Tensor) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(5):
+            network(image)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        network(image)
+    return graph.replay
+
+
+def cpu_latency(made: Plan, state: State) -> None:
+    """Milliseconds of one image in onnxruntime with one thread: medians of interleaved rounds."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    image = torch.randint(0, 256, (1, 3, HEIGHT, WIDTH), dtype=torch.uint8).numpy()
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture in distinct(made):
+            path = Path(folder) / f"{network_key(architecture)}.onnx"
+            export_onnx(build(architecture, seed=0).inference_network(), path)
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            calls[path.stem, "cpu_ms"] = lambda session=session: session.run(None, {"image": image})  # type: ignore[misc]
+        keep_medians(calls, state, runs=4, wait=lambda: None)
+    for key, _ in calls:
+        state.networks[key]["cpu"] = cpu_name()
+
+
+def keep_medians(
+    calls: Mapping[tuple[str, str], Callable[[], object]], state: State, runs: int, wait: Callable[[], object]
+) -> None:
+    took: dict[tuple[str, str], list[float]] = {form: [] for form in calls}
+    for round_ in range(ROUNDS + 1):
+        for form, call in calls.items():
+            for _ in range(runs):
+                wait()
+                start = time.perf_counter()
+                call()
+                wait()
+                if round_:  # the first only warms up
+                    took[form].append(1000 * (time.perf_counter() - start))
+    for (key, name), milliseconds in took.items():
+        state.networks[key][name] = round(statistics.median(milliseconds), 3)
+
+
+# ---- the table ------------------------------------------------------------------------------
+
+
+def table(made: Plan, state: State, steps: int) -> str:
+    points = {(point.setting, point.seed): point for point in made.points}
+    known = {row.setting: row for row in rows(state.results(points), made.base, HOLDOUT)}
+    order = [*known, *(s.label for s in made.settings if s.label not in known)]
+    heads = ["change", "parameters", f"GMAC at {HEIGHT}x{WIDTH}", "GPU eager ms", "GPU graph ms", "CPU ms"]
+    heads += [f"mIoU of {HOLDOUT}", "to the base (points)", "verdict", "mIoU of val", "images/s in training", "seeds"]
+    machines = sorted({str(n[k]) for n in state.networks.values() for k in ("gpu", "cpu") if k in n})
+    lines = [
+        f"{steps} steps a run. Scores: the training loop's at the last step (history.jsonl): averaged network, whole "
+        f"frames, single scale. Latency: {', '.join(machines) or 'not measured'}; batch 1, GPU fp16, CPU one thread.\n",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+    ]
+    for label in order:
+        network = state.networks.get(network_key(architecture_of(points[label, made.seeds[0]].config)), {})
+        lines.append("| " + " | ".join([label, *cells(network, known.get(label))]) + " |")
+    failed = [run for row in known.values() for run in row.runs if run.error]
+    return "\n".join([*lines, *(f"\nfailed: {r.setting}, seed {r.seed}: {r.error}" for r in failed)]) + "\n"
+
+
+def cells(network: Mapping[str, Any], row: Row | None) -> list[str]:
+    size = [f"{network['parameters'] / 1e6:.2f}M", f"{network['gmac']:.2f}"] if "gmac" in network else ["", ""]
+    times = [f"{network[k]:.2f}" if k in network else "" for k in ("gpu_eager_ms", "gpu_graph_ms", "cpu_ms")]
+    if row is None:
+        return [*size, *times, "", "", "not run", "", "", "0"]
+    return [
+        *size,
+        *times,
+        spread_text(row.miou.get(HOLDOUT)),
+        difference_text(row.difference.get(HOLDOUT)),
+        row.verdict,
+        spread_text(row.miou.get("val")),
+        f"{row.images_per_s.mean:.0f}" if row.images_per_s else "",
+        str(sum(not run.error for run in row.runs)),
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("camvid"), help="CamVid: train/, trainannot/, val/, ...")
+    parser.add_argument("--config", type=Path, default=Path("configs/camvid.yaml"))
+    parser.add_argument("--holdout", default="0006R0", help="sequence taken out of train")
+    parser.add_argument("--steps", type=int, default=3000, help="length of the proxy run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget-s", type=float, default=560.0, help="stop after so many seconds")
+    parser.add_argument("--whole", action="store_true", help="start no run that the budget would cut short")
+    parser.add_argument("--close", type=float, default=1.0, help="points within which a change gets every seed")
+    parser.add_argument("--every-seed", action="store_true", help="every seed for every change")
+    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="changes whose name holds one of these")
+    parser.add_argument("--compile", default="never", help="training.compile: it takes longer than a proxy run gains")
+    parser.add_argument("--state", type=Path, default=Path("workspace/ablation"), help="folder of ablation.json")
+    parser.add_argument("--out", type=Path, help="a second folder to write ablation.json and ablation.md into")
+    parser.add_argument("--workspace", type=Path, default=Path("workspace"))
+    for name in ("cpu-latency", "gpu-latency", "table", "list"):
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    began_s, a = time.monotonic(), arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    base = base_config(a)
+    chosen = [s for s in changes(base) if s.label == BASE or not a.only or any(t in s.label for t in a.only)]
+    first = base.training.seed
+    made = plan("ablation", base, chosen, range(first, first + a.seeds))
+    if a.list:
+        print(*(setting.label for setting in made.settings), sep="\n")
+        return
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"{gpu}, {cpu_name()}, PyTorch {torch.__version__}, Python {platform.python_version()}", flush=True)
+    state = State(a.state, a.out)
+    sizes(made, state)
+    if a.cpu_latency:
+        cpu_latency(made, state)
+    if a.gpu_latency:
+        gpu_latency(made, state)
+    if not (a.cpu_latency or a.gpu_latency or a.table):
+        train_all(made, a, state, began_s)
+    state.save()
+    text = table(made, state, a.steps)
+    for folder in (a.state, *([a.out] if a.out else [])):
+        write_atomic(folder / "ablation.md", text.encode())
+    print("\n" + text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""`roadseg profile`: what the network of a config or a release costs, counted and measured."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from roadseg.config import Config, Training
+from roadseg.errors import UsageError
+from roadseg.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from roadseg.model.deeplab import DeepLabV3Plus
+    from roadseg.profile_model import Cost
+    from roadseg.profile_speed import Latency
+
+log = logging.getLogger(__name__)
+
+
+def profile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="1024x2048", metavar="HxW", help="height x width of an image, in px")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images that are inferred at once")
+    parser.add_argument("--runs", type=int, default=30, metavar="N", help="inferences timed; 0: count only")
+    parser.add_argument("--classes", type=int, metavar="K", help="default: those of data.source")
+    parser.add_argument("--release", metavar="R", help="champion, a digest or a path: it instead of the config's model")
+    parser.add_argument("--no-onnx", action="store_true", help="don't export and time the graph by onnxruntime")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+
+
+def profile(a: argparse.Namespace, config: Config) -> int:
+    image_BHW = (a.batch, *_size(a.size, config.data.max_image_pixels))
+    for name, value, least in (("--batch", a.batch, 1), ("--runs", a.runs, 0)):
+        if value < least:
+            raise UsageError(f"{name} {value}", expected=f"{least} or more")
+    from roadseg.profile_model import cost
+    from roadseg.profile_speed import machine
+    from roadseg.train.stage import choose_device
+
+    t = config.training
+    device = choose_device(t.device)
+    bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
+    network, graph = _network(a, config)
+    crops_BHW = (_micro_batch(t), *t.crop_px)
+    moments = 2 if t.optimizer != "sgd" else int(t.momentum > 0)
+    counted = cost(network, image_BHW, crops_BHW, bf16, moments)
+    _require_memory(counted, device)
+    inference = network.inference_network()
+    measured = _measure(a, config, inference, graph, image_BHW, device, bf16) if a.runs else []
+    figures: dict[str, Any] = {
+        "machine": machine(device),
+        "device": str(device),
+        "precision": "bf16" if bf16 else "fp32",
+        "architecture": network.architecture.to_json(),
+        "image_BHW": image_BHW,
+        "crops_BHW": crops_BHW,
+        **counted.to_json(),
+        "latency": [latency.to_json() for latency in measured],
+    }
+    print(_page(figures, counted, measured, t))
+    if a.json:
+        write_json(a.json, figures)
+        print(f"{'figures':<9} {a.json}")
+    return 0
+
+
+def _size(text: str, most_pixels: int) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text)
+    if not found:
+        raise UsageError(f"--size {text!r}", expected="height x width in px, such as 1024x2048")
+    height, width = int(found[1]), int(found[2])
+    if height * width > most_pixels:
+        raise UsageError(
+            f"--size {text}: {height * width:,} pixels", expected=f"at most {most_pixels:,} (data.max_image_pixels)"
+        )
+    return height, width
+
+
+def _network(a: argparse.Namespace, config: Config) -> tuple[DeepLabV3Plus, bytes]:
+    """Random weights cost what trained ones do; a release brings its graph, "" means that it is to be exported."""
+    from dataclasses import fields
+
+    from roadseg.model.deeplab import Architecture, build
+
+    if a.release is not None:
+        if a.classes is not None:
+            raise UsageError(f"--classes {a.classes} of a release", expected="--release or --classes")
+        from roadseg.pipeline import find_release
+        from roadseg.release.archive import load_release
+        from roadseg.release.network import load_network
+
+        release = load_release(find_release(config, a.workspace, a.release))
+        return load_network(release), release.onnx
+    given = config.model.model_dump()
+    chosen = {f.name: given[f.name] for f in fields(Architecture) if f.name in given}
+    classes = _classes(config) if a.classes is None else a.classes
+    return build(
+        Architecture(**{**chosen, "num_classes": classes, "auxiliary": config.training.auxiliary_weight > 0}), seed=0
+    ), b""
+
+
+def _classes(config: Config) -> int:
+    from roadseg.ingest.sources import label_set_of
+
+    return label_set_of(config.data).num_classes
+
+
+def _micro_batch(t: Training) -> int:
+    """Crops that one GPU takes at once."""
+    return -(-t.batch_size // (t.accumulate * max(t.gpus, 1)))
+
+
+def _require_memory(counted: Cost, device: torch.device) -> None:
+    from roadseg.profile_speed import memory_bytes
+
+    there = memory_bytes(device)
+    if there and counted.peak_bytes > there:
+        raise UsageError(
+            f"one inference needs {counted.peak_bytes / 1e9:.1f} GB",
+            expected=f"at most the {there / 1e9:.1f} GB of {device}",
+            where="--size and --batch",
+            todo="take smaller ones, or --runs 0 to count only",
+        )
+
+
+def _measure(
+    a: argparse.Namespace,
+    config: Config,
+    network: DeepLabV3Plus,
+    graph: bytes,
+    image_BHW: tuple[int, int, int],
+    device: torch.device,
+    bf16: bool,
+) -> list[Latency]:
+    from roadseg.profile_speed import onnx_latency, torch_latency
+
+    measured = [torch_latency(network, image_BHW, device, bf16, a.runs)]
+    if a.no_onnx:
+        return measured
+    if not graph:
+        from roadseg.release.export import export_onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(network, Path(folder) / "model.onnx")
+            graph = (Path(folder) / "model.onnx").read_bytes()
+    return [*measured, onnx_latency(graph, image_BHW, config.evaluation.threads, a.runs)]
+
+
+def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Training) -> str:
+    from roadseg.profile_model import AUXILIARY, LOSS
+
+    batch, height, width = figures["image_BHW"]
+    crops, crop_height, crop_width = figures["crops_BHW"]
+    rows = [["", "parameters", f"GMAC, {batch} x {height}x{width}", f"MB kept, {crops} x {crop_height}x{crop_width}"]]
+    for p in counted.parts:
+        if p.name == AUXILIARY:
+            continue
+        rows.append([p.name, f"{p.parameters:,}" if p.name != LOSS else "", f"{p.macs / 1e9:.2f}" if p.macs else "",
+                     f"{p.saved_bytes / 1e6:,.1f}"])  # fmt: skip
+    rows.append(["inference", f"{counted.parameters:,}", f"{counted.macs / 1e9:.2f}", ""])
+    rows += [
+        [f"+ {AUXILIARY}", f"{p.parameters:,}", f"{p.macs / 1e9:.2f}", f"{p.saved_bytes / 1e6:,.1f}"]
+        for p in counted.parts
+        if p.name == AUXILIARY
+    ]
+    rows.append(["training step", "", "", f"{counted.saved_bytes / 1e6:,.1f}"])
+    notes = [
+        f"memory    inference {counted.peak_bytes / 1e6:,.0f} MB of maps at its peak; training "
+        f"{counted.saved_bytes / 1e6:,.0f} MB kept for backward + {counted.state_bytes / 1e6:,.0f} MB of weights, "
+        f"gradients, {t.optimizer}'s state and average ({figures['precision']}; libraries' workspaces not counted)"
+    ]
+    if t.activation_checkpointing:
+        notes.append("          training.activation_checkpointing keeps less of the backbone than is counted here")
+    if measured:
+        speed = [["latency, image to logits", "threads", "p50 ms", "p90 ms", "p99 ms", "images/s"]]
+        speed += [
+            [m.runtime, str(m.threads), *(f"{v:.2f}" for v in (m.p50_ms, m.p90_ms, m.p99_ms)), f"{m.images_per_s:.2f}"]
+            for m in measured
+        ]
+        notes += ["", _columns(speed), f"          {measured[0].runs} runs on {figures['machine']}"]
+        notes += [
+            f"          at most {m.peak_bytes / 1e6:,.0f} MB beyond the weights" for m in measured if m.peak_bytes
+        ]
+    model = ", ".join(f"{key} {value}" for key, value in figures["architecture"].items() if key != "auxiliary")
+    return "\n".join([f"model     {model}", "", _columns(rows), "", *notes])
+
+
+def _columns(rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows
+    )

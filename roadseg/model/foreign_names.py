@@ -1,0 +1,283 @@
+"""The tensors of other projects' DeepLabv3+ under the names they have here.
+
+What is renamed is exactly what computes the same in eval mode, on the same input; the rest is said.
+Names and forms are those of segmentation_models.pytorch 0.5.0, mmsegmentation 1.x (its commit 0c87f7a;
+0.x has the same names) and VainF/DeepLabV3Plus-Pytorch (its commit 48f990b).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+SMP, MMSEG, VAINF = "segmentation_models.pytorch", "mmsegmentation", "VainF/DeepLabV3Plus-Pytorch"
+WRAPPERS = ("model", "net", "module", "_orig_mod")  # a Lightning module's name for its network, and torch's own
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+EPSILON = 1e-5  # of all batch norms here and there
+ASPP_BRANCHES = 5  # 1x1, three rates, image pooling
+MOBILENET_STAGES = (1, 2, 3, 4, 3, 3, 1)  # inverted residuals a stage, Sandler et al. (CVPR 2018), table 2
+RESNETS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """tensors: by names of DeepLabV3Plus. unlike: parts of ours that the file has no equal of, and why.
+
+    backbone: timm's name, "" where the file does not tell, None where timm has no equal. head: "" where
+    either kind would do.
+    identity: of the decoder's second 3x3, which they have not, so that it hands on what the first made.
+    remarks: where what is taken computes something else than there.
+    """
+
+    project: str
+    backbone: str | None
+    head: str
+    tensors: dict[str, Tensor]
+    unlike: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, Tensor] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+
+def translate(state: State) -> Translation | None:
+    """None if the names are of no DeepLabv3+ known here. Raises KeyError on a tensor that should be there."""
+    for inner in (state, *(_below(state, wrapper) for wrapper in WRAPPERS)):
+        for mark, read in (
+            ("decoder.aspp.0.convs.0.0.weight", _segmentation_models),
+            ("decode_head.c1_bottleneck.conv.weight", _mmsegmentation),
+            ("classifier.aspp.convs.0.0.weight", _vainf),
+        ):
+            if mark in inner:
+                return read(inner)
+    return None
+
+
+# ---- the three projects ---------------------------------------------------------------------
+
+
+def _segmentation_models(state: State) -> Translation:
+    """DeepLabV3Plus with encoders of timm ("tu-..."), torchvision's MobileNetV2 and ResNets.
+
+    Between its ASPP and its decoder stands one separable convolution more; its decoder joins the maps
+    in the other order, and lacks our second 3x3.
+    """
+    encoder = _below(state, "encoder")
+    unlike = {"decoder.refinements.0": "they have none: it starts as the identity"}
+    remarks = ["their separable convolution between ASPP and decoder has no place here and is left out"]
+    tensors, head = _aspp(state, "decoder.aspp.0")
+    name: str | None = ""
+    if any(key.startswith("model.") for key in encoder):
+        backbone = _below(encoder, "model")
+    else:
+        name, backbone = _torchvision_backbone(encoder)
+        remarks.append("the first block of a dilated stage is dilated there, and here it is not yet")
+    if "features.18.0.weight" in encoder:
+        reason = "theirs reads 1280 channels, of a layer that belongs to the classifier here"
+        unlike |= dict.fromkeys(sorted({part_of(key) for key in tensors}), reason)
+        tensors = {}
+    tensors |= {f"backbone.{key}": value for key, value in backbone.items()}
+    tensors |= _conv_norm(state, "decoder.block1.0", "decoder.block1.1", "decoder.laterals.0")
+    low = tensors["decoder.laterals.0.0.weight"].shape[0]
+    fused = _conv3x3(state, "decoder.block2.0", "decoder.block2.1", "decoder.fusions.0.project")
+    fused = {key: _low_first(value, low) for key, value in fused.items()}
+    if head == "dense":  # their decoder is separable whatever the ASPP is
+        fused = _dense(fused, "decoder.fusions.0.project")
+    tensors |= fused
+    tensors |= _renamed(state, "segmentation_head.0", "decoder.classifier", ("weight", "bias"))
+    identity = _identity(fused, "decoder.fusions.0.project", "decoder.refinements.0")
+    return Translation(SMP, name, head, tensors, unlike, identity, tuple(remarks))
+
+
+def _vainf(state: State) -> Translation:
+    """deeplabv3plus_mobilenet, _resnet50 and _resnet101, separable or not."""
+    backbone = _below(state, "backbone")
+    unlike = {"decoder.refinements.0": "they have none: it starts as the identity"}
+    remarks: tuple[str, ...] = ()
+    tensors, head = _aspp(state, "classifier.aspp")
+    if any(key.startswith("low_level_features.") for key in backbone):
+        backbone = {re.sub(r"^(low|high)_level_", "", key): value for key, value in backbone.items()}
+        remarks = ("their MobileNetV2 pads before a block's first convolution and not in its stem: borders differ",)
+    name, renamed = _torchvision_backbone(backbone)
+    tensors |= {f"backbone.{key}": value for key, value in renamed.items()}
+    tensors |= _conv_norm(state, "classifier.project.0", "classifier.project.1", "decoder.laterals.0")
+    fused = _conv3x3(state, "classifier.classifier.0", "classifier.classifier.1", "decoder.fusions.0.project")
+    tensors |= fused | _renamed(state, "classifier.classifier.3", "decoder.classifier", ("weight", "bias"))
+    identity = _identity(fused, "decoder.fusions.0.project", "decoder.refinements.0")
+    return Translation(VAINF, name, head, tensors, unlike, identity, remarks)
+
+
+def _mmsegmentation(state: State) -> Translation:
+    """EncoderDecoder of MobileNetV2, ResNet or ResNetV1c and DepthwiseSeparableASPPHead."""
+    norm_between = "theirs has a norm and a ReLU between depthwise and 1x1"
+    unlike = {f"aspp.branches.{i}": norm_between for i in range(1, ASPP_BRANCHES - 1)}
+    unlike |= dict.fromkeys(("decoder.fusions.0", "decoder.refinements.0"), norm_between)
+    unlike["aspp.fusion"] = "theirs is a 3x3, ours a 1x1"
+    unlike["decoder.classifier"] = "the features before it are new"
+    unlike["auxiliary_heads"] = "theirs reads another map"
+    tensors: dict[str, Tensor] = {}
+    for theirs, ours in (("aspp_modules.0", "aspp.branches.0"), ("c1_bottleneck", "decoder.laterals.0")):
+        tensors |= _conv_norm(state, f"decode_head.{theirs}.conv", f"decode_head.{theirs}.bn", ours)
+    tensors |= _folded(state, "decode_head.image_pool.1.conv", "decode_head.image_pool.1.bn", "aspp.pooling.0")
+    backbone = _below(state, "backbone")
+    remarks: tuple[str, ...] = ()
+    name: str | None
+    if "conv1.conv.weight" in backbone:
+        name, renamed = "mobilenetv2_100", _mmsegmentation_mobilenet(backbone)
+        remarks = ("their MobileNetV2 dilates the first block of a dilated stage alone, and here it is the others",)
+    else:
+        name, renamed = _torchvision_backbone({_deep_stem(key): value for key, value in backbone.items()})
+    tensors |= {f"backbone.{key}": value for key, value in renamed.items()}
+    return Translation(MMSEG, name, "", tensors, unlike, remarks=remarks)
+
+
+# ---- backbones ------------------------------------------------------------------------------
+
+
+def _torchvision_backbone(state: State) -> tuple[str | None, dict[str, Tensor]]:
+    """(timm's name, tensors under timm's names); ResNets have the same names in both."""
+    if "features.0.0.weight" not in state:
+        return _resnet_name(state), {key: value for key, value in state.items() if not key.startswith("fc.")}
+    tensors: dict[str, Tensor] = {}
+    for ours, norm, theirs in _mobilenet_layers():
+        conv, bn = (f"features.{theirs[0]}.{name}" for name in theirs[1])
+        tensors |= _renamed(state, conv, ours, ("weight",)) | _renamed(state, bn, norm, BATCH_NORM)
+    return "mobilenetv2_100", tensors
+
+
+def _mobilenet_layers() -> Iterable[tuple[str, str, tuple[int, tuple[str, str]]]]:
+    """(timm's convolution, timm's norm, (index in torchvision's features, its convolution and norm)) of each layer."""
+    yield "conv_stem", "bn1", (0, ("0", "1"))
+    index = 0
+    for stage, blocks in enumerate(MOBILENET_STAGES):
+        for block in range(blocks):
+            index += 1
+            ours = f"blocks.{stage}.{block}"
+            names = ("conv_dw", "conv_pw") if stage == 0 else ("conv_pw", "conv_dw", "conv_pwl")
+            last = len(names) - 1
+            for i, name in enumerate(names):
+                theirs = (f"conv.{last}", f"conv.{last + 1}") if i == last else (f"conv.{i}.0", f"conv.{i}.1")
+                yield f"{ours}.{name}", f"{ours}.bn{i + 1}", (index, theirs)
+
+
+def _mmsegmentation_mobilenet(state: State) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for ours, norm, _ in _mobilenet_layers():
+        if ours == "conv_stem":
+            theirs = "conv1"
+        else:
+            _, stage, block, _ = ours.split(".")
+            theirs = f"layer{int(stage) + 1}.{block}.conv.{int(norm[-1]) - 1}"
+        tensors |= _renamed(state, f"{theirs}.conv", ours, ("weight",))
+        tensors |= _renamed(state, f"{theirs}.bn", norm, BATCH_NORM)
+    return tensors
+
+
+def _deep_stem(key: str) -> str:
+    """ResNetV1c's three first convolutions, which timm has in "conv1" with the last norm as "bn1"."""
+    return re.sub(r"^stem\.", "conv1.", re.sub(r"^stem\.7\.", "bn1.", key))
+
+
+def _resnet_name(state: State) -> str | None:
+    stages = (1, 2, 3, 4)
+    blocks = [len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in stages]
+    depth = RESNETS.get(tuple(blocks))
+    if depth == 34 and "layer1.0.conv3.weight" in state:
+        depth = 50
+    deep = "conv1.3.weight" in state  # timm has no shallow ResNet of a deep stem without averaging
+    return None if depth is None or (deep and depth < 50) else f"resnet{depth}" + "c" * deep
+
+
+# ---- layers ---------------------------------------------------------------------------------
+
+
+def _aspp(state: State, theirs: str) -> tuple[dict[str, Tensor], str]:
+    """The form that torchvision's, segmentation_models' and VainF's ASPP share; and the head's kind."""
+    tensors = _conv_norm(state, f"{theirs}.convs.0.0", f"{theirs}.convs.0.1", "aspp.branches.0")
+    for i in range(1, ASPP_BRANCHES - 1):
+        tensors |= _conv3x3(state, f"{theirs}.convs.{i}.0", f"{theirs}.convs.{i}.1", f"aspp.branches.{i}")
+    head = "dense" if tensors["aspp.branches.1.0.weight"].shape[1] > 1 else "separable"
+    tensors |= _folded(state, f"{theirs}.convs.4.1", f"{theirs}.convs.4.2", "aspp.pooling.0")
+    return tensors | _conv_norm(state, f"{theirs}.project.0", f"{theirs}.project.1", "aspp.fusion.project"), head
+
+
+def _conv_norm(state: State, conv: str, norm: str, ours: str) -> dict[str, Tensor]:
+    return _renamed(state, conv, f"{ours}.0", ("weight",)) | _renamed(state, norm, f"{ours}.1", BATCH_NORM)
+
+
+def _conv3x3(state: State, conv: str, norm: str, ours: str) -> dict[str, Tensor]:
+    """Dense, or depthwise and 1x1 one after the other, as the file has it."""
+    for depthwise, pointwise in ((f"{conv}.0", f"{conv}.1"), (f"{conv}.body.0", f"{conv}.body.1")):
+        if f"{depthwise}.weight" in state:
+            tensors = _renamed(state, depthwise, f"{ours}.0", ("weight",))
+            tensors |= _renamed(state, pointwise, f"{ours}.1", ("weight",))
+            return tensors | _renamed(state, norm, f"{ours}.2", BATCH_NORM)
+    return _conv_norm(state, conv, norm, ours)
+
+
+def _folded(state: State, conv: str, norm: str, ours: str) -> dict[str, Tensor]:
+    """A 1x1 convolution and its batch norm's running statistics as one convolution with a bias."""
+    weight, bias, mean, variance = (state[f"{norm}.{name}"].double() for name in BATCH_NORM[:4])
+    scale = weight / torch.sqrt(variance + EPSILON)
+    return {
+        f"{ours}.weight": (state[f"{conv}.weight"].double() * scale[:, None, None, None]).float(),
+        f"{ours}.bias": (bias - mean * scale).float(),
+    }
+
+
+def _low_first(tensor: Tensor, low: int) -> Tensor:
+    """A layer's filters over (high, low) channels, depthwise or not, as filters over (low, high)."""
+    return torch.roll(tensor, low, dims=0 if tensor.shape[1] == 1 else 1) if tensor.dim() == 4 else tensor
+
+
+def _dense(tensors: State, ours: str) -> dict[str, Tensor]:
+    """A depthwise 3x3 and its 1x1 as the one 3x3 that they are together."""
+    depthwise, pointwise = tensors[f"{ours}.0.weight"], tensors[f"{ours}.1.weight"]
+    norm = {key.replace(f"{ours}.2.", f"{ours}.1."): value for key, value in tensors.items() if f"{ours}.2." in key}
+    return {f"{ours}.0.weight": pointwise * depthwise.transpose(0, 1)} | norm
+
+
+def _identity(before: State, theirs: str, ours: str) -> dict[str, Tensor]:
+    """A 3x3 convolution, norm and ReLU that hand on what the layer `theirs` with the tensors `before` made.
+
+    In eval mode exactly. In training the norm takes the statistics of the batch: its scale and shift
+    are the spread and mean that the map has if what went into the ReLU before is normal with the scale
+    and shift of that layer's norm, so that it still hands on nearly what came.
+    """
+    separable = f"{theirs}.2.weight" in before
+    norm = f"{theirs}.{2 if separable else 1}"
+    shift, scale = before[f"{norm}.bias"].double(), before[f"{norm}.weight"].double().abs().clamp(min=1e-12)
+    share = 0.5 * (1 + torch.erf(shift / scale / math.sqrt(2)))
+    density = torch.exp(-0.5 * (shift / scale) ** 2) / math.sqrt(2 * math.pi)
+    mean = shift * share + scale * density
+    variance = ((shift**2 + scale**2) * share + shift * scale * density - mean**2).clamp(min=0)
+    width = len(shift)
+    centre = torch.zeros(width, 1, 3, 3)
+    centre[:, :, 1, 1] = 1
+    each = torch.eye(width)[:, :, None, None]
+    convs = [centre, each] if separable else [centre.transpose(0, 1) * each]
+    tensors = {f"{ours}.{i}.weight": conv for i, conv in enumerate(convs)}
+    values = ((variance + EPSILON).sqrt(), mean, mean, variance)
+    return tensors | {f"{ours}.{len(convs)}.{n}": v.float() for n, v in zip(BATCH_NORM, values, strict=False)}
+
+
+def _renamed(state: State, theirs: str, ours: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """Batch norm's step counter may be absent: old files have none, and it changes nothing."""
+    optional = "num_batches_tracked"
+    return {
+        f"{ours}.{name}": state[f"{theirs}.{name}"] for name in names if name != optional or f"{theirs}.{name}" in state
+    }
+
+
+def _below(state: State, prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(prefix + ".")}
+
+
+def part_of(key: str) -> str:
+    """ "aspp.branches.1.0.weight" is of "aspp.branches.1", "decoder.classifier.bias" of "decoder.classifier"."""
+    match = re.match(r"(aspp|decoder)\.(branches\.\d+|laterals\.\d+|fusions\.\d+|refinements\.\d+|\w+)", key)
+    return match[0] if match else key.split(".")[0]

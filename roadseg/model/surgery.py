@@ -1,0 +1,245 @@
+"""Changes to a network that stands: parts frozen, another output stride, activations computed twice.
+
+All work in place on the same parameters, so that an optimizer, an average and a checkpoint of the
+network stay true; names in the state dict stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from roadseg.errors import ConfigError
+from roadseg.model.deeplab import DeepLabV3Plus, build
+
+PARTS = ("backbone", "aspp", "decoder")
+BATCH_NORM = "batch_norm"
+LAYERS = (nn.Conv2d, nn.Linear)
+
+# ---- freezing -------------------------------------------------------------------------------
+
+
+def freeze(network: DeepLabV3Plus, parts: Sequence[str]) -> None:
+    """Take the parameters of `parts` out of training; "batch_norm": its statistics, of the whole network.
+
+    A frozen part's parameters want no gradient; its batch norms still follow the data unless
+    "batch_norm" is given. With it they stay in eval mode whenever the network is put into training,
+    and their scale and shift go on learning. Raises ConfigError on unknown parts, and where nothing
+    that ships would be left to learn.
+    """
+    if unknown := [part for part in parts if part not in (*PARTS, BATCH_NORM)]:
+        raise ConfigError(
+            f"unknown part {unknown[0]!r}", expected=", ".join((*PARTS, BATCH_NORM)), where="training.freeze"
+        )
+    if set(PARTS) <= set(parts):
+        raise ConfigError(
+            f"{', '.join(PARTS)} are all frozen",
+            expected="one of them left to train",
+            where="training.freeze",
+            todo="leave out decoder to train the classifier alone with what is around it",
+        )
+    for part in parts:
+        if part == BATCH_NORM:
+            # On the object, not the class: it follows a deep copy, and a network that is not frozen pays nothing.
+            network.train = MethodType(_train_but_statistics, network)  # type: ignore[method-assign]
+            network.train(network.training)
+        else:
+            getattr(network, part).requires_grad_(False)
+
+
+def _train_but_statistics(network: DeepLabV3Plus, mode: bool = True) -> DeepLabV3Plus:
+    type(network).train(network, mode)
+    for norm in _norms(network):
+        norm.eval()
+    return network
+
+
+def _norms(module: nn.Module) -> Iterator[nn.Module]:
+    """Batch norms of whatever class: timm's carry an activation, and several processes use their own."""
+    return (m for m in module.modules() if "running_mean" in m._buffers)
+
+
+# ---- output stride --------------------------------------------------------------------------
+
+
+def set_output_stride(network: DeepLabV3Plus, output_stride: int) -> None:
+    """Make `network` the function that a network built for `output_stride` with its weights is.
+
+    The backbone's strides and dilations become those of timm's model at that stride; the ASPP's rates
+    are scaled by old / new stride, so that they span the same pixels of the image (Chen et al., ECCV
+    2018, use 6/12/18 at 16 and twice that at 8). `network.architecture` says both. An average of the
+    weights is a network of its own and wants the same call. A graph captured or compiled before is of
+    the old function. Raises ConfigError, and changes nothing, if a rate would be no whole pixel, or
+    the decoder's levels or the backbone don't go with that stride.
+    """
+    a = network.architecture
+    if output_stride == a.output_stride:
+        return
+    wanted = replace(a, output_stride=output_stride)
+    scaled = [rate * a.output_stride for rate in a.atrous_rates]
+    if any(rate % output_stride for rate in scaled):
+        raise ConfigError(
+            f"rates {_listed(a.atrous_rates)} at output stride {a.output_stride} would be "
+            f"{_listed([round(rate / output_stride, 2) for rate in scaled])} at {output_stride}",
+            expected=f"multiples of {output_stride // a.output_stride}",
+            where="model.atrous_rates",
+            todo="choose other rates, or keep the output stride",
+        )
+    rates = tuple(rate // output_stride for rate in scaled)
+    fresh = build(replace(wanted, atrous_rates=rates), seed=0)
+    _check_same_weights(network, fresh)
+    _take_form(network, fresh)
+    network.backbone.feature_info = fresh.backbone.feature_info
+    network.architecture = fresh.architecture
+
+
+def _listed(values: Sequence[float]) -> str:
+    return "/".join(map(str, values))
+
+
+def _check_same_weights(network: DeepLabV3Plus, fresh: DeepLabV3Plus) -> None:
+    ours = {name: t.shape for name, t in network.state_dict().items()}
+    theirs = {name: t.shape for name, t in fresh.state_dict().items()}
+    if ours != theirs:
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ConfigError(
+            f"{network.architecture.backbone} has other weights at output stride {fresh.architecture.output_stride} "
+            f"({differing[0]})",
+            where="model.backbone",
+            todo="train at one output stride, or choose another backbone",
+        )
+
+
+def _take_form(module: nn.Module, fresh: nn.Module) -> None:
+    """Give `module` what of `fresh` is not weights: strides, dilations, paddings, poolings, skips."""
+    for name, value in vars(fresh).items():
+        plain = not name.startswith("_") and name != "training" and _is_plain(value)
+        if plain and getattr(module, name, None) != value:
+            setattr(module, name, value)
+    for name, theirs in fresh.named_children():
+        ours = module.get_submodule(name)
+        if not _has_state(theirs):
+            # A pooling may stand where nothing stood, or have another stride. What prints alike is left:
+            # it may hold what others set, such as the dropout's share of the batch.
+            if type(ours) is not type(theirs) or repr(ours) != repr(theirs):
+                setattr(module, name, theirs.train(ours.training))
+        elif "running_mean" in theirs._buffers:
+            continue  # nothing of a norm depends on strides, and it may have been made one of several processes
+        elif type(ours) is not type(theirs) and not theirs._modules:
+            # "same" padding is a layer of its own class where the stride makes it depend on the size
+            theirs._parameters, theirs._buffers = ours._parameters, ours._buffers
+            setattr(module, name, theirs.train(ours.training))
+        else:
+            _take_form(ours, theirs)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _has_state(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+# ---- activation checkpointing ---------------------------------------------------------------
+
+
+def checkpoint_activations(backbone: nn.Module) -> int:
+    """Let the backbone's blocks keep their inputs only, and be computed again for the gradient; how many blocks.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016). Weights, gradients and batch
+    norm's statistics are as without, the statistics and step counters updated once a step. In eval
+    mode, without gradients and in deep copies nothing is changed. Raises ConfigError if no block is
+    found that repeats nothing but its own layers.
+    """
+    units = list(_units(backbone))
+    if not units:
+        raise ConfigError(
+            f"no blocks are known in {type(backbone).__name__}",
+            expected="a backbone of repeated blocks, such as a MobileNet, ResNet or RegNet",
+            where="training.activation_checkpointing",
+            todo="set it to false, or choose another model.backbone",
+        )
+    for unit in units:
+        if not isinstance(vars(unit).get("forward"), _Recomputed):
+            unit.forward = _Recomputed(unit)
+    return len(units)
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """Blocks: modules below `module` with several layers, of which one or more are their own and not a block's.
+
+    In a MobileNetV2 that is the inverted residual: its input has few channels and what is in it many.
+    Forward hooks inside a block would be called twice, so that such a block is left as it is; a
+    backbone takes its features by them.
+    """
+    for child in module.children():
+        if _layers(child) < 2:
+            continue
+        parts = list(child.children())
+        row = isinstance(child, nn.Sequential) and not any(isinstance(part, LAYERS) for part in parts)
+        if row or not any(_layers(part) == 1 for part in parts):
+            yield from _units(child)
+        elif not any(m._forward_hooks or m._forward_pre_hooks for m in child.modules() if m is not child):
+            yield child
+
+
+def _layers(module: nn.Module) -> int:
+    return sum(isinstance(m, LAYERS) for m in module.modules())
+
+
+class _Recomputed:
+    """Stands in a module's `forward`; nn.Module's own call, hooks and state dict know nothing of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        # Its state can't be read while a CUDA graph is captured, and most backbones draw nothing.
+        self.draws = any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in module.modules())
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        plain = partial(type(self.module).forward, self.module)
+        if not (self.module.training and torch.is_grad_enabled()):
+            return plain(*inputs)
+        if torch.compiler.is_compiling():  # a compiled graph updates its buffers once by itself
+            return checkpoint(plain, *inputs, use_reentrant=False, preserve_rng_state=self.draws)
+        versions = [t._version for t in inputs]
+        contexts = partial(_contexts, self.module)
+        output = checkpoint(plain, *inputs, use_reentrant=False, preserve_rng_state=self.draws, context_fn=contexts)
+        if [t._version for t in inputs] != versions:
+            raise ConfigError(
+                f"{type(self.module).__name__} changes its input in place: it can't be computed again",
+                where="training.activation_checkpointing",
+                todo="set it to false, or choose another model.backbone",
+            )
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
+
+
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _on_copied_statistics(module)
+
+
+@contextmanager
+def _on_copied_statistics(module: nn.Module) -> Iterator[None]:
+    """Around the second computation: batch norms update copies of their buffers, which are dropped."""
+    kept = [(norm, dict(norm._buffers)) for norm in _norms(module)]
+    for norm, buffers in kept:
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for norm, buffers in kept:
+            norm._buffers.update(buffers)

@@ -1,0 +1,93 @@
+"""The archive that a training ends with: exported, compared with the network, described."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save as save_tensors
+
+import roadseg
+from roadseg.config import Config
+from roadseg.data.profile import Profile, make_profile
+from roadseg.data.profile import chosen as chosen_frames
+from roadseg.data.shards import Shards, Split
+from roadseg.model.deeplab import DeepLabV3Plus
+from roadseg.model.embed import backbone_digest, embedder
+from roadseg.release.archive import write_archive
+from roadseg.release.export import check_export, export_onnx
+from roadseg.train.temperature import fit_temperature
+
+CHECKED_FRAMES = 8  # real frames on which the exported graph is compared with the network
+log = logging.getLogger(__name__)
+
+
+def write_candidate(
+    config: Config,
+    shards: Shards,
+    network: DeepLabV3Plus,
+    trained: dict[str, Any],
+    split: Split,
+    terms: str,
+    work: Path,
+) -> None:
+    """Export the averaged network, prove the graph equal to it on frames of `split`, and write model.tar.gz.
+
+    network: for inference, on the CPU. trained: how, for model.json. terms: of the data. Raises
+    ExportError if the exported graph is not the network.
+    """
+    chosen = np.linspace(0, len(split) - 1, min(CHECKED_FRAMES, len(split))).astype(int)
+    samples = [split.read(int(i))[0].copy() for i in chosen]
+    onnx_path = work / "model.onnx"
+    export_onnx(network, onnx_path)
+    agreement = check_export(onnx_path, network, samples)
+    tensors = {k: v.contiguous() for k, v in network.state_dict().items()}
+    model: dict[str, Any] = {
+        "label_set": shards.label_set.to_json(),
+        "preprocessing": {
+            "input": "image: uint8 [B, 3, H, W], RGB, any size",
+            "output": "logits: float32 [B, K, h, w]; upsample bilinearly (align_corners=False) to H x W, then argmax",
+            "normalisation": "inside the graph",
+            "mean": network.mean.flatten().tolist(),
+            "std": network.std.flatten().tolist(),
+        },
+        "temperature": fit_temperature(network, split, chosen),
+        "architecture": network.architecture.to_json(),
+        "parameters": network.count_parameters(),
+        "config": {k: config.key_fields()[k] for k in ("model", "training")},
+        "training": {"source": shards.source, "data_fingerprints": shards.fingerprints, **trained},
+        "train_class_pixels": shards.class_pixels["train"],
+        "data_profile": _profile(network, shards).to_json(),
+        "export_agreement": agreement,
+        "package_version": roadseg.__version__,
+        "code_commit": _commit(),
+    }
+    write_archive(work / "model.tar.gz", model, onnx_path.read_bytes(), save_tensors(tensors), terms)
+    onnx_path.unlink()
+    log.info("exported graph agrees with the network on %.4f %% of pixels", 100 * agreement)
+
+
+def _profile(network: DeepLabV3Plus, shards: Shards) -> Profile:
+    """Of what was trained on, as this network sees it: what `roadseg data diff` compares other data with."""
+    frames = shards.split("train")
+    images = (frames.read(i)[0] for i in chosen_frames(len(frames)))
+    title = f"{shards.source} train, {len(frames):,} images"
+    pixels = shards.class_pixels["train"]
+    return make_profile(
+        title, images, len(frames), pixels, shards.label_set, embedder(network), backbone_digest(network)
+    )
+
+
+def _commit() -> str:
+    """The commit of the checkout this package runs from, or "" when it was installed."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

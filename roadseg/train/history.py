@@ -1,0 +1,47 @@
+"""history.jsonl: a row a step and a row a validation; no times, so that it is the same for every run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from roadseg.files import read_json_lines, write_atomic
+
+
+class History:
+    """Rows of later steps, written by a run that was killed, are dropped; with no path nothing is written."""
+
+    def __init__(self, path: Path | None, step: int) -> None:
+        self._path, self._new = path, ""
+        self._scores: dict[str, list[float]] = {}
+        if path is None:
+            return
+        kept = [row for row in read_json_lines(path) if row["step"] <= step]
+        for row in kept:
+            self._score(row)
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def add(self, **row: Any) -> None:
+        self._score(row)
+        self._new += json.dumps(row) + "\n"
+
+    def _score(self, row: dict[str, Any]) -> None:
+        if "split" in row:
+            self._scores.setdefault(row["split"], []).append(row["miou"] or 0.0)
+
+    def validations_without_gain(self, split: str) -> int:
+        """How many of the last validations of a split did not beat its best before them."""
+        scores = self._scores.get(split, [])
+        return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+
+    def flush(self) -> None:
+        """Must come before a checkpoint is saved: its step's rows are never written again."""
+        if self._path is None:
+            return
+        with open(self._path, "a", encoding="utf-8") as f:
+            f.write(self._new)
+            f.flush()
+            os.fsync(f.fileno())
+        self._new = ""

@@ -1,0 +1,88 @@
+"""One rank's part of the train stage, from nothing but paths and values: what each process opens for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roadseg.config import Config, load_config
+from roadseg.config_training import Training
+from roadseg.data.shards import Shards
+from roadseg.errors import ConfigError
+from roadseg.release.archive import Release, load_release
+from roadseg.train.inputs import Inputs
+from roadseg.train.ranks import Ranks, joined
+from roadseg.train.stage import choose_device, train_candidate
+from roadseg.train.words import Words
+
+
+@dataclass(frozen=True)
+class Job:
+    """config: as JSON. shards: folder or s3 address. work: where rank 0 writes. init, teacher: (archive, digest)."""
+
+    config: dict[str, Any]
+    shards: str
+    work: str
+    init: tuple[str, str] | None
+    teacher: tuple[str, str] | None
+
+
+def job_of(config: Config, shards: Shards, inputs: Inputs, work: Path | str) -> Job:
+    init, teacher = ((str(g.archive), g.release.digest) if g else None for g in (inputs.init, inputs.teacher))
+    return Job(config.model_dump(mode="json"), str(shards.folder), str(work), init, teacher)
+
+
+def do(ranks: Ranks, job: Job, words: Words | None = None) -> None:
+    """Train with the other ranks; rank 0 leaves the stage's files in the job's `work`. Raises as train_candidate."""
+    config = load_config(None, job.config)
+    a = config.aws
+    device = choose_device(config.training.device, ranks)
+    shards = Shards.load(job.shards, region=a.region, endpoint_url=a.endpoint_url)
+    with joined(ranks, device, words):
+        train_candidate(config, shards, Path(job.work), _release(job.init), _release(job.teacher), ranks)
+
+
+def _release(archive: tuple[str, str] | None) -> Release | None:
+    return load_release(Path(archive[0]), archive[1]) if archive else None
+
+
+def refuse_uneven(t: Training, world: int) -> None:
+    """Raise ConfigError if `world` ranks can't share a step's batch evenly."""
+    if t.batch_size % (world * t.accumulate):
+        parts = f"{world} GPUs" + f" x {t.accumulate} micro-batches" * (t.accumulate > 1)
+        raise ConfigError(
+            f"{t.batch_size} samples can't be shared evenly by {parts}",
+            expected=f"a multiple of {world * t.accumulate}",
+            where="training.batch_size",
+            todo="it counts the samples of a step over all GPUs and micro-batches",
+        )
+
+
+def processes(t: Training) -> int:
+    """How many processes of this machine train. Raises ConfigError if they lack GPUs or share a batch unevenly."""
+    cuda = torch.cuda.is_available()
+    kind = t.device if t.device != "auto" else "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = torch.cuda.device_count() if cuda and kind == "cuda" else 0
+    world = t.gpus or max(there, 1)
+    if world == 1 or (kind == "cpu" and t.device == "cpu"):
+        refuse_uneven(t, world)
+        return world
+    if kind == "mps" or kind.startswith("cuda:"):
+        raise ConfigError(
+            f"{world} with training.device {t.device}, which is one",
+            expected="1",
+            where="training.gpus",
+            todo="set training.device to cuda, or training.gpus to 1",
+        )
+    if world > there:
+        raise ConfigError(
+            f"{world} GPUs, but this machine has {there or 'none'}",
+            expected=f"1 to {max(there, 1)}, or 0 for all",
+            where="training.gpus",
+            todo="training.device cpu trains on as many processes without one",
+        )
+    refuse_uneven(t, world)
+    return world

@@ -1,0 +1,69 @@
+"""Which of several processes this one is, as torchrun or a SageMaker cluster says. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from roadseg.errors import UsageError
+
+RESOURCES = Path("/opt/ml/input/config/resourceconfig.json")  # SageMaker's, in every training container
+PORT = 29500  # where rank 0 is met when nobody says; torchrun's own default
+
+
+@dataclass(frozen=True)
+class Place:
+    """Process `rank` of `world`; number `local_rank` on its machine. address, port: where rank 0 is met.
+
+    hosted: whether a launcher keeps the store of keys there already; otherwise rank 0 does.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = PORT
+    hosted: bool = False
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def place(environment: Mapping[str, str] = os.environ, resources: Path = RESOURCES) -> Place:
+    """From torchrun's variables; else one process a host of SageMaker's cluster; else alone.
+
+    Raises UsageError if what is there is incomplete or no number.
+    """
+    if int(environment.get("WORLD_SIZE") or 1) > 1:
+        try:
+            return Place(
+                int(environment["RANK"]),
+                int(environment["WORLD_SIZE"]),
+                int(environment["LOCAL_RANK"]),
+                environment["MASTER_ADDR"],
+                int(environment.get("MASTER_PORT") or PORT),
+                environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            )
+        except (KeyError, ValueError) as e:
+            raise UsageError(
+                f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {e} is missing or no number",
+                expected="RANK, LOCAL_RANK and MASTER_ADDR beside it",
+                where="the environment",
+                todo="start the processes with torchrun, or unset WORLD_SIZE",
+            ) from None
+    return _of_host(resources) if resources.is_file() else Place()
+
+
+def _of_host(resources: Path) -> Place:
+    try:
+        about = json.loads(resources.read_bytes())
+        hosts = sorted(about["hosts"])
+        return Place(hosts.index(about["current_host"]), len(hosts), address=hosts[0])
+    except (ValueError, KeyError, TypeError) as e:
+        raise UsageError(
+            f"it can't be understood ({e})", expected="hosts and current_host", where=str(resources)
+        ) from e

@@ -1,0 +1,171 @@
+"""The processes that train together, and what they add up.
+
+Every message goes through `answered`, so that a peer that died is one kind of error everywhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from roadseg.errors import Interrupted
+from roadseg.train.place import Place, place
+from roadseg.train.synced_norm import plain_batch_norm, sync_batch_norm
+from roadseg.train.words import PeerLost, Words, answered
+
+__all__ = ["ALONE", "Ranks", "joined", "outside", "plain_batch_norm", "sync_batch_norm"]
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)  # for one message: while rank 0 saves, draws or compiles the others wait in the next
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+HEARD_WITHIN_S = 5.0  # how long a rank that lost another waits to be told why
+SAVED_WITHIN_S = 30.0  # after a signal; launchers give no more
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One of `world` processes that train together; alone by default."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world > 1:
+            with answered():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum every .grad over all ranks, in place, as one flat float32 message; a loop has one order of them."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.world == 1 or not gradients:
+            return
+        flat = torch.cat([g.float().reshape(-1) for g in gradients])
+        self.sum_(flat)
+        parts = flat.split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
+
+    def same_weights(self, module: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0, in place."""
+        if self.world > 1:
+            with answered(), torch.no_grad():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    whole = tensor.contiguous()  # of channels-last memory a message holds the order of dimensions
+                    dist.broadcast(whole, 0)
+                    tensor.copy_(whole)
+
+    def from_main(self, value: T) -> T:
+        """What rank 0 gave, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        with answered():
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world > 1:
+            with answered():
+                dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def outside() -> Ranks:
+    """This process among those that torchrun or a SageMaker cluster started."""
+    here = place()
+    return Ranks(here.rank, here.world, here.local_rank)
+
+
+@contextmanager
+def joined(ranks: Ranks, device: torch.device, words: Words | None = None) -> Iterator[None]:
+    """Inside, the ranks are connected: by NCCL on CUDA, else by gloo.
+
+    They leave together: the others wait until rank 0 is through. What one raises ends all; those that
+    only notice its silence raise what it said (through `words`), or PeerLost if it was killed.
+    """
+    if ranks.world == 1:
+        yield
+        return
+    here, words = place(), words or Words(place(), "joined")
+    _connect(here, device, words)
+    try:
+        yield
+        if ranks.main:
+            words.tell("left")
+        else:
+            words.wait("left")
+    except PeerLost as lost:
+        _abort(device)
+        if told := _told(words, HEARD_WITHIN_S):
+            raise told from lost
+        raise
+    except Interrupted as e:
+        if ranks.main:
+            words.fail(e)
+        else:  # rank 0 is saving; a launcher that sees another end would cut it short
+            _told(words, SAVED_WITHIN_S)
+        _abort(device)
+        raise
+    except BaseException as e:
+        words.fail(e)
+        _abort(device)
+        raise
+    if device.type == "cuda":
+        gc.collect()  # a graph with NCCL's messages in it must be gone before NCCL is
+        torch.cuda.synchronize(device)
+    dist.destroy_process_group()
+
+
+def _connect(here: Place, device: torch.device, words: Words) -> None:
+    if here.address in ("127.0.0.1", "localhost", "::1"):
+        # Else they look up what this host is called, which without a network may have no answer.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+    words.meet()
+    cuda = device.type == "cuda"
+    with answered():
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", words.store),
+            rank=here.rank,
+            world_size=here.world,
+            timeout=TIMEOUT,
+            device_id=device if cuda else None,
+        )
+
+
+def _told(words: Words, within_s: float) -> Exception | None:
+    """What another rank failed with, waited for."""
+    until = time.monotonic() + within_s
+    while (told := words.failure()) is None and time.monotonic() < until:
+        time.sleep(0.1)
+    return told
+
+
+def _abort(device: torch.device) -> None:
+    """Leave without asking the others, which may be gone: NCCL would wait for them."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if dist.is_initialized() and device.type == "cuda" and abort:
+        abort()
+    elif dist.is_initialized() and device.type != "cuda":
+        dist.destroy_process_group()

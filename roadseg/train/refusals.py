@@ -1,0 +1,203 @@
+"""What can't be trained, told before the first step; and what would have fitted, once memory ran out."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from math import floor, sqrt
+
+import numpy as np
+import torch
+
+from roadseg.config_training import Training
+from roadseg.data.shards import Shards, Split
+from roadseg.errors import ConfigError, RoadsegError
+from roadseg.model.deeplab import Architecture, build
+from roadseg.train.memory import step_bytes
+
+log = logging.getLogger(__name__)
+LEAST_IMAGE = 0.5  # of what crops show, over frames and drawn scales; the rest is padding
+STEERED_BY = "val"  # the split that early stopping looks at
+FILLED = 0.9  # of a GPU, by an estimate that may be off
+CROP_STEP_PX = 32
+
+
+def refuse_impossible(t: Training, architecture: Architecture, shards: Shards, frames: Split, world: int = 1) -> None:
+    """Raises one ConfigError that lists all that can't be trained, each with what to change.
+
+    architecture: of the first phase. frames: of train. world: processes that share a batch. Warns of
+    classes without a pixel in train, which can't be learned, and of batch norm over single images.
+    """
+    crops = list(dict.fromkeys(_crops(t, architecture)))
+    problems = [p for crop_px in dict.fromkeys(c for c, _ in crops) for p in _padding(t, frames, crop_px)]
+    problems += [p for crop_px, stride in crops for p in _single_cell(crop_px, stride)]
+    problems += [*_classes(shards), *_early_stopping(t, shards)]
+    problems += [*_shares(t, world)] or [*_batch_norm(t, architecture, world)]
+    if problems:
+        count = f"{len(problems)} thing{'s' * (len(problems) > 1)} that can't be trained"
+        raise ConfigError(f"{count}:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _crops(t: Training, architecture: Architecture) -> Iterator[tuple[tuple[int, int], int]]:
+    """(crop, output stride) of the run's start and of each phase."""
+    crop_px, stride = t.crop_px, architecture.output_stride
+    yield crop_px, stride
+    for phase in t.phases:
+        crop_px, stride = phase.crop_px or crop_px, phase.output_stride or stride
+        yield crop_px, stride
+
+
+def image_share(frame_sizes: Counter[tuple[int, int]], crop_px: tuple[int, int], scale: tuple[float, float]) -> float:
+    """Mean share of crops that shows image, over frames (height, width) and scales drawn uniformly."""
+    drawn = np.linspace(*scale, 64)
+    shares = [
+        number * np.minimum(1, drawn * height / crop_px[0]) * np.minimum(1, drawn * width / crop_px[1])
+        for (height, width), number in frame_sizes.items()
+    ]
+    return float(np.mean(sum(shares)) / frame_sizes.total())
+
+
+def _padding(t: Training, frames: Split, crop_px: tuple[int, int]) -> Iterator[str]:
+    """A crop may be larger than a frame, and is padded then; when most of it is, the crop is a mistake."""
+    sizes = Counter((frame.height, frame.width) for frame in frames.frames)
+    share, (low, high) = image_share(sizes, crop_px, t.augment.scale), t.augment.scale
+    if share < LEAST_IMAGE:
+        (height, width), _ = sizes.most_common(1)[0]
+        yield (
+            f"training.crop_px: {1 - share:.0%} of what crops of {_px(crop_px)} show would be padding, as frames are "
+            f"{_px((height, width))} (most of them) and drawn at {low:g} to {high:g} times that; set at most "
+            f"{height} {width}, or raise training.augment.scale"
+        )
+
+
+def _single_cell(crop_px: tuple[int, int], stride: int) -> Iterator[str]:
+    if max(crop_px) <= stride:
+        yield (
+            f"training.crop_px: a crop of {_px(crop_px)} is one cell of the map at output stride {stride}; "
+            f"set at least {4 * stride} {4 * stride}, or a smaller model.output_stride"
+        )
+
+
+def _shares(t: Training, world: int) -> Iterator[str]:
+    parts = t.accumulate * world
+    if t.batch_size % parts:
+        less, more = t.batch_size // parts * parts, (t.batch_size // parts + 1) * parts
+        yield (
+            f"training.batch_size: {t.batch_size} can't be shared by {world} processes in {t.accumulate} "
+            f"micro-batches each; set {f'{less} or ' if less else ''}{more}"
+        )
+
+
+def _classes(shards: Shards) -> Iterator[str]:
+    names, pixels = shards.label_set.names, shards.class_pixels["train"]
+    seen = [name for name, n in zip(names, pixels, strict=False) if n]
+    absent = [name for name, n in zip(names, pixels, strict=False) if not n]
+    if len(seen) < 2:
+        what = f"no class but {seen[0]}" if seen else "no class"
+        yield f"data: {what} has a pixel in train: nothing can be told apart; check the labels and data.classes"
+    elif absent:
+        log.warning("no pixel of train is %s: that can't be learned", " or ".join(absent))
+
+
+def _early_stopping(t: Training, shards: Shards) -> Iterator[str]:
+    if t.patience and STEERED_BY not in shards.shards:
+        there = ", ".join(name for name in shards.shards if name != "train") or "none"
+        yield (
+            f"training.patience: it looks at the split {STEERED_BY}, which is not there (besides train: {there}); "
+            "set it to 0, or make such a split"
+        )
+
+
+def _batch_norm(t: Training, architecture: Architecture, world: int) -> Iterator[str]:
+    """One image a forward is little to take statistics from; where a layer has one value of it, none at all."""
+    together = world if t.sync_batch_norm else 1
+    if t.batch_size // (world * t.accumulate) * together > 1 or "batch_norm" in t.freeze:
+        return
+    change = "set a larger training.batch_size, a smaller training.accumulate, or training.freeze batch_norm"
+    refused = False
+    for crop_px, stride in dict.fromkeys(_crops(t, architecture)):
+        network = build(architecture, seed=0).train()
+        side = [min(side, 4 * stride) for side in crop_px]  # maps of one cell don't depend on it: _single_cell
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                network(torch.zeros((1, 3, *side), dtype=torch.uint8))
+        except ValueError as e:
+            if "more than 1 value per channel" not in str(e):
+                raise
+            refused = True
+    if refused:
+        yield (
+            f"training.batch_size: {architecture.backbone} takes batch norm of single values where a forward is of "
+            f"one image ({t.batch_size} a step, over {world} processes and {t.accumulate} micro-batches); {change}"
+        )
+    else:
+        log.warning("batch norm takes its statistics from one image at a time; better %s", change)
+
+
+def out_of_memory(
+    error: BaseException, architecture: Architecture, t: Training, world: int, bf16: bool, device: torch.device
+) -> RoadsegError:
+    """The error to raise from `error`: what was tried, and which changes would fit by the estimate of memory.py."""
+    rows, crop_px = t.batch_size // (world * t.accumulate), max((c for c, _ in _crops(t, architecture)), key=_area)
+    there = _memory_bytes(device)
+    needs = [step_bytes(architecture, crop_px, n, bf16) for n in (0, rows)]
+    changes = what_fits(t, world, rows, crop_px, (needs[0], needs[1]), there, bf16)
+    precision = "bf16" if bf16 else "fp32"
+    estimate = f"; about {needs[1] / 2**30:.0f} GiB are needed, of {there / 2**30:.0f}" if there else ""
+    return RoadsegError(
+        f"no memory for {rows} crops of {_px(crop_px)} at once in {precision} on {device}{estimate} "
+        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+        todo=f"set one of: {'; '.join(changes)}",
+    )
+
+
+def what_fits(
+    t: Training,
+    world: int,
+    rows: int,
+    crop_px: tuple[int, int],
+    needs_bytes: tuple[int, int],
+    there_bytes: int,
+    bf16: bool,
+) -> list[str]:
+    """Single changes that should fit, best first.
+
+    rows: crops a forward, that did not fit. needs_bytes: of a step without crops, and with `rows`.
+    there_bytes: of the GPU; 0 where that is not known, and half of it all is advised.
+    """
+    without, with_rows = needs_bytes
+    # What failed needs more than there is, whatever the estimate says: frames, or others, may be there too.
+    a_row = max(with_rows - without, there_bytes - without, 1) / rows
+    fit = (FILLED * there_bytes - without) / a_row if there_bytes else rows / 2
+    changes = []
+    if fit >= 1 and rows > 1:
+        share, most = t.batch_size // world, min(floor(fit), rows - 1)
+        accumulate = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+        changes.append(f"training.accumulate {accumulate} (the same batch in parts)")
+        changes.append(f"training.batch_size {most * world * t.accumulate}")
+    if not t.activation_checkpointing:
+        changes.append("training.activation_checkpointing True")
+    side = sqrt(min(max(fit, 0) / rows, FILLED))
+    smaller = [floor(px * side / CROP_STEP_PX) * CROP_STEP_PX for px in crop_px]
+    if min(smaller) > 0:
+        changes.append(f"training.crop_px {smaller[0]} {smaller[1]}" + " (and those of phases)" * bool(t.phases))
+    if not bf16:
+        changes.append("training.precision bf16")
+    return changes or ["a smaller model.backbone"]
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Of a GPU, without what other processes hold there; 0 of other devices."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
+def _area(crop_px: tuple[int, int]) -> int:
+    return crop_px[0] * crop_px[1]
+
+
+def _px(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

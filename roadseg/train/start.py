@@ -1,0 +1,96 @@
+"""The network that a training starts from: its weights, where they are from, and what of it is new."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from roadseg.errors import ArchiveError, ConfigError
+from roadseg.files import sha256_file
+from roadseg.labels import LabelSet
+from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
+from roadseg.model.foreign import load_foreign
+from roadseg.release.archive import WEIGHTS, Release
+
+CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """words: what it started from, for model.json. made_anew: the parts that keep their random start."""
+
+    network: DeepLabV3Plus
+    words: str
+    made_anew: tuple[str, ...] = ()
+
+
+def starting_network(
+    architecture: Architecture,
+    seed: int,
+    weights: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    init: Release | None,
+    weights_from: str,
+    label_set: LabelSet,
+) -> Start:
+    """The network on the CPU, a function of `seed` where nothing else fills it.
+
+    weights: of the backbone, see load_backbone_weights; mean and std go with them. In their place
+    `init`, a release whose normalisation is taken too, or `weights_from`, a file of another project
+    (see load_foreign). Classes that are not the release's, by name and order, get a new classifier:
+    none of its rows is kept, for none is known to mean the same. Raises ConfigError where the weights
+    are of another architecture, ArchiveError if the release's can't be read.
+    """
+    if init is None and not weights_from:
+        network = build(architecture, seed=seed, weights=weights, mean=mean, std=std)
+        named = weights in ("none", "imagenet")
+        return Start(network, weights if named else f"backbone weights {sha256_file(Path(weights))}")
+    network = build(architecture, seed=seed, mean=mean, std=std)
+    if init is None:
+        taken = load_foreign(network, Path(weights_from))
+        return Start(network, f"{taken.project} weights {sha256_file(Path(weights_from))}", taken.made_anew)
+    return Start(network, f"release {init.digest}", _from_release(network, init, label_set))
+
+
+def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) -> tuple[str, ...]:
+    """Fill `network` in place; the parts that are not from the release."""
+    name = f"release {init.digest[:12]}"
+    try:
+        state = load_tensors(init.members[WEIGHTS])
+    except SafetensorError as e:
+        raise ArchiveError(f"{WEIGHTS} is not readable ({e})", where=name) from e
+    other_classes = init.label_set.names != label_set.names
+    made_anew = [CLASSIFIER] * other_classes + [AUXILIARY] * network.architecture.auxiliary
+    if other_classes:
+        state = {key: value for key, value in state.items() if not _within(key, CLASSIFIER)}
+    if wrong := _differing(network.state_dict(), state, made_anew):
+        raise ConfigError(
+            f"{name} has another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
+            where="training.init_from",
+            todo=f"set the model section to that release's: {json.dumps(init.model.get('architecture'))}",
+        )
+    network.load_state_dict(state, strict=False)
+    if other_classes:
+        theirs, ours = ", ".join(init.label_set.names), ", ".join(label_set.names)
+        log.info("%s knows other classes (%s); made anew for %s: %s", name, theirs, ours, ", ".join(made_anew))
+    elif made_anew:
+        log.info("%s has no auxiliary heads: they are new", name)
+    return tuple(made_anew)
+
+
+def _differing(own: dict[str, Tensor], given: dict[str, Tensor], made_anew: Sequence[str]) -> list[str]:
+    absent = [key for key in own if key not in given and not any(_within(key, part) for part in made_anew)]
+    return absent + [key for key, value in given.items() if key not in own or own[key].shape != value.shape]
+
+
+def _within(key: str, part: str) -> bool:
+    return key.startswith(part + ".")

@@ -1,0 +1,161 @@
+"""Batch norm whose statistics are those of the whole batch, also where several processes hold parts of it.
+
+Conversion changes a module's class and nothing else: its parameters, buffers, mode and place stay, so
+that optimizer, average, checkpoints and frozen parts know no difference. On CUDA the classes are
+PyTorch's and timm's own; they refuse CPU tensors, for which those below do the same arithmetic.
+
+Shapes: B samples of this rank, C channels, H W the map; R ranks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from roadseg.errors import ConfigError
+from roadseg.train.words import answered
+
+if TYPE_CHECKING:
+    from roadseg.train.ranks import Ranks
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class _Normalised(torch.autograd.Function):
+    """Ioffe and Szegedy, "Batch Normalization" (2015), with the sums of section 3 over all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BCHW: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, mean_C: Tensor, var_C: Tensor,
+        count: int, eps: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x_BCHW, weight_C, mean_C, torch.rsqrt(var_C + eps))
+        ctx.count = count
+        return F.batch_norm(x_BCHW, mean_C, var_C, weight_C, bias_C, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, dy_BCHW: Tensor) -> tuple[Tensor | None, ...]:
+        x_BCHW, weight_C, mean_C, invstd_C = ctx.saved_tensors
+        dy = dy_BCHW.float()
+        xhat = (x_BCHW.float() - _wide(mean_C)) * _wide(invstd_C)
+        own_2C = torch.stack([dy.sum((0, 2, 3)), (dy * xhat).sum((0, 2, 3))])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            all_2C = own_2C.clone()
+            with answered():
+                dist.all_reduce(all_2C)
+            sum_dy_C, sum_dy_xhat_C = all_2C / ctx.count
+            dx = dy - _wide(sum_dy_C) - xhat * _wide(sum_dy_xhat_C)
+            dx = (dx * _wide(invstd_C if weight_C is None else invstd_C * weight_C)).to(x_BCHW.dtype)
+        # The gradients of weight and bias are this rank's part: the loop sums those of all.
+        dweight, dbias = (
+            g if needed else None for g, needed in zip((own_2C[1], own_2C[0]), ctx.needs_input_grad[1:3], strict=True)
+        )
+        return dx, dweight, dbias, None, None, None, None
+
+
+def _wide(value_C: Tensor) -> Tensor:
+    return value_C[:, None, None]
+
+
+def whole_statistics(x_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(mean, biased variance: float32 [C]; values a channel) over all ranks; each may hold another number of samples.
+
+    Each rank's mean and squared deviations are combined as by Chan et al. (1979), in double precision
+    and in the order of ranks, so that all get the same bits.
+    """
+    channels, values = x_BCHW.shape[1], x_BCHW.numel() // x_BCHW.shape[1]
+    own = x_BCHW.new_zeros(2 * channels + 1, dtype=torch.float64)
+    if values:
+        var_C, mean_C = torch.var_mean(x_BCHW.float(), (0, 2, 3), correction=0)
+        own[:channels], own[channels:-1], own[-1] = mean_C, var_C, values
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    with answered():
+        dist.all_gather(rows, own)
+    all_R = torch.stack(rows)
+    mean_RC, var_RC, count_R1 = all_R[:, :channels], all_R[:, channels:-1], all_R[:, -1:]
+    count = count_R1.sum()
+    mean_C = (mean_RC * count_R1).sum(0) / count
+    var_C = ((var_RC + (mean_RC - mean_C) ** 2) * count_R1).sum(0) / count
+    return mean_C.float(), var_C.float(), int(count)
+
+
+class GlooBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d over the batches of all ranks, on the CPU. In eval mode ranks don't meet."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x_BCHW)
+        self._check_input_dim(x_BCHW)
+        mean_C, var_C, count = whole_statistics(x_BCHW.detach())
+        if count < 2:
+            raise ValueError(f"Expected more than 1 value per channel when training, got {count} over all ranks")
+        self._follow(mean_C, var_C, count)
+        return _Normalised.apply(x_BCHW, self.weight, self.bias, mean_C, var_C, count, self.eps)
+
+    @torch.no_grad()
+    def _follow(self, mean_C: Tensor, var_C: Tensor, count: int) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean_C, share)
+        self.running_var.lerp_(var_C * (count / (count - 1)), share)
+
+
+class GlooBatchNormAct2d(GlooBatchNorm2d):
+    """timm's batch norm with drop and activation; the attributes are those of BatchNormAct2d."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x_BCHW)))  # type: ignore[no-any-return]
+
+
+ON_CPU: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: GlooBatchNorm2d,
+    BatchNormAct2d: GlooBatchNormAct2d,
+}
+ON_CUDA: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: nn.SyncBatchNorm, BatchNormAct2d: SyncBatchNormAct}
+PLAIN = {synced: plain for kinds in (ON_CPU, ON_CUDA) for plain, synced in kinds.items()}
+
+
+def sync_batch_norm(network: Network, ranks: Ranks) -> Network:
+    """Make every batch norm of `network`, in place, one over the batches of all ranks; `network` again.
+
+    The ranks must be connected: by NCCL they train on CUDA. Nothing changes if this process is alone.
+    Raises ConfigError for a kind of batch norm that none of this is known for.
+    """
+    if ranks.world == 1:
+        return network
+    kinds = ON_CUDA if dist.get_backend() == "nccl" else ON_CPU
+    for name, module in network.named_modules():
+        if synced := kinds.get(type(module)):
+            module.__class__ = synced  # type: ignore[assignment]
+            if isinstance(module, nn.SyncBatchNorm):
+                module.process_group = None  # all ranks
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in PLAIN:
+            raise ConfigError(
+                f"{type(module).__name__} ({name}) can't be shared by several processes",
+                expected=", ".join(kind.__name__ for kind in kinds),
+                where="model.backbone",
+                todo="choose another, or set training.sync_batch_norm to false",
+            )
+    return network
+
+
+def plain_batch_norm(network: Network) -> Network:
+    """Undo `sync_batch_norm`, in place: for a network that one process runs and exports; `network` again."""
+    for module in network.modules():
+        if plain := PLAIN.get(type(module)):
+            module.__class__ = plain  # type: ignore[assignment]
+            module.__dict__.pop("process_group", None)
+    return network

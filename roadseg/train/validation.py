@@ -1,0 +1,48 @@
+"""Scores of the averaged network on whole frames while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roadseg.data.shards import Split
+from roadseg.labels import IGNORE
+from roadseg.train.ranks import Ranks
+
+
+@torch.inference_mode()
+def validate(
+    network: nn.Module,
+    split: Split,
+    num_classes: int,
+    device: torch.device,
+    bf16: bool,
+    stopped: Callable[[], int],
+    ranks: Ranks,
+) -> Tensor | None:
+    """int64 [K, K] confusion (rows truth) of a split's frames, on the CPU; the ranks share the frames.
+
+    None if it was cut short because some rank was `stopped`.
+    """
+    size = num_classes * num_classes
+    matrix = torch.zeros(size + 1, dtype=torch.int64, device=device)  # the last: how many ranks were stopped
+    for index in range(ranks.rank, len(split), ranks.world):
+        if stopped():
+            matrix[size] = 1
+            break
+        image, label = split.read(index)
+        image_BHWC, label_HW = (
+            torch.from_numpy(image.copy())[None].to(device),
+            torch.from_numpy(label.copy()).to(device),
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = network(image_BHWC.permute(0, 3, 1, 2))
+        prediction_HW = F.interpolate(logits.float(), label.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+        valid = label_HW != IGNORE
+        joint = label_HW[valid].long() * num_classes + prediction_HW[valid]
+        matrix[:size] += torch.bincount(joint, minlength=size)
+    total = ranks.sum_(matrix).cpu()
+    return None if total[size] else total[:size].reshape(num_classes, num_classes)

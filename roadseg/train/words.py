@@ -1,0 +1,163 @@
+"""What the ranks tell one another besides numbers: where rank 0 stands, and why one of them failed.
+
+They lie in the key-value store by which the ranks meet, so that a rank can tell and leave, and another
+can read it without either waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from roadseg import errors
+from roadseg.errors import Interrupted, RoadsegError
+from roadseg.train.place import Place
+
+MEET_WITHIN = timedelta(minutes=15)  # machines of a cluster start minutes apart
+HEARD_WITHIN = timedelta(seconds=5)
+ASK_EVERY_S = 0.2
+FAILED = "failed"
+
+
+class PeerLost(RoadsegError):
+    """Another rank is gone, and did not say why."""
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Around messages between ranks: an error of the connection becomes PeerLost."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:  # gloo has no class of its own; NCCL's derive from it
+        raise PeerLost(
+            f"another rank no longer answers ({str(e).splitlines()[0]})",
+            todo="look at what it said last; run again to go on after the last checkpoint",
+        ) from e
+
+
+@dataclass(frozen=True)
+class Words:
+    """Of one training. `name` tells it from others of the same processes; all ranks count alike."""
+
+    here: Place
+    name: str
+
+    @cached_property
+    def store(self) -> dist.Store:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"roadseg/{attempt}/{self.name}", _store(self.here))
+
+    def tell(self, word: str) -> None:
+        self.store.set(word, "said")
+
+    def fail(self, error: BaseException) -> None:
+        """Say why; the first of several counts. That the store is gone must not hide the error itself."""
+        try:
+            self.store.compare_set(FAILED, "", json.dumps(packed(error, self.here.rank)))
+        except RuntimeError:
+            return
+
+    def failure(self) -> Exception | None:
+        """What the first rank to fail said, if any did."""
+        try:
+            if not self.store.check([FAILED]):
+                return None
+            return unpacked(json.loads(self.store.get(FAILED)))
+        except RuntimeError:
+            return None
+
+    @contextmanager
+    def failures_told(self) -> Iterator[None]:
+        """Around all that this process does: what ends it ends those that wait for it."""
+        try:
+            yield
+        except BaseException as e:
+            self.fail(e)
+            raise
+
+    def wait(self, *words: str, within: timedelta | None = None) -> str:
+        """The first of these that is told; "" after `within`. Raises what another rank failed with."""
+        until = time.monotonic() + within.total_seconds() if within else math.inf
+        while time.monotonic() < until:
+            try:
+                for word in words:
+                    if self.store.check([word]):
+                        return word
+            except dist.DistError as e:
+                raise PeerLost(
+                    "rank 0 is gone without a word",
+                    where=f"{self.here.address}:{self.here.port}",
+                    todo="look at its output; run again to go on after the last checkpoint",
+                ) from e
+            if error := self.failure():
+                raise error
+            time.sleep(ASK_EVERY_S)
+        return ""
+
+    def meet(self) -> None:
+        """Wait for all ranks. Raises PeerLost if one does not come."""
+        self.tell(f"rank {self.here.rank}")
+        for rank in range(self.here.world):
+            if not self.wait(f"rank {rank}", within=MEET_WITHIN):
+                raise PeerLost(
+                    f"rank {rank} of {self.here.world} did not come",
+                    expected=f"all of them within {MEET_WITHIN.seconds // 60} minutes",
+                    where=f"{self.here.address}:{self.here.port}",
+                    todo="look at what it said; all need the same command, on one machine also the same workspace",
+                )
+
+    def finish(self, await_others: bool) -> None:
+        """As rank 0, say that all is done; while others may yet ask this process, stay for a moment."""
+        self.tell("trained")
+        if await_others and not self.here.hosted:
+            for rank in range(1, self.here.world):
+                self.wait(f"heard by {rank}", within=HEARD_WITHIN)
+
+    def heard(self) -> None:
+        """As another, let rank 0 go."""
+        self.tell(f"heard by {self.here.rank}")
+
+
+@cache
+def _store(here: Place) -> dist.TCPStore:
+    host = here.main and not here.hosted
+    return dist.TCPStore(here.address, here.port, None, host, MEET_WITHIN, wait_for_workers=False)
+
+
+def packed(error: BaseException, rank: int) -> dict[str, Any]:
+    """An error as JSON: a four-part one whole, another as its text and traceback."""
+    row: dict[str, Any] = {"rank": rank, "class": type(error).__name__, "text": str(error)}
+    if isinstance(error, RoadsegError):
+        row["parts"] = {name: getattr(error, name) for name in ("found", "expected", "where", "todo")}
+        row["exit_code"] = error.exit_code
+    else:
+        row["traceback"] = "".join(traceback.format_exception(error))
+    return row
+
+
+def unpacked(row: dict[str, Any]) -> Exception:
+    """The error that `packed` took; of one that is not ours a RuntimeError, with its traceback as a note."""
+    if "parts" not in row:
+        error = RuntimeError(f"{row['class']} in rank {row['rank']}: {row['text']}")
+        error.add_note(row["traceback"])
+        return error
+    parts, kind = row["parts"], getattr(errors, row["class"], RoadsegError)
+    if kind is Interrupted:
+        return Interrupted(parts["found"], signal_number=row["exit_code"] - 128)
+    made: RoadsegError = kind(parts.pop("found"), **parts)
+    made.exit_code = row["exit_code"]
+    return made

@@ -1,0 +1,150 @@
+"""Other projects' DeepLabv3+ written anew, in the forms and under the names that they gave them."""
+
+from collections import OrderedDict
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+RATES = (2, 3, 4)
+WIDTH = 64  # a low level of 48 channels beside it: what comes first shows
+
+
+def conv_bn(i: int, o: int, k: int = 1, rate: int = 1, groups: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(i, o, k, padding=rate * (k // 2), dilation=rate, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(o), nn.ReLU()]
+
+
+class Body(nn.Module):
+    """VainF's separable convolution."""
+
+    def __init__(self, i: int, o: int, rate: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv_bn(i, i, 3, rate, i)[0], nn.Conv2d(i, o, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def conv3x3(i: int, o: int, rate: int, kind: str) -> list[nn.Module]:
+    dense, norm, act = conv_bn(i, o, 3, rate)
+    if kind == "body":
+        return [Body(i, o, rate), norm, act]
+    if kind == "pair":
+        return [nn.Sequential(conv_bn(i, i, 3, rate, i)[0], nn.Conv2d(i, o, 1, bias=False)), norm, act]
+    return [dense, norm, act]
+
+
+class ForeignASPP(nn.Module):
+    def __init__(self, i: int, kind: str) -> None:
+        super().__init__()
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn(i, WIDTH))
+        branches = [nn.Sequential(*conv3x3(i, WIDTH, rate, kind)) for rate in RATES]
+        self.convs = nn.ModuleList([nn.Sequential(*conv_bn(i, WIDTH)), *branches, pool])
+        self.project = nn.Sequential(*conv_bn(5 * WIDTH, WIDTH), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [conv(x) for conv in self.convs]
+        return self.project(torch.cat([m.expand(-1, -1, *x.shape[-2:]) for m in maps], 1))
+
+
+class VainF(nn.Module):
+    """Its DeepLabHeadV3Plus on torchvision's ResNet-18, whose padding is the ordinary one."""
+
+    def __init__(self, kind: str, classes: int = 5) -> None:
+        super().__init__()
+        resnet = torchvision.models.resnet18()
+        self.backbone = nn.ModuleDict({k: m for k, m in resnet.named_children() if k not in ("avgpool", "fc")})
+        self.classifier = nn.ModuleDict(
+            {
+                "project": nn.Sequential(*conv_bn(64, 48)),
+                "aspp": ForeignASPP(512, kind),
+                "classifier": nn.Sequential(*conv3x3(48 + WIDTH, WIDTH, 1, kind), nn.Conv2d(WIDTH, classes, 1)),
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = None
+        for name, m in self.backbone.items():
+            x = m(x)
+            low = x if name == "layer1" else low
+        low = self.classifier["project"](low)
+        high = F.interpolate(self.classifier["aspp"](x), size=low.shape[2:], mode="bilinear", align_corners=False)
+        return self.classifier["classifier"](torch.cat([low, high], 1))
+
+
+class SMP(nn.Module):
+    """Its DeepLabV3Plus from version 0.3 on: names and layers of the decoder and the head."""
+
+    def __init__(self, encoder: nn.Module, low: int, high: int, kind: str = "pair", classes: int = 5) -> None:
+        super().__init__()
+        self.encoder = encoder
+        pair = conv3x3(WIDTH, WIDTH, 1, "pair")
+        self.decoder = nn.ModuleDict(
+            {
+                "aspp": nn.Sequential(ForeignASPP(high, kind), *pair),
+                "block1": nn.Sequential(*conv_bn(low, 48)),
+                "block2": nn.Sequential(*conv3x3(WIDTH + 48, WIDTH, 1, "pair")),
+            }
+        )
+        self.segmentation_head = nn.Sequential(nn.Conv2d(WIDTH, classes, 1), nn.Identity())
+
+
+def conv_module(i: int, o: int, k: int = 1, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
+    conv = nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(o), activate=nn.ReLU6() if act else nn.Identity()))
+
+
+class Residual(nn.Module):
+    def __init__(self, i: int, o: int, stride: int, times: int) -> None:
+        super().__init__()
+        wide = i * times
+        expand = [conv_module(i, wide)] if times > 1 else []
+        self.conv = nn.Sequential(*expand, conv_module(wide, wide, 3, stride, wide), conv_module(wide, o, act=False))
+        self.skip = stride == 1 and i == o
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x if self.skip else self.conv(x)
+
+
+class MMSeg(nn.Module):
+    """EncoderDecoder of MobileNetV2 (undilated), DepthwiseSeparableASPPHead and FCNHead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stages, width = [("conv1", conv_module(3, 32, 3, 2))], 32
+        table = [
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        ]
+        for number, (times, out, count, stride) in enumerate(table, 1):
+            blocks = [Residual(width if i == 0 else out, out, stride if i == 0 else 1, times) for i in range(count)]
+            stages.append((f"layer{number}", nn.Sequential(*blocks)))
+            width = out
+        self.backbone = nn.Sequential(OrderedDict(stages))
+
+        def separable(i: int, o: int) -> nn.Module:
+            return nn.ModuleDict({"depthwise_conv": conv_module(i, i, 3, 1, i), "pointwise_conv": conv_module(i, o)})
+
+        self.decode_head = nn.ModuleDict(
+            {
+                "conv_seg": nn.Conv2d(WIDTH, 5, 1),
+                "image_pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_module(320, WIDTH)),
+                "aspp_modules": nn.ModuleList([conv_module(320, WIDTH), *(separable(320, WIDTH) for _ in RATES)]),
+                "bottleneck": conv_module(5 * WIDTH, WIDTH, 3),
+                "c1_bottleneck": conv_module(24, 48),
+                "sep_bottleneck": nn.Sequential(separable(WIDTH + 48, WIDTH), separable(WIDTH, WIDTH)),
+            }
+        )
+        self.auxiliary_head = nn.ModuleDict(
+            {"convs": nn.Sequential(conv_module(96, 8, 3)), "conv_seg": nn.Conv2d(8, 5, 1)}
+        )
+        for m in (*self.decode_head.modules(), *self.auxiliary_head.modules()):
+            if hasattr(m, "activate"):
+                m.activate = nn.ReLU()

@@ -1,0 +1,109 @@
+"""`roadseg profile`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import MICRO, Micro, channel_graph
+
+from roadseg.cli import COMMANDS, Command, main
+from roadseg.cli_train import profile, profile_arguments
+from roadseg.config import load_config
+from roadseg.files import read_json
+from roadseg.ingest.sources import label_set_of
+
+pytestmark = pytest.mark.usefixtures("quiet_log")
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(COMMANDS, "profile", Command("what a model costs", profile, profile_arguments))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        code = main(["profile", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_config_is_counted_and_measured(call, tmp_path: Path) -> None:
+    code, out, _ = call(
+        "--config", MICRO, "--size", "64x96", "--batch", "2", "--runs", "3", "--no-onnx", "--json", "f.json"
+    )
+    figures = read_json(tmp_path / "f.json")
+    assert code == 0 and figures["image_BHW"] == [2, 64, 96] and figures["crops_BHW"] == [2, 48, 96]
+    for part in figures["parts"]:
+        assert part["name"] in out and f"{part['parameters']:,}" in out
+    assert f"{figures['parameters']:,}" in out and "GMAC, 2 x 64x96" in out
+    (m,) = figures["latency"]
+    assert 0 < m["p50_ms"] <= m["p90_ms"] <= m["p99_ms"] and m["runs"] == 3 and m["threads"] >= 1
+    assert m["images_per_s"] == pytest.approx(2000 / m["p50_ms"]) and m["runtime"] in out
+    assert figures["machine"] in out and figures["architecture"]["num_classes"] == 19
+
+
+def test_a_release_brings_its_own_network_and_graph(call, micro: Micro, tmp_path: Path) -> None:
+    archive = micro.result.outputs["train"].folder / "model.tar.gz"
+    code, out, err = call("--release", archive, "--size", "32x64", "--runs", "1", "--json", "f.json")
+    figures = read_json(tmp_path / "f.json")
+    assert code == 0 and figures["architecture"]["backbone"] == "test_efficientnet"
+    assert figures["parameters"] == micro.result.evaluation["model"]["parameters"]  # type: ignore[index]
+    assert [m["runtime"].split()[0] for m in figures["latency"]] == ["torch", "onnxruntime"]
+    assert all(m["runtime"] in out and m["images_per_s"] > 0 for m in figures["latency"])
+    assert "auxiliary_heads" not in out
+
+
+def test_counting_alone_follows_the_configs_training_section(call, tmp_path: Path) -> None:
+    def figures(*flags: str) -> dict:
+        assert call("--config", MICRO, "--size", "32x64", "--runs", "0", "--json", "f.json", *flags)[0] == 0
+        return read_json(tmp_path / "f.json")
+
+    plain = figures("--training.batch-size", "8")
+    assert plain["latency"] == [] and plain["precision"] == "fp32" and plain["crops_BHW"] == [8, 48, 96]
+    parts = figures("--training.batch-size", "8", "--training.accumulate", "4")
+    assert parts["crops_BHW"] == [2, 48, 96] and parts["training_saved_bytes"] < plain["training_saved_bytes"] / 3
+    half = figures("--training.batch-size", "8", "--training.precision", "bf16")
+    assert half["training_saved_bytes"] < 0.75 * plain["training_saved_bytes"] and half["macs"] == plain["macs"]
+    sgd = figures("--training.optimizer", "sgd")
+    assert sgd["training_state_bytes"] * 5 == plain["training_state_bytes"] * 4
+    assert figures("--classes", "7")["architecture"]["num_classes"] == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--size", "1024"], "--size '1024'; expected height x width"),
+        (["--size", "0x64"], "--size '0x64'"),
+        (["--size", "64 x 64"], "--size '64 x 64'"),
+        (["--size", "9000000x9000000"], "81,000,000,000,000 pixels; expected at most 64,000,000"),
+        (["--batch", "0"], "--batch 0; expected 1 or more"),
+        (["--runs", "-1"], "--runs -1; expected 0 or more"),
+        (["--size", "64x64", "--classes", "0"], "model.num_classes: 0"),
+        (["--classes", "3", "--release", "champion"], "--release or --classes"),
+        (["--size", "64x64", "--model.backbone", "mobilenet9"], "no model 'mobilenet9'"),
+        (["--size", "64x64", "--training.device", "gpu9"], "training.device"),
+        (["--size", "4096x8192", "--batch", "9999"], "one inference needs"),
+    ],
+)
+def test_what_can_not_be_is_refused(call, arguments: list[str], said: str) -> None:
+    code, out, err = call("--config", MICRO, *arguments)
+    assert code == 2 and said in err and out == ""
+
+
+def test_how_many_classes_a_source_has() -> None:
+    def classes(**data: object) -> int:
+        return label_set_of(load_config(None, {"data": data}).data).num_classes
+
+    assert classes(source="town") == 19 and classes(source="camvid") == 11
+    assert classes(source="camvid", taxonomy="cityscapes") == 19
+    parts = {name: {"source": "camvid", "root": "somewhere"} for name in "ab"}
+    assert classes(source="mix", mix=parts) == 19 and classes(source="mix", taxonomy="native", mix=parts) == 11
+
+
+def test_a_config_without_a_graph_exports_one(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The export itself, which takes seconds, is tested where it lives."""
+    graph = channel_graph()
+    monkeypatch.setattr("roadseg.release.export.export_onnx", lambda network, path: path.write_bytes(graph))
+    assert call("--config", MICRO, "--size", "32x64", "--runs", "2", "--json", "f.json")[0] == 0
+    assert [m["runtime"].split()[0] for m in read_json(tmp_path / "f.json")["latency"]] == ["torch", "onnxruntime"]

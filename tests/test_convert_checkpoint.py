@@ -1,0 +1,202 @@
+"""Pickles become safetensors without running what they hold."""
+
+import argparse
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from roadseg import convert_checkpoint as module
+from roadseg.cli_weights import convert, convert_arguments
+from roadseg.config import load_config
+from roadseg.convert_checkpoint import convert_checkpoint
+from roadseg.errors import ArchiveError, UsageError
+from roadseg.files import sha256_file
+
+
+def state() -> OrderedDict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(4, 6, generator=generator)
+    return OrderedDict(
+        {
+            "conv.weight": torch.randn(4, 3, 3, 3, generator=generator).to(memory_format=torch.channels_last),
+            "half": whole.half(),
+            "turned": whole.T,
+            "row": whole[1],
+            "bn.num_batches_tracked": torch.tensor(7),
+        }
+    )
+
+
+def saved(content: Any, folder: Path, **options: Any) -> Path:
+    path = folder / "model.pth"
+    torch.save(content, path, **options)
+    return path
+
+
+OPTIMIZER = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "left_out"),
+    [
+        (lambda s: s, ()),
+        (lambda s: dict(s), ()),
+        (lambda s: {"state_dict": s, "meta": {"CLASSES": ["road"]}, "optimizer": OPTIMIZER}, ("meta", "optimizer")),
+        (lambda s: {"model_state": s, "cur_itrs": 9, "best_score": 0.7}, ("best_score", "cur_itrs")),
+        (lambda s: {"model": {"state_dict": {f"module.{k}": v for k, v in s.items()}, "arch": "x"}}, ("arch",)),
+        (lambda s: {**s, "version": 3}, ("version",)),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_networks_tensors_and_nothing_else(
+    wrap: Any, left_out: tuple[str, ...], zipped: bool, tmp_path: Path
+) -> None:
+    source, out = saved(wrap(state()), tmp_path, _use_new_zipfile_serialization=zipped), tmp_path / "o.safetensors"
+    done = convert_checkpoint(source, out)
+    tensors = load_file(out)
+    assert tensors.keys() == state().keys()
+    assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in state().items())
+    assert (done.tensors, done.parameters, done.left_out) == (5, 108 + 24 + 24 + 6 + 1, left_out)
+    with safe_open(out, "pt") as f:
+        (line,) = f.metadata().values()
+    assert line.startswith(f"model.pth, SHA-256 {sha256_file(source)}, by roadseg ")
+    again = tmp_path / "again.safetensors"
+    convert_checkpoint(source, again)
+    assert again.read_bytes() == out.read_bytes()
+
+
+class Hook:
+    """What an attacker pickles: a call that runs when the file is read."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("where", ["beside", "inside", "alone"])
+def test_a_planted_call_does_not_run(where: str, zipped: bool, tmp_path: Path) -> None:
+    trap, out = tmp_path / "sprung", tmp_path / "out.safetensors"
+    hook = Hook(os.mkdir, str(trap))
+    content = {"beside": {"state_dict": state(), "meta": hook}, "inside": {**state(), "x": hook}, "alone": hook}[where]
+    source = saved(content, tmp_path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        ArchiveError, match=r"it holds (posix.mkdir|more) beside tensors, which could run code"
+    ) as caught:
+        convert_checkpoint(source, out)
+    assert "it was not read" in str(caught.value) and str(source) == caught.value.where
+    assert not trap.exists() and not out.exists()
+    torch.load(source, weights_only=False)
+    assert trap.exists()  # the trap was a real one
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        Hook(eval, "__import__('os').mkdir('sprung')"),
+        Hook(getattr(np, "load"), "sprung"),  # noqa: B009 (what the pickle names is numpy's own loader)
+        Hook(__import__, "antigravity"),
+        Hook(argparse.ArgumentParser, "x"),
+    ],
+)
+def test_names_near_those_that_are_left_out_are_refused(
+    hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArchiveError, match="could run code"):
+        convert_checkpoint(saved({"state_dict": state(), "x": hook}, tmp_path), tmp_path / "o.safetensors")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_scores_histories_and_arguments_beside_the_tensors_do_no_harm(tmp_path: Path) -> None:
+    """numpy's are not rebuilt: a crafted dtype could point anywhere."""
+    beside = {
+        "best_score": np.float64(0.7),
+        "history": np.arange(5.0),
+        "args": argparse.Namespace(lr=0.1, names=["a"]),
+        "count": np.int64(3),
+    }
+    source = saved({"model_state": state(), **beside}, tmp_path)
+    read = module._read(source)
+    assert all(type(read[name]) is module._Nothing for name in beside)
+    done = convert_checkpoint(source, tmp_path / "o.safetensors")
+    assert done.left_out == ("args", "best_score", "count", "history") and done.tensors == 5
+    with pytest.raises(pickle.UnpicklingError):  # elsewhere in the process torch is as strict as before
+        torch.load(source, weights_only=True)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    junk = tmp_path / "junk.pth"
+    for content in (b"", b"junk" * 99, b"PK\x03\x04" + bytes(99), b"\x80\x02", b"\x80\x04}."):
+        junk.write_bytes(content)
+        with pytest.raises(ArchiveError):
+            convert_checkpoint(junk, out)
+    cut = saved(state(), tmp_path)
+    cut.write_bytes(cut.read_bytes()[:-300])
+    with pytest.raises(ArchiveError, match="not readable as a torch checkpoint"):
+        convert_checkpoint(cut, out)
+    for content, words in (
+        ([torch.ones(2)], r"no network's tensors in it \(list\)"),
+        ({"optimizer": OPTIMIZER, "epoch": 3}, r"no network's tensors in it \(optimizer, epoch\)"),
+        ({"a": torch.ones(2).to_sparse()}, "tensor a is torch.float32, torch.sparse_coo"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "tensor a is torch.complex64"),
+        ({"module.a": torch.ones(2), "a": torch.ones(2)}, "differ in a leading module. alone"),
+    ):
+        with pytest.raises(ArchiveError, match=words):
+            convert_checkpoint(saved(content, tmp_path), out)
+    assert not out.exists()
+
+
+def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the file, of what it unpacks to, and of what a few bytes claim to be."""
+    monkeypatch.setattr(module, "LIMIT_BYTES", 100_000)
+    out = tmp_path / "o.safetensors"
+    with pytest.raises(ArchiveError, match="holds 4[0-9]{2},[0-9]{3} bytes; expected at most 100,000"):
+        convert_checkpoint(saved({"a": torch.zeros(100_000)}, tmp_path), out)
+    packed = tmp_path / "packed.pth"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("archive/data.pkl", bytes(200_000))
+    assert packed.stat().st_size < 2000
+    with pytest.raises(ArchiveError, match="holds 200,000 bytes"):
+        convert_checkpoint(packed, out)
+    stretched = saved({"a": torch.zeros(1).expand(1 << 40)}, tmp_path)
+    assert stretched.stat().st_size < 2000
+    with pytest.raises(ArchiveError, match=r"holds 4,398,046,511,104 bytes"):
+        convert_checkpoint(stretched, out)
+    assert not out.exists()
+
+
+def test_paths_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    source, there = saved(state(), tmp_path), tmp_path / "there.safetensors"
+    there.write_bytes(b"mine")
+    for a, b, words in (
+        (source, there, "there.safetensors exists already"),
+        (source, tmp_path / "o.pth", "ends with .safetensors"),
+        (tmp_path / "absent.pth", tmp_path / "o.safetensors", "no file .*absent.pth"),
+        (source, tmp_path / "no" / "o.safetensors", "no folder .*no;"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            convert_checkpoint(a, b)
+    assert there.read_bytes() == b"mine"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    convert_arguments(parser)
+    source, out = saved({"state_dict": state(), "epoch": 3}, tmp_path), tmp_path / "o.safetensors"
+    assert convert(parser.parse_args([str(source), "--out", str(out)]), load_config(None)) == 0
+    printed = capsys.readouterr().out
+    assert f"written   {out} (5 tensors, 163 numbers)" in printed and "left out  epoch" in printed
+    assert f"roadseg train --training.weights-from {out}" in printed

@@ -1,0 +1,237 @@
+"""What ranks add up, where a process finds its place, and what several processes' ends are made into."""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from roadseg.config_training import Training
+from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, RoadsegError, UsageError
+from roadseg.train.job import processes, refuse_uneven
+from roadseg.train.launch import _verdict, launch
+from roadseg.train.place import Place, place
+from roadseg.train.ranks import ALONE, Ranks, joined
+from roadseg.train.words import PeerLost, packed, unpacked
+
+CPU = torch.device("cpu")
+
+
+def layers(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    made = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def task(ranks: Ranks, folder: str) -> None:
+    found: dict[str, Any] = {"ranks": ranks, "threads": torch.get_num_threads()}
+    with joined(ranks, CPU):
+        found["sum"] = ranks.sum_(torch.tensor([1.0, 10.0]) * (ranks.rank + 1))
+        found["whole"] = ranks.sum_(torch.tensor([2**40 + ranks.rank]))
+        found["given"] = ranks.from_main({"step": 3} if ranks.main else None)
+        network = layers(seed=ranks.rank)
+        ranks.same_weights(network)
+        found["weights"] = {k: v.clone() for k, v in network.state_dict().items()}
+        image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(ranks.rank))
+        network.eval()(image).square().sum().backward()
+        network[2].bias.grad = None  # as of a frozen part
+        layout = network[0].weight.grad.stride()
+        ranks.sum_gradients(network.parameters())
+        assert network[0].weight.grad.stride() == layout
+        found["gradients"] = {k: p.grad for k, p in network.named_parameters() if p.grad is not None}
+        ranks.barrier()
+    log = logging.getLogger("roadseg.train.ranks")
+    log.info("rank %d speaks", ranks.rank)
+    log.warning("rank %d warns", ranks.rank)
+    Path(folder, f"{ranks.rank}.pickle").write_bytes(pickle.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[str]]:
+    """What each of two ranks found, and what the process that started them logged."""
+    folder, said = tmp_path_factory.mktemp("ranks"), []
+    log = logging.getLogger("roadseg")
+    handler, level = logging.Handler(logging.INFO), log.level
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign, assignment]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        launch(task, (str(folder),), 2)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in (0, 1)], said
+
+
+def test_two_ranks_know_themselves_and_share_the_processor(found: tuple[list[dict[str, Any]], list[str]]) -> None:
+    assert [f["ranks"] for f in found[0]] == [Ranks(0, 2, 0), Ranks(1, 2, 1)]
+    assert all(f["threads"] <= max(1, torch.get_num_threads()) for f in found[0])
+
+
+def test_sums_over_ranks(found: tuple[list[dict[str, Any]], list[str]]) -> None:
+    for f in found[0]:
+        assert f["sum"].tolist() == [3, 30]
+        assert f["whole"].tolist() == [2**41 + 1]
+        assert f["given"] == {"step": 3}
+
+
+def test_weights_become_those_of_rank_0(found: tuple[list[dict[str, Any]], list[str]]) -> None:
+    expected = layers(seed=0).state_dict()
+    for f in found[0]:
+        assert f["weights"].keys() == expected.keys()
+        assert all(torch.equal(f["weights"][k], v) for k, v in expected.items())
+
+
+def test_gradients_are_those_of_both_batches(found: tuple[list[dict[str, Any]], list[str]]) -> None:
+    network = layers(seed=0).eval()
+    for rank in (0, 1):
+        image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
+        network(image).square().sum().backward()
+    for f in found[0]:
+        assert "2.bias" not in f["gradients"] and "0.weight" in f["gradients"]
+        for name, gradient in f["gradients"].items():
+            torch.testing.assert_close(gradient, network.get_parameter(name).grad, rtol=1e-5, atol=1e-5)
+
+
+def test_rank_0_is_heard_and_the_others_when_they_warn(found: tuple[list[dict[str, Any]], list[str]]) -> None:
+    assert sorted(found[1]) == ["rank 0 speaks", "rank 0 warns", "rank 1: rank 1 warns"]
+
+
+def test_alone_nothing_is_sent() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    with joined(ALONE, CPU):
+        ALONE.sum_gradients([parameter])
+        ALONE.same_weights(nn.Linear(1, 1))
+        ALONE.barrier()
+        assert ALONE.sum_(torch.ones(1)).item() == 1 and ALONE.from_main("x") == "x" and ALONE.main
+    assert parameter.grad.tolist() == [1, 1]
+
+
+# ---- where a process finds its place --------------------------------------------------------
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+
+
+def test_place_of_torchrun(tmp_path: Path) -> None:
+    nowhere = tmp_path / "none"
+    assert place(TORCHRUN, nowhere) == Place(5, 8, 1, "node0", 1234)
+    assert place({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, nowhere).hosted
+    assert place({}, nowhere) == place({"WORLD_SIZE": "1", "RANK": "0"}, nowhere) == Place()
+    for broken in ({"WORLD_SIZE": "2"}, {**TORCHRUN, "RANK": "first"}):
+        with pytest.raises(UsageError, match="missing or no number.*torchrun"):
+            place(broken, nowhere)
+
+
+def test_place_of_a_sagemaker_host(tmp_path: Path) -> None:
+    config = tmp_path / "resourceconfig.json"
+    config.write_text(json.dumps({"current_host": "algo-2", "hosts": ["algo-2", "algo-1"], "network": "eth0"}))
+    assert place({}, config) == Place(1, 2, 0, "algo-1")
+    assert place(TORCHRUN, config).world == 8  # a launcher inside the container knows more
+    config.write_text(json.dumps({"current_host": "algo-1", "hosts": ["algo-1"]}))
+    assert place({}, config).world == 1
+    config.write_text("{")
+    with pytest.raises(UsageError, match="hosts and current_host"):
+        place({}, config)
+
+
+# ---- refusals -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets how many GPUs there seem to be."""
+
+    def there(count: int, mps: bool = False) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+
+    return there
+
+
+def test_as_many_processes_as_asked_for(gpus: Any) -> None:
+    gpus(4)
+    assert [processes(Training(gpus=n)) for n in (0, 1, 2, 4)] == [4, 1, 2, 4]
+    assert processes(Training(gpus=3, device="cpu", batch_size=6)) == 3
+    assert processes(Training(gpus=0, device="cpu")) == 1
+    gpus(0)
+    assert processes(Training(gpus=0)) == 1
+    assert processes(Training(gpus=1, device="mps")) == 1
+
+
+@pytest.mark.parametrize(
+    "there, mps, training, message",
+    [
+        (2, False, {"gpus": 4}, "training.gpus: 4 GPUs, but this machine has 2; expected 1 to 2, or 0 for all"),
+        (0, False, {"gpus": 2}, "this machine has none.*training.device cpu"),
+        (0, True, {"gpus": 2}, "2 with training.device auto, which is one"),
+        (0, True, {"gpus": 2, "device": "mps"}, "training.device mps, which is one"),
+        (4, False, {"gpus": 2, "device": "cuda:1"}, "cuda:1, which is one.*set training.device to cuda"),
+        (
+            0,
+            False,
+            {"gpus": 2, "device": "cpu", "batch_size": 3},
+            "training.batch_size: 3 .*by 2 GPUs; .*multiple of 2",
+        ),
+        (4, False, {"gpus": 0, "batch_size": 6}, "by 4 GPUs; expected a multiple of 4"),
+    ],
+)
+def test_impossible_numbers_of_gpus_are_refused(
+    gpus: Any, there: int, mps: bool, training: dict[str, Any], message: str
+) -> None:
+    gpus(there, mps)
+    with pytest.raises(ConfigError, match=message):
+        processes(Training(**training))
+
+
+def test_micro_batches_count_too() -> None:
+    refuse_uneven(Training(batch_size=8, accumulate=2), 4)
+    with pytest.raises(ConfigError, match="by 4 GPUs x 4 micro-batches; expected a multiple of 16"):
+        refuse_uneven(Training(batch_size=8, accumulate=4), 4)
+
+
+# ---- errors between processes ---------------------------------------------------------------
+
+
+def test_errors_keep_class_parts_and_exit_code() -> None:
+    for error in (
+        NonFiniteLoss("loss nan", expected="finite numbers", where="samples 1", todo="look"),
+        DataError("bad frame", where="x.png"),
+        Interrupted("stopped by SIGTERM after step 3", signal_number=15),
+        PeerLost("gone", todo="run again"),
+    ):
+        again = unpacked(json.loads(json.dumps(packed(error, 1))))
+        assert str(again) == str(error) and isinstance(again, RoadsegError) and again.exit_code == error.exit_code
+        assert type(again) is (RoadsegError if isinstance(error, PeerLost) else type(error))
+    try:
+        raise KeyError("missing")
+    except KeyError as e:
+        foreign = unpacked(json.loads(json.dumps(packed(e, 1))))
+    assert type(foreign) is RuntimeError and str(foreign) == "KeyError in rank 1: 'missing'"
+    assert "raise KeyError" in foreign.__notes__[0]
+
+
+def heard(done: set[int] = frozenset(), *rows: tuple[int, Exception]) -> Any:  # type: ignore[assignment]
+    return SimpleNamespace(done=done, pids={0: 100, 1: 101}, rows=[packed(error, rank) for rank, error in rows])
+
+
+def test_of_all_ends_the_cause_is_told() -> None:
+    lost = PeerLost("another rank no longer answers")
+    stop, echo = (Interrupted(f"stopped by {by}", signal_number=15) for by in ("SIGTERM", "another rank's signal"))
+    assert _verdict(2, heard({0, 1}), {}, 0) is None
+    assert "bad" in str(_verdict(2, heard(set(), (0, lost), (1, DataError("bad"))), {0: 1}, 0))
+    assert "bad" in str(_verdict(2, heard(set(), (0, stop), (1, DataError("bad"))), {1: 1}, 15))
+    assert str(_verdict(2, heard(set(), (0, echo), (1, stop)), {}, 0)) == "stopped by SIGTERM"
+    early = _verdict(2, heard(), {0: -15}, 15)
+    assert isinstance(early, Interrupted) and early.exit_code == 143
+    for codes in ({1: -9}, {0: 1, 1: -9}):  # whichever end was seen first
+        killed = _verdict(2, heard(set(), (0, lost)), codes, 0)
+        assert "rank 1 (process 101) was killed by SIGKILL" in str(killed)
+    assert "rank 1 (process 101) ended without a word" in str(_verdict(2, heard(set(), (0, lost)), {0: 1}, 0))
+    assert "no longer answers" in str(_verdict(2, heard(set(), (0, lost), (1, lost)), {0: 1}, 0))

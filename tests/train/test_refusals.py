@@ -1,0 +1,202 @@
+"""What can't be trained is told at once, before the first step, and what would fit after memory ran out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from roadseg.config_training import Augment, Phase, Training
+from roadseg.data.augment import Augmentation, draw, generator
+from roadseg.data.shards import Shards
+from roadseg.errors import ConfigError
+from roadseg.model.deeplab import Architecture, build
+from roadseg.train import refusals
+from roadseg.train.memory import CONTEXT_BYTES, activation_bytes, step_bytes
+from roadseg.train.refusals import image_share, out_of_memory, refuse_impossible, what_fits
+
+SMALL = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2))
+FITS = Training(crop_px=(48, 96), batch_size=4)  # frames are 48x96
+
+
+def refused(shards: Shards, t: Training, world: int = 1, architecture: Architecture = SMALL) -> str:
+    with pytest.raises(ConfigError) as caught:
+        refuse_impossible(t, architecture, shards, shards.split("train"), world)
+    return str(caught.value)
+
+
+def change(**fields: object) -> Training:
+    return Training.model_validate({**FITS.model_dump(), **fields})
+
+
+def test_what_can_be_trained_is_neither_refused_nor_warned_of(shards: Shards, caplog: pytest.LogCaptureFixture) -> None:
+    for t in (FITS, change(crop_px=(64, 96)), change(crop_px=(17, 17)), change(batch_size=8, accumulate=2)):
+        refuse_impossible(t, SMALL, shards, shards.split("train"))
+    refuse_impossible(change(batch_size=8, accumulate=2), SMALL, shards, shards.split("train"), 2)
+    assert not caplog.records
+
+
+def test_all_problems_are_told_in_one_error(shards: Shards) -> None:
+    none = replace(shards, class_pixels={"train": [500, 0, 0, 40]}, shards={"train": shards.shards["train"]})
+    text = refused(none, change(crop_px=(512, 512), batch_size=5, accumulate=1, patience=3), world=2)
+    assert text.startswith("4 things that can't be trained:\n")
+    assert "training.crop_px: 9" in text and "frames are 48x96 (most of them) and drawn at 0.5 to 2 times" in text
+    assert "set at most 48 96, or raise training.augment.scale" in text
+    assert "training.batch_size: 5 can't be shared by 2 processes in 1 micro-batches each; set 4 or 6" in text
+    assert "data: no class but road has a pixel in train" in text
+    assert "training.patience: it looks at the split val, which is not there (besides train: none)" in text
+    assert "training.batch_size: 1 can't be shared by 2 processes in 1 micro-batches each; set 2" in refused(
+        shards, change(batch_size=1), world=2
+    )
+
+
+def test_crops_of_later_phases_are_looked_at_too(shards: Shards) -> None:
+    phases = (Phase(after=0.5, crop_px=(256, 256)), Phase(after=0.8, output_stride=32, crop_px=(32, 20)))
+    text = refused(shards, change(phases=phases))
+    assert "crops of 256x256 show would be padding" in text
+    assert "a crop of 32x20 is one cell of the map at output stride 32; set at least 128 128" in text
+
+
+def test_frames_that_are_always_enlarged_may_be_smaller_than_the_crop(shards: Shards) -> None:
+    t = change(crop_px=(128, 256))
+    assert "would be padding" in refused(shards, t)
+    enlarged = change(crop_px=(128, 256), augment=Augment(scale=(2.0, 4.0)))
+    refuse_impossible(enlarged, SMALL, shards, shards.split("train"))
+
+
+@pytest.mark.parametrize("crop_px", [(48, 96), (100, 64), (300, 500)])
+def test_the_share_of_image_is_that_of_draws(crop_px: tuple[int, int]) -> None:
+    sizes = Counter({(48, 96): 3, (200, 100): 1})
+    shares = []
+    for number in range(4000):
+        height, width = list(sizes.elements())[number % 4]
+        inner = draw(Augmentation(crop_px, (0.5, 2.0)), generator(1, number), height, width).inner
+        shares.append(inner[2] * inner[3] / (crop_px[0] * crop_px[1]))
+    assert image_share(sizes, crop_px, (0.5, 2.0)) == pytest.approx(np.mean(shares), abs=0.01)
+
+
+def test_absent_classes_are_named_and_trained_without(shards: Shards, caplog: pytest.LogCaptureFixture) -> None:
+    some = replace(shards, class_pixels={"train": [500, 0, 60, 40]})
+    refuse_impossible(FITS, SMALL, some, some.split("train"))
+    assert [r.message for r in caplog.records] == ["no pixel of train is sky: that can't be learned"]
+    void = replace(shards, class_pixels={"train": [0, 0, 0, 40]})
+    assert "no class has a pixel in train" in refused(void, FITS)
+
+
+# ── one image a forward ─────────────────────────────────────────────────────────────────────────
+
+
+def forward_of_one(architecture: Architecture, crop_px: tuple[int, int]) -> bool:
+    """Does PyTorch train on it?"""
+    try:
+        build(architecture, seed=0).train()(torch.zeros(1, 3, *crop_px))
+        return True
+    except ValueError:
+        return False
+
+
+# resnest's attention has a batch norm behind its global pooling
+@pytest.mark.parametrize(("backbone", "trains"), [("test_efficientnet", True), ("resnest14d", False)])
+def test_one_image_is_refused_just_where_pytorch_refuses_it(
+    shards: Shards, backbone: str, trains: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    architecture = replace(SMALL, backbone=backbone)
+    assert forward_of_one(architecture, (48, 96)) == trains
+    one = change(batch_size=2, accumulate=2)
+    if trains:
+        refuse_impossible(one, architecture, shards, shards.split("train"))
+        assert "batch norm takes its statistics from one image at a time" in caplog.text
+    else:
+        text = refused(shards, one, architecture=architecture)
+        assert f"{backbone} takes batch norm of single values where a forward is of one image (2 a step" in text
+        assert "training.freeze batch_norm" in text
+    caplog.clear()
+    for t, world in (
+        (change(batch_size=2), 1),
+        (change(batch_size=2), 2),
+        (change(batch_size=1, freeze=["batch_norm"]), 1),
+    ):
+        refuse_impossible(t, architecture, shards, shards.split("train"), world)
+    assert not caplog.records
+
+
+def test_one_cell_of_one_image(shards: Shards) -> None:
+    one = change(batch_size=1, crop_px=(16, 16))
+    assert not forward_of_one(SMALL, (16, 16))
+    assert refused(shards, one).startswith("2 things that can't be trained")
+
+
+# ── out of memory ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_activations_grow_with_pixels_and_images_and_halve_in_bf16() -> None:
+    whole = activation_bytes(SMALL, (256, 512), 4, bf16=False)
+    assert activation_bytes(SMALL, (512, 512), 4, bf16=False) == pytest.approx(2 * whole, rel=0.02)
+    assert activation_bytes(SMALL, (256, 512), 8, bf16=False) == pytest.approx(2 * whole, rel=0.02)
+    assert 0.4 * whole < activation_bytes(SMALL, (256, 512), 4, bf16=True) < 0.65 * whole
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    """At least the inputs of all convolutions and batch norms, found by another kind of hook."""
+    network, kept = build(SMALL, seed=0).train(), {}
+
+    def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...], _: object) -> None:
+        kept[arguments[0].untyped_storage().data_ptr()] = (arguments[0], arguments[0].untyped_storage().nbytes())
+
+    for m in network.modules():
+        if isinstance(m, nn.Conv2d | nn.BatchNorm2d):
+            m.register_forward_hook(keep)
+    network(torch.rand(2, 3, 256, 256))
+    inputs = sum(size for _, size in kept.values())
+    measured = activation_bytes(SMALL, (256, 256), 2, bf16=False)
+    assert inputs < measured < 2 * inputs  # and what activations, gates and the enlargement keep
+
+
+def test_the_default_network_s_estimate_is_near_its_peak_on_an_h100() -> None:
+    """Peaks of a step in eager mode there, with the loss that makes no full-size map: GiB."""
+    peaks = [((768, 768), 16, False, 18.8), ((768, 768), 4, True, 2.5), ((360, 480), 16, True, 2.9)]
+    for crop_px, batch, bf16, peak in peaks:
+        estimate = (step_bytes(Architecture(19), crop_px, batch, bf16) - CONTEXT_BYTES) / 2**30
+        assert 0.95 * peak < estimate < 1.2 * peak
+
+
+def test_what_fits_is_estimated_to_fit() -> None:
+    t, gib = change(crop_px=(768, 768), batch_size=32, accumulate=2), 2**30
+    changes = what_fits(t, 1, 16, (768, 768), (2 * gib, 34 * gib), 24 * gib, bf16=False)
+    assert changes == [
+        "training.accumulate 4 (the same batch in parts)",  # 9.8 of 16 fit; 8 divide the batch
+        "training.batch_size 18",
+        "training.activation_checkpointing True",
+        "training.crop_px 576 576",
+        "training.precision bf16",
+    ]
+    fewer = what_fits(t, 2, 8, (768, 768), (2 * gib, 34 * gib), 24 * gib, bf16=True)
+    assert fewer[:2] == ["training.accumulate 4 (the same batch in parts)", "training.batch_size 16"]
+
+
+def test_what_failed_is_never_advised() -> None:
+    """Also where the estimate says that it fits, and where not even one crop does."""
+    t, gib = change(crop_px=(768, 768), batch_size=8), 2**30
+    changes = what_fits(t, 1, 8, (768, 768), (2 * gib, 10 * gib), 80 * gib, bf16=True)
+    assert changes[:2] == ["training.accumulate 2 (the same batch in parts)", "training.batch_size 7"]
+    assert "training.crop_px 704 704" in changes
+    one = change(crop_px=(768, 768), batch_size=1, activation_checkpointing=True)
+    assert what_fits(one, 1, 1, (768, 768), (2 * gib, 90 * gib), 24 * gib, bf16=True) == ["training.crop_px 352 352"]
+    assert what_fits(one, 1, 1, (768, 768), (30 * gib, 90 * gib), 24 * gib, bf16=True) == ["a smaller model.backbone"]
+
+
+def test_the_message_names_batch_crop_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_memory_bytes", lambda device: 4 << 30)
+    t = Training(crop_px=(512, 512), batch_size=64, phases=(Phase(after=0.5, crop_px=(1024, 1024)),))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.25 GiB.\nmore")
+    told = out_of_memory(error, SMALL, t, 2, False, torch.device("cuda", 1))
+    assert "no memory for 32 crops of 1024x1024 at once in fp32 on cuda:1; about" in str(told)
+    assert "(CUDA out of memory. Tried to allocate 2.25 GiB.)" in str(told)
+    assert "set one of: training.accumulate" in str(told) and "(and those of phases)" in str(told)
+    monkeypatch.undo()
+    other = out_of_memory(MemoryError(), SMALL, FITS, 1, False, torch.device("cpu"))
+    assert "on cpu (MemoryError); set one of: training.accumulate 2" in str(other)

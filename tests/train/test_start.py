@@ -1,0 +1,152 @@
+"""Which weights a training starts from, and what of the network is new."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import RGB, THREE, write_release
+from safetensors.torch import save, save_file
+from torch import nn
+
+from roadseg.errors import ArchiveError, ConfigError
+from roadseg.files import sha256_file
+from roadseg.labels import LabelSet
+from roadseg.model import Architecture, DeepLabV3Plus, build
+from roadseg.release.archive import Release, load_release
+from roadseg.train.start import Start, starting_network
+
+A = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2), low_levels=(4,))
+MEAN, STD = (10.0, 20.0, 30.0), (1.0, 2.0, 3.0)
+FOUR = LabelSet("four", (*THREE.classes, replace(THREE.classes[0], name="sign", id=9, train_id=3)))
+
+
+def start(a: Architecture = A, init: Release | None = None, labels: LabelSet = THREE, **given: Any) -> Start:
+    options = {"weights": "none", "weights_from": "", "mean": MEAN, "std": STD, "seed": 5, **given}
+    return starting_network(a, init=init, label_set=labels, **options)
+
+
+@pytest.fixture(scope="module")
+def trained() -> DeepLabV3Plus:
+    net = build(A, seed=1, mean=(7, 8, 9))
+    net.train()(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    return net
+
+
+@pytest.fixture(scope="module")
+def release(trained: DeepLabV3Plus, tmp_path_factory: pytest.TempPathFactory) -> Release:
+    path = tmp_path_factory.mktemp("release") / "model.tar.gz"
+    return load_release(
+        write_release(path, THREE, weights=save(trained.state_dict()), architecture=trained.architecture.to_json())
+    )
+
+
+def equal(net: nn.Module, other: nn.Module) -> set[str]:
+    """Names of the tensors that both have with equal values."""
+    state = other.state_dict()
+    return {k for k, v in net.state_dict().items() if k in state and torch.equal(v, state[k])}
+
+
+def test_from_nothing_it_is_a_function_of_the_seed() -> None:
+    made = start()
+    assert made.words == "none" and made.made_anew == ()
+    assert equal(made.network, build(A, seed=5, mean=MEAN, std=STD)) == set(made.network.state_dict())
+    assert "decoder.classifier.weight" not in equal(made.network, start(seed=6).network)
+
+
+def test_a_backbones_file_is_named_by_its_digest(trained: DeepLabV3Plus, tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    save_file(trained.backbone.state_dict(), path)
+    made = start(weights=str(path))
+    assert made.words == f"backbone weights {sha256_file(path)}" and made.made_anew == ()
+    assert equal(made.network.backbone, trained.backbone) == set(trained.backbone.state_dict())
+    assert made.network.mean.flatten().tolist() == list(MEAN)
+
+
+def test_a_release_of_the_same_classes_is_taken_whole(trained: DeepLabV3Plus, release: Release) -> None:
+    made = start(init=release)
+    assert made.words == f"release {release.digest}" and made.made_anew == ()
+    assert equal(made.network, trained) == set(trained.state_dict())  # its mean and std too
+    assert made.network.mean.flatten().tolist() == [7, 8, 9]
+    with_heads = start(replace(A, auxiliary=True), release)
+    assert with_heads.made_anew == ("auxiliary_heads",)
+    assert equal(with_heads.network, trained) == set(trained.state_dict())
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        FOUR,
+        RGB,
+        LabelSet(
+            "turned", (replace(THREE.classes[0], train_id=1), replace(THREE.classes[1], train_id=0), *THREE.classes[2:])
+        ),
+    ],
+)
+def test_other_classes_get_a_classifier_of_their_own(
+    labels: LabelSet, trained: DeepLabV3Plus, release: Release, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also as many, and the same in another order: no row is known to mean the same."""
+    a = replace(A, num_classes=labels.num_classes, auxiliary=True)
+    with caplog.at_level(logging.INFO, "roadseg"):
+        made = start(a, release, labels)
+    assert made.made_anew == ("decoder.classifier", "auxiliary_heads")
+    new = {"decoder.classifier.weight", "decoder.classifier.bias"}
+    assert new.isdisjoint(equal(made.network, trained) - {"decoder.classifier.bias"})  # biases start at 0 in both
+    assert set(trained.state_dict()) - equal(made.network, trained) <= new
+    scratch = build(a, seed=5)
+    assert new <= equal(made.network, scratch)
+    (line,) = caplog.messages
+    assert line.startswith(f"release {release.digest[:12]} knows other classes (road, sky, car); made anew for ")
+    assert line.endswith(f"{', '.join(labels.names)}: decoder.classifier, auxiliary_heads")
+
+
+@pytest.mark.parametrize("change", [{"channels": 16}, {"fusion": "concat"}, {"head": "dense"}, {"low_levels": (8, 4)}])
+@pytest.mark.parametrize("labels", [THREE, FOUR])
+def test_another_architecture_is_refused(change: dict[str, Any], labels: LabelSet, release: Release) -> None:
+    with pytest.raises(ConfigError, match=f"release {release.digest[:12]} has another architecture") as caught:
+        start(replace(A, num_classes=labels.num_classes, **change), release, labels)
+    assert caught.value.where == "training.init_from"
+    assert json.loads(caught.value.todo.split(": ", 1)[1]) == A.to_json()
+
+
+def test_a_release_may_go_on_at_another_stride(trained: DeepLabV3Plus, release: Release) -> None:
+    made = start(replace(A, output_stride=8, atrous_rates=(2, 4)), release)
+    assert equal(made.network, trained) == set(trained.state_dict())
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    broken = load_release(write_release(tmp_path / "model.tar.gz", THREE, weights=b"\x80\x04N."))
+    with pytest.raises(ArchiveError, match="weights.safetensors is not readable"):
+        start(init=broken)
+
+
+def test_weights_of_another_project(tmp_path: Path) -> None:
+    """VainF's names around torchvision's ResNet-18; what they compute is tested beside the translation."""
+    a = Architecture(3, "resnet18", 16, "concat", "dense", 48, (6, 12, 18), (4,), True)
+    ours = build(a, seed=8)
+    state = {f"backbone.{k}": v for k, v in torchvision.models.resnet18().state_dict().items() if "fc." not in k}
+    for key, value in ours.state_dict().items():
+        for own, theirs in (
+            ("aspp.branches.", "classifier.aspp.convs."),
+            ("aspp.fusion.project.", "classifier.aspp.project."),
+            ("decoder.laterals.0.", "classifier.project."),
+            ("decoder.fusions.0.project.", "classifier.classifier."),
+            ("decoder.classifier.", "classifier.classifier.3."),
+        ):
+            if key.startswith(own):
+                state[theirs + key[len(own) :]] = value
+    state["classifier.aspp.convs.4.1.weight"] = torch.zeros(48, 512, 1, 1)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        state[f"classifier.aspp.convs.4.2.{name}"] = torch.ones(48)
+    path = tmp_path / "vainf.safetensors"
+    save_file(state, path)
+    made = start(a, weights_from=str(path))
+    assert made.words == f"VainF/DeepLabV3Plus-Pytorch weights {sha256_file(path)}"
+    assert made.made_anew == ("auxiliary_heads", "decoder.refinements.0")
+    assert {"decoder.classifier.weight", "aspp.fusion.project.0.weight"} <= equal(made.network, ours)
+    assert made.network.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
