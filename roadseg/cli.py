@@ -15,6 +15,9 @@ from typing import Any
 
 import roadseg
 from roadseg.cli_data import data, data_arguments
+from roadseg.cli_sweep import sweep, sweep_arguments
+from roadseg.cli_train import profile, profile_arguments
+from roadseg.cli_weights import convert, convert_arguments
 from roadseg.config import Config, load_config
 from roadseg.errors import RoadsegError, UsageError
 from roadseg.flags import parse_flags
@@ -361,6 +364,9 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("label maps and overlays for images and folders", _predict, _predict_arguments),
     "serve": Command("answer GET /ping and POST /invocations", _serve, _serve_arguments),
     "deploy": Command("put a release on a SageMaker endpoint", _deploy, _deploy_arguments),
+    "sweep": Command("runs over config values and seeds, and a table of them", sweep, sweep_arguments),
+    "profile": Command("parameters, MACs, memory and latency of a config or a release", profile, profile_arguments),
+    "convert-checkpoint": Command("a torch checkpoint as .safetensors to start from", convert, convert_arguments),
     "releases": Command("what is and was champion", _releases),
     "promote": Command("make a release champion by hand", _promote, _promote_arguments),
     "rollback": Command("make the previous champion champion again", _promote),

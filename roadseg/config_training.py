@@ -82,7 +82,7 @@ class Training(Section):
     class_weights: Literal["none", "enet", "median"] = Field(
         "none", description="of the cross-entropy terms: ENet's, or median frequency over each class's"
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of cross_entropy")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of cross_entropy, ohem and boundary")
     ohem_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.7, description="ohem keeps pixels whose true class has a lower probability"
     )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+N = TypeVar("N", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[N]):
     """Averages all floating-point state of a network, batch norm's running statistics included.
 
     The decay grows as (1 + step) / (10 + step) up to `decay`, so that a short run is not an average
     of its initial weights. decay 0 follows the network exactly.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: N, decay: float) -> None:
         self.decay = decay
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self._pairs = _floats(self.network, network)

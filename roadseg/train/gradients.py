@@ -109,7 +109,7 @@ class Gradients:
         except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError, OSError) as e:  # no compiler, or a layer that it can't compile
-            log.warning("the network is not compiled (%s: %s)", type(e).__name__, str(e).strip().splitlines()[0])
+            log.warning("the network is not compiled (%s: %.200s)", type(e).__name__, " ".join(str(e).split()))
             self._forward = self._network
             return self._network(image_BCHW)
 

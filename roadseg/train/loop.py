@@ -163,8 +163,8 @@ def train(
             if (first := max(start, stretch.first)) >= stretch.last:
                 continue
             if stretch.output_stride != network.architecture.output_stride:
-                for restrided in (network, average.network):
-                    set_output_stride(restrided, stretch.output_stride)
+                set_output_stride(network, stretch.output_stride)
+                set_output_stride(average.network, stretch.output_stride)
                 torch._dynamo.reset()
             gradients = Gradients(
                 network, objective, device, s.bf16, s.cuda_graph,
@@ -233,7 +233,6 @@ def train(
     history.flush()
     if ranks.main:
         checkpoint.prune(folder, 1)
-    assert isinstance(average.network, DeepLabV3Plus)
     return average.network, done
 
 

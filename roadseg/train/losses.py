@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roadseg.labels import IGNORE
+from roadseg.model.enlarge import interpolation
 
 ELEMENTS_AT_ONCE = 1 << 26  # of a map [images, K, H, W]: 256 MiB in float32
 
@@ -30,22 +31,10 @@ def upsample(logits_BKhw: Tensor, height_px: int, width_px: int) -> Tensor:
     """
     if not (torch.is_grad_enabled() and logits_BKhw.requires_grad):
         return F.interpolate(logits_BKhw, (height_px, width_px), mode="bilinear", align_corners=False)
-    rows = _interpolation(logits_BKhw.shape[2], height_px, logits_BKhw.device).to(logits_BKhw.dtype)
-    columns = _interpolation(logits_BKhw.shape[3], width_px, logits_BKhw.device).to(logits_BKhw.dtype)
+    rows = interpolation(logits_BKhw.shape[2], height_px, logits_BKhw.device).to(logits_BKhw.dtype)
+    columns = interpolation(logits_BKhw.shape[3], width_px, logits_BKhw.device).to(logits_BKhw.dtype)
     with torch.autocast(logits_BKhw.device.type, enabled=False):  # it would multiply in bf16
         return rows @ (logits_BKhw @ columns.T)
-
-
-@lru_cache(maxsize=64)
-def _interpolation(size: int, to_size: int, device: torch.device) -> Tensor:
-    """float32 [to_size, size]: row i holds the weights with which the inputs make up output i."""
-    centre = ((torch.arange(to_size, dtype=torch.float64) + 0.5) * size / to_size - 0.5).clamp(0, size - 1)
-    left = centre.floor().long().clamp(max=max(size - 2, 0))
-    share = (centre - left)[:, None]
-    matrix = torch.zeros(to_size, size, dtype=torch.float64)
-    matrix.scatter_add_(1, left[:, None], 1 - share)
-    matrix.scatter_add_(1, (left[:, None] + 1).clamp(max=size - 1), share)
-    return matrix.float().to(device)
 
 
 def plain_cross_entropy_sum(

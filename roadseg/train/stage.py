@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -79,7 +80,7 @@ def train_candidate(
     opened = no_mirrors
     if ranks.main and t.mirrors:
         fields = {k: config.key_fields()[k] for k in ("model", "training")}
-        opened = partial(mirrors, t.mirrors, folder, work.name, fields)
+        opened = partial(mirrors, t.mirrors, folder, work.name.removesuffix(".partial"), fields)
     draw = None
     if ranks.main and t.pictures:
         pictures = Pictures(shown, shards.label_set, evenly(len(shown), t.pictures), folder / "pictures")
@@ -94,7 +95,9 @@ def train_candidate(
         except torch.OutOfMemoryError as e:
             raise out_of_memory(e, architecture, t, ranks.world, settings.bf16, device) from e
     if ranks.main:
-        trained = {"steps": taken, "started_from": start.words, "made_anew": list(start.made_anew)}
+        trained: dict[str, Any] = {"steps": taken, "started_from": start.words}
+        if start.made_anew:
+            trained["made_anew"] = list(start.made_anew)
         if teacher:
             trained["taught_by"] = f"release {teacher.digest}"
         terms = _terms(shards.label_set.terms, {"Started from": init, "Taught by": teacher})

@@ -39,11 +39,13 @@ class Started(Exception):
     """Raised in place of training, with what the loop would have got."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.network, self.batches, self.validation, _, self.weights, self.settings = arguments[:6]
+        self.network, self.stretches, self.validation, _, self.objective, self.settings = arguments[:6]
+        self.batches = self.stretches[0].batches
+        self.weights = self.objective.criterion.class_weights_K
 
 
 def start(c: Config, shards: Shards, work: Path, init: Release | None = None) -> Started:
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **_: Any) -> None:
         raise Started(*arguments)
 
     work.mkdir(exist_ok=True)
@@ -128,12 +130,39 @@ def test_a_release_of_another_architecture_is_refused(
     assert '"channels": 8' in str(caught.value)  # what to set the model section to
 
 
-def test_a_release_of_other_classes_is_refused(made: tuple[Shards, Path], tmp_path: Path) -> None:
+def test_other_classes_get_a_new_classifier_and_the_archive_says_so(made: tuple[Shards, Path], tmp_path: Path) -> None:
     """As many classes would fit the tensors and mean something else."""
     shards, work = made
     release = load_release(work / "model.tar.gz")
+    train_candidate(config(), replace(shards, label_set=RGB), tmp_path, release)
+    told = load_release(tmp_path / "model.tar.gz").model["training"]
+    assert told["started_from"] == f"release {release.digest}" and "decoder.classifier" in told["made_anew"]
+
+
+def test_a_teacher_of_other_classes_is_refused_and_one_of_the_same_is_named(
+    made: tuple[Shards, Path], tmp_path: Path
+) -> None:
+    shards, work = made
+    teacher = load_release(work / "model.tar.gz")
     with pytest.raises(ConfigError, match=r"knows other classes \(road, sky, car\); expected red, green, blue"):
-        train_candidate(config(), replace(shards, label_set=RGB), tmp_path, release)
+        train_candidate(config(), replace(shards, label_set=RGB), tmp_path, teacher=teacher)
+    (tmp_path / "taught").mkdir()
+    train_candidate(config(distill_weight=5.0), shards, tmp_path / "taught", teacher=teacher)
+    made_of = load_release(tmp_path / "taught" / "model.tar.gz")
+    assert made_of.model["training"]["taught_by"] == f"release {teacher.digest}"
+    assert f"Taught by release {teacher.digest}" in made_of.members["LICENSE-DATA"].decode()
+
+
+def test_phases_cut_the_run_and_the_last_stride_ships(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, _ = made
+    phases = [{"after": 0.34, "crop_px": [16, 32]}, {"after": 0.67, "output_stride": 8}]
+    c = config({"low_levels": [4], "atrous_rates": [2, 4, 6]}, phases=phases)
+    stretches = start(c, shards, tmp_path / "cut").stretches
+    assert [(s.first, s.last, s.output_stride) for s in stretches] == [(0, 1, 16), (1, 2, 16), (2, 3, 8)]
+    assert next(stretches[1].batches(1)).image_BHWC.shape == (2, 16, 32, 3)
+    (tmp_path / "whole").mkdir()
+    train_candidate(c, shards, tmp_path / "whole")
+    assert load_release(tmp_path / "whole" / "model.tar.gz").model["architecture"]["output_stride"] == 8
 
 
 def test_weights_that_are_no_safetensors_are_refused(made: tuple[Shards, Path], tmp_path: Path) -> None:
@@ -148,7 +177,7 @@ def test_enet_weights_are_those_of_train(made: tuple[Shards, Path], tmp_path: Pa
     assert start(config(), shards, tmp_path / "a").weights is None
     weights = start(config(class_weights="enet"), shards, tmp_path / "b").weights
     valid = [500, 400, 60]
-    assert weights == pytest.approx([1 / math.log(1.02 + n / sum(valid)) for n in valid])
+    assert weights.tolist() == pytest.approx([1 / math.log(1.02 + n / sum(valid)) for n in valid])
 
 
 def test_length_is_steps_or_epochs(made: tuple[Shards, Path], tmp_path: Path) -> None:

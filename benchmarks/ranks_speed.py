@@ -1,0 +1,150 @@
+"""Images a second of training on 1 and on several GPUs, and whether both compute the same.
+
+    PYTHONPATH=. python benchmarks/ranks_speed.py [--gpus 2] [--size 768x768] [--batch 16] [--rounds 2]
+
+Everything goes through the command line, as a user would: `roadseg transform` renders town frames and
+makes their shards, `roadseg train` trains the default model on them from files.
+1. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn; images/s are the medians
+   of training's own rows (log/timing.jsonl, one every ten seconds), the first of each run left out,
+   in which steps are eager and the CUDA graph is captured. Then SIGTERM ends the run: nothing is exported.
+2. Equality: the same batch over all GPUs, fp32 and bf16; the largest relative difference of the losses.
+   Beside it the same without sync-BN, which is another computation and must differ by more.
+With the defaults 4 minutes on 2 GPUs. On a machine without one: --device cpu --size 48x96 --batch 2
+--backbone test_efficientnet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from machine import cpu_name
+
+from roadseg.files import read_json_lines
+
+LIMIT_S = 150.0  # for one run, start included
+
+
+class Training:
+    """`roadseg train` in a workspace of its own below `folder`, the data's outputs linked into it."""
+
+    def __init__(self, a: argparse.Namespace, folder: Path, name: str, gpus: int, *flags: str) -> None:
+        self.workspace, self.log = folder / name, folder / f"{name}.log"
+        (self.workspace / "stages").mkdir(parents=True)
+        for stage in ("ingest", "transform"):
+            (self.workspace / "stages" / stage).symlink_to(folder / "data" / "stages" / stage)
+        command = [*roadseg(a, "train", self.workspace), "--training.gpus", str(gpus), *flags]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(a))
+
+    def rows(self, name: str) -> list[dict[str, float]]:
+        path = next(self.workspace.glob(f"stages/train/*.partial/{name}"), None)
+        return read_json_lines(path) if path else []
+
+    def until(self, enough: Callable[[], bool]) -> None:
+        """Wait, then stop it politely; say what it said if it ends by itself."""
+        end = time.monotonic() + LIMIT_S
+        while not enough() and time.monotonic() < end and self.process.poll() is None:
+            time.sleep(0.2)
+        met = enough()
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        if not met or code != 128 + signal.SIGTERM:
+            raise SystemExit(f"{self.workspace.name} ended with {code}:\n{self.log.read_text()[-3000:]}")
+
+
+def environment(a: argparse.Namespace) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+
+
+def roadseg(a: argparse.Namespace, command: str, workspace: Path) -> list[str]:
+    height, width = map(int, a.size.split("x"))
+    section = {
+        "data.source": "town", "data.town.train": a.frames, "data.town.val": 2, "data.town.seed": 1,
+        "data.town.width-px": width * 4 // 3, "data.town.height-px": height * 4 // 3,
+        "model.backbone": a.backbone, "model.backbone-weights": "none", "training.device": a.device,
+        "training.class-weights": "enet", "training.pictures": 0, "training.compile": a.compile,
+    }  # fmt: skip
+    flags = [word for key, value in section.items() for word in (f"--{key}", str(value))]
+    flags += ["--training.crop-px", str(height), str(width)]
+    return [sys.executable, "-m", "roadseg.cli", command, "--workspace", str(workspace), *flags]
+
+
+def speed(a: argparse.Namespace, folder: Path, name: str, gpus: int) -> tuple[list[float], list[float]]:
+    """(images/s, share of time waiting for data) of each ten seconds after the first."""
+    steps = ["--training.steps", "1000000", "--training.validate-every", "1000000"]
+    run = Training(a, folder, name, gpus, "--training.batch-size", str(a.batch * gpus), *steps)
+    run.until(lambda: len(run.rows("log/timing.jsonl")) > a.rows)
+    rows = run.rows("log/timing.jsonl")[1:]
+    return [row["images_per_s"] for row in rows], [row["waiting_share"] for row in rows]
+
+
+def curves(a: argparse.Namespace, folder: Path) -> dict[tuple[str, str], list[float]]:
+    """Losses by (precision, how); all runs at once, as nobody looks at their speed."""
+    ways = {"1 GPU": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, ("--training.sync-batch-norm", "False"))}
+    steps = ["--training.steps", "100", "--training.checkpoint-every", str(a.compared), "--training.warmup-steps", "5"]
+    runs = {}
+    for precision in ("fp32", "bf16") if a.device != "cpu" else ("fp32",):
+        for way, (gpus, flags) in ways.items():
+            name = f"{precision} {way}".replace(" ", "-")
+            batch = ["--training.batch-size", str(a.batch * a.gpus), "--training.precision", precision]
+            runs[precision, way] = Training(a, folder, name, gpus, *steps, *batch, *flags)
+    found = {}
+    try:
+        for key, run in runs.items():
+            run.until(lambda run=run: len(run.rows("history.jsonl")) >= a.compared)  # type: ignore[misc]
+            found[key] = [row["loss"] for row in run.rows("history.jsonl") if "loss" in row][: a.compared]
+    finally:
+        for run in runs.values():
+            run.process.kill()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--size", default="768x768", help="height x width of a crop; 360x480 is the other one reported")
+    parser.add_argument("--batch", type=int, default=16, help="samples of a GPU")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=2, help="ten-second rows that count in a run")
+    parser.add_argument("--compared", type=int, default=20, help="steps whose losses are compared")
+    parser.add_argument("--frames", type=int, default=96)
+    parser.add_argument("--backbone", default="mobilenetv2_100")
+    parser.add_argument("--compile", default="never", choices=("never", "always"))
+    parser.add_argument("--device", default="cuda")
+    a = parser.parse_args()
+    began = time.monotonic()
+    what = cpu_name() if a.device == "cpu" else f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    print(f"{what}, PyTorch {torch.__version__}, Python {platform.python_version()}, {a.batch} x {a.size} a GPU")
+    with tempfile.TemporaryDirectory(prefix="ranks-speed-") as text:
+        folder = Path(text)
+        subprocess.run(roadseg(a, "transform", folder / "data"), check=True, capture_output=True, env=environment(a))
+        print(f"{a.frames} frames and their shards: {time.monotonic() - began:.0f} s", flush=True)
+        for (precision, way), losses in (found := curves(a, folder)).items():
+            alone = found[precision, "1 GPU"]
+            apart = max(abs(x - y) / abs(y) for x, y in zip(losses, alone, strict=True))
+            print(f"{precision}, {way:<16} loss {losses[0]:.5f} to {losses[-1]:.5f}, differs by up to {apart:.1e}")
+        print(f"{time.monotonic() - began:.0f} s so far", flush=True)
+        rates: dict[int, list[float]] = {1: [], a.gpus: []}
+        for round_ in range(a.rounds):
+            for gpus, so_far in rates.items():
+                images, waiting = speed(a, folder, f"speed-{gpus}-{round_}", gpus)
+                so_far += images
+                print(f"{gpus} GPU: {images} images/s, {max(waiting):.1%} waiting for data", flush=True)
+    one, many = (statistics.median(rates[gpus]) for gpus in (1, a.gpus))
+    print(f"| GPUs | images/s |\n|---|---|\n| 1 | {one:.0f} |\n| {a.gpus} | {many:.0f}, {many / one:.2f}x |")
+    print(f"{time.monotonic() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
