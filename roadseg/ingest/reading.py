@@ -33,7 +33,6 @@ from roadseg.ingest.looks import Look, look_of
 from roadseg.ingest.pairs import Pair
 from roadseg.labels import IGNORE
 from roadseg.processes import cores, keep_freed_memory, start_worker
-from roadseg.progress import progress
 
 INLINE_PAIRS = 16  # below this, starting processes takes longer than the work
 HANDFUL = 4  # pairs that go to a worker at once; one by one, sending them costs 1 % more
@@ -146,6 +145,8 @@ def look_at_all(task: Task, pairs: Sequence[Pair], pool: ProcessPoolExecutor | N
     Work in flight is bounded, so memory does not grow with the number of images but for the results' two
     kilobytes each.
     """
+    from roadseg.progress import progress  # workers have no bar, and tqdm is half of what they import besides OpenCV
+
     seen = []
     with progress(len(pairs), "check", "images") as bar:
         for one in (look_at(task, p) for p in pairs) if pool is None else _in_processes(pairs, pool):

@@ -22,11 +22,8 @@ class EMA(Generic[N]):
         self.decay = decay
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self._pairs = _floats(self.network, network)
-        self._counters = [
-            (mine, theirs)
-            for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True)
-            if not mine.is_floating_point()
-        ]
+        mine, theirs = ([t for t in n.buffers() if not t.is_floating_point()] for n in (self.network, network))
+        self._counters = mine, theirs
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -34,8 +31,8 @@ class EMA(Generic[N]):
         decay = min(self.decay, (1 + step) / (10 + step))
         mine, theirs = self._pairs
         torch._foreach_lerp_(mine, theirs, 1 - decay)
-        for counter, source in self._counters:
-            counter.copy_(source)
+        if self._counters[0]:
+            torch._foreach_copy_(*self._counters)
 
 
 def _floats(a: nn.Module, b: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
