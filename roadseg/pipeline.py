@@ -324,7 +324,7 @@ def _run_in_cluster(config: Config, until: Stage, workspace: Path, folder: Path,
         )
     this = _Run(config, Workspace(workspace), folder if here.main else None)
     if not here.main:
-        log.parent.setLevel(logging.WARNING)  # type: ignore[union-attr]  # rank 0 tells the rest
+        logging.getLogger("roadseg").setLevel(logging.WARNING)  # rank 0 tells the rest
     if until not in ("ingest", "transform"):
         from roadseg.train.words import Words
 
@@ -418,6 +418,7 @@ def _report(this: _Run, folder: Path, evaluation: dict[str, Any], decision: Deci
     from roadseg.evaluate.report import render
     from roadseg.evaluate.stage import read_scenes
     from roadseg.files import read_json_lines
+    from roadseg.report.film import film
 
     best, worst = read_scenes(this.outputs["evaluate"].folder)
     train = this.outputs["train"].folder
@@ -427,6 +428,8 @@ def _report(this: _Run, folder: Path, evaluation: dict[str, Any], decision: Deci
         worst,
         history=read_json_lines(train / "history.jsonl"),
         contact_sheet=(train / "contact_sheet.jpg").read_bytes(),
+        timing=read_json_lines(train / "log" / "timing.jsonl"),
+        pictures=film(train / "log" / "pictures"),
         decision=decision.to_json() if decision else None,
         title=f"roadseg run on {evaluation['source']}",
     )

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 PREFETCH = 2  # batches that a worker is ahead
 HELD = 2  # slots of batches that left the workers: one on its way to the device, one in use
 ASK_EVERY_S = 1.0  # whether to stop, while waiting for a batch
+LOCK_HELD_S = 5.0  # by a worker, for microseconds; longer: by one that was killed
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_TAKEN = 0.8  # of what is free there
 
@@ -244,6 +245,8 @@ def items_of(loader: DataLoader, stopped: Callable[[], object] = bool) -> Genera
     an exception whose traceback is kept: they ignore the SIGTERM that PyTorch would end them with at exit.
     """
     source = iter(loader)
+    if processes := getattr(source, "_workers", []):
+        source._workers_done_event = _End(source._workers_done_event, processes)  # type: ignore[attr-defined]
     try:
         while True:
             try:
@@ -260,12 +263,35 @@ def items_of(loader: DataLoader, stopped: Callable[[], object] = bool) -> Genera
                 raise item
             yield item
     finally:
-        if processes := getattr(source, "_workers", []):
+        if processes:
             source._shutdown_workers()  # type: ignore[attr-defined]  # else only its finaliser calls it
             for process in processes:
                 if process.is_alive():  # held up in a read
                     process.kill()
                     process.join()
+
+
+class _End:
+    """PyTorch's event that ends the workers, as their parent sees it.
+
+    They look at it under a lock that all share: one that is killed just then holds it for ever, and
+    the parent would wait for it for ever (seen once in some 300 kills on a busy machine).
+    """
+
+    def __init__(self, event: Any, processes: list[Any]) -> None:
+        self._event, self._processes, self._ended = event, processes, False
+
+    def is_set(self) -> bool:
+        return self._ended
+
+    def set(self) -> None:
+        self._ended = True
+        if self._event._cond.acquire(True, LOCK_HELD_S):
+            self._event._cond.release()
+            self._event.set()
+        else:
+            for process in self._processes:
+                process.kill()
 
 
 def one_ahead(

@@ -28,23 +28,15 @@ WITH_STATE = "optimizer.parameters"  # how many parameters the optimizer had sta
 NAMED = 5  # tensors that an error names
 
 
-def save(
-    folder: Path,
-    step: int,
-    network: nn.Module,
-    average: nn.Module,
-    optimizer: Optimizer,
-    *,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
+def save(folder: Path, step: int, network: nn.Module, average: nn.Module, optimizer: Optimizer) -> None:
     """Save the state after `step` steps, then remove all but the newest checkpoints.
 
-    extra: what else a resumed run has to know, as JSON holds it. Returns only when both files were
-    flushed and, under their names, read back as they were written (0.03 s for 50 MB). Raises
-    RoadsegError when they can't be, with nothing of this step left behind: what was saved before stands.
+    Returns only when both files were flushed and, under their names, read back as they were written
+    (0.03 s for 50 MB). Raises RoadsegError when they can't be, with nothing of this step left behind:
+    what was saved before stands.
     """
     data = save_tensors(_state(network, average, optimizer))
-    about: dict[str, Any] = {"step": step, "sha256": sha256_bytes(data), "bytes": len(data), "extra": dict(extra or {})}
+    about: dict[str, Any] = {"step": step, "sha256": sha256_bytes(data), "bytes": len(data)}
     about["check"] = sha256_bytes(json_bytes(about))
     path = folder / f"step-{step:08d}.safetensors"
     try:
@@ -54,16 +46,11 @@ def save(
         _write(path.with_suffix(".json"), json.dumps(about, indent=1, sort_keys=True).encode() + b"\n")
     except OSError as e:
         _sweep(folder)
-        raise not_saved(e, path, len(data)) from e
+        raise not_saved(e, path, len(data), folder) from e
     for later in folder.glob("step-*.json"):  # damaged: training would have gone on from them
         if later.stem > path.stem:
             _remove(later)
     prune(folder, KEPT)
-
-
-def extra_of(folder: Path, step: int) -> dict[str, Any]:
-    """What `save` was given as `extra` at this step; {} of a checkpoint from before there was any."""
-    return dict(read_json(folder / f"step-{step:08d}.json").get("extra", {}))
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -111,10 +98,10 @@ def restore(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, 
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def not_saved(error: OSError, path: Path, size_bytes: int) -> RoadsegError:
-    """What a failed write means to the user, and what to do about it."""
+def not_saved(error: OSError, path: Path, size_bytes: int, folder: Path) -> RoadsegError:
+    """What a failed write means to the user, and what to do about it. folder: where checkpoints lie."""
     megabytes = f"{max(size_bytes / 1e6, 0.1):.1f} MB"
-    saved = sorted(p.stem for p in path.parent.glob("step-*.json"))
+    saved = sorted(p.stem for p in folder.glob("step-*.json"))
     stands = f"it goes on after step {int(saved[-1].removeprefix('step-'))}" if saved else "it starts again"
     free = f"free {megabytes} on that disk (`roadseg clean` shows what no run needs)"
     elsewhere = "make it writable or pass another --workspace"
@@ -153,7 +140,7 @@ def _write(path: Path, data: bytes) -> None:
 def _read(path: Path) -> tuple[int, dict[str, Tensor]]:
     """Raises ValueError, KeyError or the like for what is not as it was saved."""
     about = read_json(path)
-    check = about.get("check")  # not in the first form, which had no `extra` that needs it
+    check = about.get("check")  # not in the first form
     rest = {k: v for k, v in about.items() if k != "check"}
     whole = check == sha256_bytes(json_bytes(rest)) if check else set(about) == {"step", "sha256", "bytes"}
     if not whole or path.stem != f"step-{about['step']:08d}":

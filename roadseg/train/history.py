@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from roadseg.files import read_json_lines, write_atomic
+from roadseg.train.checkpoint import not_saved
 
 
 class History:
@@ -40,8 +41,11 @@ class History:
         """Must come before a checkpoint is saved: its step's rows are never written again."""
         if self._path is None:
             return
-        with open(self._path, "a", encoding="utf-8") as f:
-            f.write(self._new)
-            f.flush()
-            os.fsync(f.fileno())
+        try:
+            with open(self._path, "a", encoding="utf-8") as f:
+                f.write(self._new)
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            raise not_saved(e, self._path, len(self._new), self._path.parent / "checkpoints") from e
         self._new = ""

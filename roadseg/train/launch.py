@@ -33,6 +33,7 @@ from roadseg.train.words import packed, unpacked
 
 log = logging.getLogger("roadseg")
 HOST = "127.0.0.1"
+LAUNCHERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CONSEQUENCES = {"PeerLost", "DistBackendError", "DistNetworkError", "DistStoreError"}  # of another rank's end
 
@@ -45,10 +46,9 @@ def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int) ->
     """
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe(duplex=False) for _ in range(world)]
-    heard = _Heard([reader for reader, _ in pipes])
     failures: dict[int, int] = {}
-    # While it starts, what elastic says of itself and of failures, which are told better below, is not shown.
     with tempfile.TemporaryDirectory(prefix="roadseg-ranks-") as folder, _signals_passed_on() as signalled, _quiet():
+        heard = _Heard([reader for reader, _ in pipes], signalled)
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=world, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
             rdzv_endpoint=f"{HOST}:0", local_addr=HOST, max_restarts=0, start_method="spawn",
@@ -69,11 +69,11 @@ def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int) ->
 class _Heard:
     """What the ranks sent, read by a thread. rows: of those that failed, in the order in which they said so."""
 
-    def __init__(self, readers: list[Connection]) -> None:
+    def __init__(self, readers: list[Connection], signalled: Callable[[], int]) -> None:
         self.pids: dict[int, int] = {}
         self.done: set[int] = set()
         self.rows: list[dict[str, Any]] = []
-        self._readers, self._finish = readers, threading.Event()
+        self._readers, self._signalled, self._finish = readers, signalled, threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -105,6 +105,8 @@ class _Heard:
             logging.getLogger(value.name).handle(value)
         elif kind == "pid":
             self.pids[rank] = value
+            if number := self._signalled():  # which came before there was somebody to pass it on to
+                os.kill(value, number)
         elif kind == "done":
             self.done.add(rank)
         else:
@@ -173,16 +175,9 @@ def _signals_passed_on() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    elastic = logging.getLogger("torch.distributed.elastic")
-    level = elastic.level
-    loggers = [
-        elastic,
-        *(
-            logging.getLogger(n)
-            for n in logging.root.manager.loggerDict
-            if n.startswith(("torch.distributed", "torch.multiprocessing"))
-        ),
-    ]
+    """Inside, elastic does not log; what it would say of failures is told better by `_verdict`."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(LAUNCHERS)]
+    loggers = [logging.getLogger(name) for name in names]
     levels = [(logger, logger.level) for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)

@@ -120,15 +120,15 @@ def joined(ranks: Ranks, device: torch.device, words: Words | None = None) -> It
             raise told from lost
         raise
     except Interrupted as e:
+        _abort(device)
         if ranks.main:
             words.fail(e)
         else:  # rank 0 is saving; a launcher that sees another end would cut it short
             _told(words, SAVED_WITHIN_S)
-        _abort(device)
         raise
     except BaseException as e:
+        _abort(device)  # first: the others may be in a message, and hear nothing before it breaks
         words.fail(e)
-        _abort(device)
         raise
     if device.type == "cuda":
         gc.collect()  # a graph with NCCL's messages in it must be gone before NCCL is

@@ -26,7 +26,7 @@ from roadseg.errors import Interrupted, RoadsegError
 from roadseg.train.place import Place
 
 MEET_WITHIN = timedelta(minutes=15)  # machines of a cluster start minutes apart
-HEARD_WITHIN = timedelta(seconds=5)
+HEARD_WITHIN_S, FAILURE_HEARD_WITHIN_S = 5.0, 30.0  # of a failure others may learn late: they make data first
 ASK_EVERY_S = 0.2
 FAILED = "failed"
 
@@ -68,6 +68,8 @@ class Words:
         """Say why; the first of several counts. That the store is gone must not hide the error itself."""
         try:
             self.store.compare_set(FAILED, "", json.dumps(packed(error, self.here.rank)))
+            self.heard()
+            self._stay(FAILURE_HEARD_WITHIN_S)
         except RuntimeError:
             return
 
@@ -76,6 +78,7 @@ class Words:
         try:
             if not self.store.check([FAILED]):
                 return None
+            self.heard()
             return unpacked(json.loads(self.store.get(FAILED)))
         except RuntimeError:
             return None
@@ -121,15 +124,21 @@ class Words:
                 )
 
     def finish(self, await_others: bool) -> None:
-        """As rank 0, say that all is done; while others may yet ask this process, stay for a moment."""
+        """As rank 0, say that all is done; where others may yet ask this process, stay until they have."""
         self.tell("trained")
-        if await_others and not self.here.hosted:
-            for rank in range(1, self.here.world):
-                self.wait(f"heard by {rank}", within=HEARD_WITHIN)
+        if await_others:
+            self._stay(HEARD_WITHIN_S)
 
     def heard(self) -> None:
-        """As another, let rank 0 go."""
+        """Let rank 0 go, if it waits for that."""
         self.tell(f"heard by {self.here.rank}")
+
+    def _stay(self, within_s: float) -> None:
+        """While this process keeps the store, until the others have read the last word in it."""
+        until = time.monotonic() + (within_s if self.here.main and not self.here.hosted else 0.0)
+        others = [f"heard by {rank}" for rank in range(1, self.here.world)]
+        while time.monotonic() < until and not self.store.check(others):
+            time.sleep(ASK_EVERY_S)
 
 
 @cache

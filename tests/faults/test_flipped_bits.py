@@ -46,7 +46,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     for step in (11, 12):
         network(torch.rand(4, 3)).sum().backward()
         optimizer.step()
-        checkpoint.save(tmp_path, step, network, average, optimizer, extra={"waited": step})
+        checkpoint.save(tmp_path, step, network, average, optimizer)
     before = checkpoint.newest(tmp_path)
     assert before and before[0] == 12
     (tmp_path / "step-00000012.json").rename(tmp_path / "away")

@@ -52,10 +52,10 @@ def flat(p: Parts) -> list[Tensor]:
 @pytest.mark.parametrize("steps", [0, 2])
 def test_what_is_restored_is_what_was_saved(tmp_path: Path, kind: str, steps: int) -> None:
     saved, fresh = parts(kind, steps=steps), parts(kind, steps=1)
-    checkpoint.save(tmp_path / "c", 7, *saved, extra={"waited": 3, "best": 0.25})
+    checkpoint.save(tmp_path / "c", 7, *saved)
     step, tensors = checkpoint.newest(tmp_path / "c") or (0, {})
     checkpoint.restore(tensors, *fresh)
-    assert step == 7 and checkpoint.extra_of(tmp_path / "c", 7) == {"waited": 3, "best": 0.25}
+    assert step == 7
     assert len(flat(saved)) == len(flat(fresh)) and all(map(torch.equal, flat(saved), flat(fresh)))
 
 
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_the_first_form_still_loads(tmp_path: Path) -> None:
     first = {k: v for k, v in read_json(path).items() if k in ("step", "sha256", "bytes")}
     path.write_text(json.dumps(first, indent=1, sort_keys=True) + "\n")
     found = checkpoint.newest(tmp_path)
-    assert found and found[0] == 7 and checkpoint.extra_of(tmp_path, 7) == {}
+    assert found and found[0] == 7
     del found[1][checkpoint.WITH_STATE]
     checkpoint.restore(found[1], *parts(steps=0))
 

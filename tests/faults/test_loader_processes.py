@@ -1,0 +1,54 @@
+"""A loader process that is killed while it holds what the others, and the training, wait for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import roadseg
+
+LOCKED = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader, Dataset
+from roadseg.data.loader import as_it_is, items_of, start_worker
+
+class Deadly(Dataset):
+    def __getitems__(self, indices):
+        if 4 in indices:
+            frame = sys._getframe()
+            while "done_event" not in frame.f_locals:
+                frame = frame.f_back
+            frame.f_locals["done_event"]._cond.acquire()  # as done_event.is_set() does, once a batch
+            os.kill(os.getpid(), signal.SIGKILL)
+        return indices
+
+loader = DataLoader(
+    Deadly(), batch_sampler=[[i] for i in range(100)], num_workers=2, collate_fn=as_it_is, prefetch_factor=2,
+    timeout=1.0, worker_init_fn=start_worker,
+)
+try:
+    for item in items_of(loader):
+        time.sleep(0.01)
+except RuntimeError as e:
+    print("told:", e, flush=True)
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_killed_with_the_lock_that_ends_the_others_it_is_told_all_the_same() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(roadseg.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOCKED], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        out, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0 and out.startswith("told: DataLoader worker (pid")

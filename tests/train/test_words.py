@@ -1,0 +1,75 @@
+"""What ranks tell one another, with the store of keys in this process and each rank's connection to it."""
+
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+
+from roadseg.errors import DataError
+from roadseg.train import words as room
+from roadseg.train.place import Place
+from roadseg.train.words import PeerLost, Words
+
+
+@pytest.fixture
+def two() -> tuple[Words, Words]:
+    """Of two ranks without a launcher: rank 0 keeps the store."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return Words(Place(0, 2, port=port), "run 0"), Words(Place(1, 2, port=port), "run 0")
+
+
+def test_the_others_hear_where_rank_0_stands(two: tuple[Words, Words]) -> None:
+    main, other = two
+    main.tell("training")
+    assert other.wait("training", "trained") == "training"
+    assert other.wait("trained", within=timedelta(seconds=0.3)) == ""
+    assert Words(other.here, "run 1").wait("training", within=timedelta(seconds=0.3)) == ""  # of another run
+    main.finish(await_others=False)
+    assert other.wait("trained") == "trained"
+
+
+def test_a_failure_reaches_who_waits_and_rank_0_stays_until_it_has(two: tuple[Words, Words]) -> None:
+    main, other = two
+    ended: list[float] = []
+
+    def fails() -> None:
+        with pytest.raises(DataError), main.failures_told():
+            raise DataError("bad frame", where="x.png", todo="look")
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=fails)
+    thread.start()
+    time.sleep(0.6)  # it comes late
+    assert not ended
+    asked = time.monotonic()
+    with pytest.raises(DataError, match="x.png: bad frame; look"):
+        other.wait("training")
+    thread.join(10)
+    assert ended and asked < ended[0] < asked + 5
+    other.fail(ValueError("a consequence"))
+    assert isinstance(main.failure(), DataError)  # the first counts
+
+
+def test_rank_0_goes_once_all_have_heard(two: tuple[Words, Words]) -> None:
+    main, other = two
+    main.tell("training")
+    other.heard()
+    began = time.monotonic()
+    main.finish(await_others=True)
+    assert time.monotonic() - began < 3
+
+
+def test_a_rank_that_does_not_come_is_named(two: tuple[Words, Words], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MEET_WITHIN", timedelta(seconds=0.5))
+    with pytest.raises(PeerLost, match="rank 1 of 2 did not come; expected all .*same command"):
+        two[0].meet()
+    monkeypatch.setattr(room, "MEET_WITHIN", timedelta(seconds=20))
+    late = threading.Thread(target=two[1].meet)
+    late.start()
+    two[0].meet()
+    late.join(20)
+    assert not late.is_alive()
