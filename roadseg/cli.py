@@ -166,7 +166,7 @@ def _stage(until: str) -> Callable[[argparse.Namespace, Config], int]:
         result = run(config, until, workspace=a.workspace, name=a.name, wait=not a.no_wait)  # type: ignore[arg-type]
         for stage, output in result.outputs.items():
             print(f"{stage:<9} {output.folder}")
-        if (page := result.folder / "data_report.html").exists():
+        if result.outputs and (page := result.folder / "data_report.html").exists():
             print(f"{'data':<9} {page}")
         if result.evaluation:
             _print_scores(result.evaluation)

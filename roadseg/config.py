@@ -55,9 +55,7 @@ class Part(Section):
     labels: Path | None = Field(
         None, description="YAML of classes and folders, for source folder", json_schema_extra=OUT
     )
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        1.0, description="share of train's samples, against other weights"
-    )
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of train's samples, against other weights")
     splits: tuple[str, ...] = Field((), description="take only these of its splits; empty: all")
 
     @model_validator(mode="after")

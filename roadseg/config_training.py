@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from roadseg.config_section import OUT, Fraction, Positive, Section
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class Augment(Section):
@@ -108,7 +108,7 @@ class Training(Section):
     class_uniform: Fraction = Field(
         0.0, description="share of samples that are crops around a class drawn uniformly, instead of a frame"
     )
-    seed: int = Field(0, description="of initial weights, order and draws")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of initial weights, order and draws")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
     init_from: str = Field(
         "", description="start from this release (digest, path or s3://) instead", json_schema_extra=OUT

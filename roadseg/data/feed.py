@@ -33,8 +33,10 @@ def choose_feed(
     augment_device: str = "auto",
     frames_on_gpu: str = "auto",
     workers: int = -1,
+    siblings: int = 1,
 ) -> Feed:
     """Values of the settings as in the config's training section. gpu_bytes: all memory of the GPU, 0 without one.
+    siblings: processes that train on this machine, this one among them.
 
     Raises ConfigError for what contradicts itself or what this device can't do.
     """
@@ -52,7 +54,7 @@ def choose_feed(
     if frames_on_gpu == "always" or (frames_on_gpu == "auto" and cuda and augment_device != "cpu" and fits):
         why = f"all {train_bytes / 1e9:.1f} GB of train lie in the GPU's {gpu_bytes / 1e9:.1f}; no loader processes"
         return Feed(True, True, 0, why)
-    processes = workers if workers >= 0 else min(8, max(0, cores() - 1)) if cuda else 0
+    processes = workers if workers >= 0 else min(8, max(0, cores() // siblings - 1)) if cuda else 0
     readers = f"{processes} loader processes" if processes else "the training process"
     if cuda and augment_device != "cpu":
         large = f"; train's {train_bytes / 1e9:.1f} GB are over a quarter of {gpu_bytes / 1e9:.1f}" * (not fits)

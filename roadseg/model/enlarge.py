@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,13 +30,6 @@ def as_products(map_BChw: Tensor, height: int, width: int) -> Tensor:
 
 def interpolation(size: int, to_size: int, device: torch.device) -> Tensor:
     """float32 [to_size, size]: row i holds the weights with which the inputs make up output i."""
-    return _matrix(size, to_size, device) if torch.compiler.is_compiling() else _kept_matrix(size, to_size, device)
-
-
-def _matrix(size: int, to_size: int, device: torch.device) -> Tensor:
     centre = (torch.arange(to_size, device=device, dtype=torch.float64) + 0.5) * (size / to_size) - 0.5
     away = centre.clamp(0, size - 1)[:, None] - torch.arange(size, device=device, dtype=torch.float64)
     return (1 - away.abs()).clamp(min=0).float()
-
-
-_kept_matrix = lru_cache(maxsize=64)(_matrix)

@@ -20,6 +20,7 @@ from roadseg.train.objective import Objective
 from roadseg.train.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
+LOADER_DIED = "DataLoader worker (pid"  # PyTorch raises it wherever the process is
 EAGER_STEPS = 11  # before capture: libraries choose algorithms, allocators settle
 
 
@@ -44,6 +45,7 @@ class Gradients:
     ) -> None:
         self._network, self._objective, self._device, self._bf16 = network, objective, device, bf16
         self._forward: Any = torch.compile(network, dynamic=False) if compiled else network
+        self._trusted = not compiled
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._accumulate, self._ranks, self._parts = accumulate, ranks, accumulate * ranks.world
         self._captures = graph and device.type == "cuda"
@@ -89,29 +91,32 @@ class Gradients:
         return self._compute(image, label, counts)
 
     def _compute(self, image_BHWC: Tensor, label_BHW: Tensor, counts: Tensor | None) -> Tensor:
+        """Plainly, if compilation fails: the first time it compiles, the backward too."""
+        if self._trusted:
+            return self._forward_and_backward(image_BHWC, label_BHW, counts)
+        try:
+            loss = self._forward_and_backward(image_BHWC, label_BHW, counts)
+        except (RuntimeError, ImportError, OSError) as e:  # no compiler, or a layer that it can't compile
+            if isinstance(e, torch.OutOfMemoryError) or LOADER_DIED in str(e):
+                raise
+            log.warning("the network is not compiled (%s: %.200s)", type(e).__name__, " ".join(str(e).split()))
+            self._forward = self._network
+            loss = self._forward_and_backward(image_BHWC, label_BHW, counts)
+        self._trusted = True
+        return loss
+
+    def _forward_and_backward(self, image_BHWC: Tensor, label_BHW: Tensor, counts: Tensor | None) -> Tensor:
         for p in self._parameters:
             p.grad = None
         image_BCHW = image_BHWC.permute(0, 3, 1, 2)
         # The cache of cast weights must not outlive a capture; without one it saves the casts of shared weights.
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=not self._captures):
-            output = self._run(image_BCHW)
+            output = self._forward(image_BCHW)
         if counts is None:
             counts = self._objective.counts(label_BHW)
         loss = self._objective(image_BCHW, output, label_BHW, counts, self._parts)
         loss.backward()
         return loss.detach()
-
-    def _run(self, image_BCHW: Tensor) -> Any:
-        if self._forward is self._network:
-            return self._network(image_BCHW)
-        try:
-            return self._forward(image_BCHW)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (RuntimeError, ImportError, OSError) as e:  # no compiler, or a layer that it can't compile
-            log.warning("the network is not compiled (%s: %.200s)", type(e).__name__, " ".join(str(e).split()))
-            self._forward = self._network
-            return self._network(image_BCHW)
 
     def _capture(self, image: Tensor, label: Tensor, counts: Tensor | None) -> bool:
         self._image, self._label = image.clone(), label.clone()

@@ -17,6 +17,7 @@ class History:
     def __init__(self, path: Path | None, step: int) -> None:
         self._path, self._new = path, ""
         self._scores: dict[str, list[float]] = {}
+        self._validated: set[int] = set()
         if path is None:
             return
         kept = [row for row in read_json_lines(path) if row["step"] <= step]
@@ -31,6 +32,10 @@ class History:
     def _score(self, row: dict[str, Any]) -> None:
         if "split" in row:
             self._scores.setdefault(row["split"], []).append(row["miou"] or 0.0)
+            self._validated.add(row["step"])
+
+    def validated(self, step: int) -> bool:
+        return step in self._validated
 
     def validations_without_gain(self, split: str) -> int:
         """How many of the last validations of a split did not beat its best before them."""

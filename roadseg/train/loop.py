@@ -21,6 +21,7 @@ from torch import nn
 
 from roadseg.data.augment import generator
 from roadseg.data.loader import Batch
+from roadseg.data.sampler import Sample
 from roadseg.data.shards import Split
 from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
 from roadseg.labels import LabelSet
@@ -30,7 +31,7 @@ from roadseg.model.surgery import set_output_stride
 from roadseg.progress import progress
 from roadseg.train import checkpoint
 from roadseg.train.ema import EMA
-from roadseg.train.gradients import Gradients
+from roadseg.train.gradients import LOADER_DIED, Gradients
 from roadseg.train.history import History
 from roadseg.train.mirrors import Mirrors
 from roadseg.train.objective import Objective
@@ -127,13 +128,15 @@ def train(
     validation: splits scored every `s.validate_every` steps. mirrors(step): opens where losses and scores
     are shown besides history.jsonl, for a run that goes on after `step`. draw(average, step): called
     after each validation, for pictures. Checkpoints and history.jsonl lie in `work`, written by the main rank;
-    what is there is gone on from. Raises NonFiniteLoss before the step that would spoil the weights,
-    Interrupted after a signal to any rank, with a checkpoint saved; during a validation the one
-    before it stands.
+    what is there is gone on from. The average has the last stretch's output stride, also when training
+    ended before it. Raises NonFiniteLoss before the step that would spoil the weights, Interrupted
+    after a signal to any rank, with a checkpoint saved; a validation that it cut short comes first
+    when the run goes on.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     network.dropout.part, network.dropout.parts = ranks.rank, ranks.world
+    ranks.same_weights(network)
     average = EMA(network, s.ema_decay)
     optimizer = make_optimizer(network, s.optimizer, s.learning_rate, s.backbone_lr_factor, s.weight_decay, s.momentum)
     folder = work / "checkpoints"
@@ -157,15 +160,37 @@ def train(
         waited = ranks.main and history.validations_without_gain(STEERED_BY) >= s.patience
         return bool(ranks.sum_(torch.tensor(float(waited), device=device)))
 
+    def stride(output_stride: int) -> None:
+        if output_stride != network.architecture.output_stride:
+            set_output_stride(network, output_stride)
+            set_output_stride(average.network, output_stride)
+            torch._dynamo.reset()
+
+    def validation_due(step: int) -> bool:
+        return step > 0 and (step % s.validate_every == 0 or step == s.steps)
+
+    def score(step: int, stopped: Callable[[], int], mirror: Mirrors) -> bool:
+        """Validate after `step`; False, with nothing noted, if a signal cut it short."""
+        results = {}
+        for split, frames in validation.items():
+            matrix = validate(average.network, frames, label_set.num_classes, device, s.bf16, stopped, ranks)
+            if matrix is None:
+                return False
+            results[split] = scores(matrix.numpy(), label_set)
+        for split, result in results.items():
+            history.add(step=step, split=split, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
+            mirror.scalars(step, {f"{split}/miou": result["miou"]})
+            log.info("step %d: %s mIoU %.4f", step, split, result["miou"] or 0.0)
+        if draw and ranks.main:
+            draw(average.network, step)
+        return True
+
     def steps(stopped: Callable[[], int]) -> Generator[tuple[int, Batch | None, Gradients, float], None, None]:
         """(step, its batch or None when it was stopped, what computes its gradients, when it began)."""
         for stretch in stretches:
             if (first := max(start, stretch.first)) >= stretch.last:
                 continue
-            if stretch.output_stride != network.architecture.output_stride:
-                set_output_stride(network, stretch.output_stride)
-                set_output_stride(average.network, stretch.output_stride)
-                torch._dynamo.reset()
+            stride(stretch.output_stride)
             gradients = Gradients(
                 network, objective, device, s.bf16, s.cuda_graph,
                 compiled=s.compiled, accumulate=s.accumulate, ranks=ranks,
@@ -176,7 +201,7 @@ def train(
                     began = time.monotonic()
                     yield step, next(source, None), gradients, began
 
-    done, ended, last_save = start, early(start), time.monotonic()
+    done, last_save = start, time.monotonic()
     with (
         stop_signals() as stopped,
         mirrors(start) as mirror,
@@ -184,6 +209,12 @@ def train(
         _loader_failures(),
         closing(steps(stopped)) as source,
     ):
+        if ranks.from_main(validation_due(start) and not history.validated(start)):
+            stride(next(part.output_stride for part in stretches if start <= part.last))
+            if not score(start, stopped, mirror):
+                raise _interrupted(stopped(), start)
+            save(start)
+        ended = early(start)
         for step, batch, gradients, began in () if ended else source:
             if batch is None:
                 save(step)
@@ -198,7 +229,8 @@ def train(
             loss_value, norm_value, signalled = _read(loss, norm, stopped(), ranks)
             if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                 history.flush()
-                raise _non_finite(loss_value, norm_value, step, batch)
+                samples = [sample for part in ranks.gathered(batch.samples) for sample in part]
+                raise _non_finite(loss_value, norm_value, step, samples)
             optimizer.step()
             average.update(step)
             done = step + 1
@@ -208,25 +240,16 @@ def train(
             row = timing.step(done, began, waited, len(batch.samples) * ranks.world, bar, loss_value)
             if row:
                 mirror.scalars(done, {k: row[k] for k in ("images_per_s", "waiting_share")})
-            validated, cut_short = done % s.validate_every == 0 or done == s.steps, False
-            for split, frames in validation.items() if validated else ():
-                matrix = validate(average.network, frames, label_set.num_classes, device, s.bf16, stopped, ranks)
-                if matrix is None:  # no scores to save: the checkpoint before it stands
-                    cut_short = True
-                    break
-                result = scores(matrix.numpy(), label_set)
-                history.add(step=done, split=split, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
-                mirror.scalars(done, {f"{split}/miou": result["miou"]})
-                log.info("step %d: %s mIoU %.4f", done, split, result["miou"] or 0.0)
-            if validated and draw and ranks.main and not cut_short:
-                draw(average.network, done)
-            if (validated or signalled or _due(done, last_save, s)) and not cut_short:
+            due = validation_due(done) and not signalled
+            cut_short = due and not score(done, stopped, mirror)
+            if due or signalled or _due(done, last_save, s):
                 save(done)
                 last_save = time.monotonic()
             if signalled or cut_short:
                 raise _interrupted(stopped(), done)
             if ended := early(done):
                 break
+    stride(stretches[-1].output_stride)
     if ended:
         log.info("ended after step %d: val mIoU stood still for %d validations", done, s.patience)
     timing.verdict()
@@ -264,7 +287,7 @@ def _loader_failures() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if "DataLoader worker (pid" not in str(e):
+        if LOADER_DIED not in str(e):
             raise
         raise RoadsegError(
             "a loader process died",
@@ -273,8 +296,8 @@ def _loader_failures() -> Iterator[None]:
         ) from e
 
 
-def _non_finite(loss: float, norm: float, step: int, batch: Batch) -> NonFiniteLoss:
-    rows = ", ".join(f"{sample.index} (epoch {sample.epoch})" for sample in batch.samples)
+def _non_finite(loss: float, norm: float, step: int, samples: Sequence[Sample]) -> NonFiniteLoss:
+    rows = ", ".join(f"{sample.index} (epoch {sample.epoch})" for sample in samples)
     return NonFiniteLoss(
         f"loss {loss}, gradient norm {norm} at step {step + 1}, which was not taken; nothing of it was saved",
         expected="finite numbers",

@@ -16,9 +16,10 @@ PORT = 29500  # where rank 0 is met when nobody says; torchrun's own default
 
 @dataclass(frozen=True)
 class Place:
-    """Process `rank` of `world`; number `local_rank` on its machine. address, port: where rank 0 is met.
+    """Process `rank` of `world`; number `local_rank` of `local_world` on its machine.
 
-    hosted: whether a launcher keeps the store of keys there already; otherwise rank 0 does.
+    address, port: where rank 0 is met. hosted: whether a launcher keeps the store of keys there already;
+    otherwise rank 0 does.
     """
 
     rank: int = 0
@@ -27,6 +28,7 @@ class Place:
     address: str = "127.0.0.1"
     port: int = PORT
     hosted: bool = False
+    local_world: int = 1
 
     @property
     def main(self) -> bool:
@@ -47,6 +49,7 @@ def place(environment: Mapping[str, str] = os.environ, resources: Path = RESOURC
                 environment["MASTER_ADDR"],
                 int(environment.get("MASTER_PORT") or PORT),
                 environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                int(environment.get("LOCAL_WORLD_SIZE") or 1),
             )
         except (KeyError, ValueError) as e:
             raise UsageError(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    on_this_machine: int = 1
 
     @property
     def main(self) -> bool:
@@ -80,6 +81,15 @@ class Ranks:
             dist.broadcast_object_list(box, 0)
         return box[0]
 
+    def gathered(self, value: T) -> list[T]:
+        """What every rank gave, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        with answered():
+            dist.all_gather_object(box, value)
+        return box
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.world > 1:
@@ -93,7 +103,7 @@ ALONE = Ranks()
 def outside() -> Ranks:
     """This process among those that torchrun or a SageMaker cluster started."""
     here = place()
-    return Ranks(here.rank, here.world, here.local_rank)
+    return Ranks(here.rank, here.world, here.local_rank, here.local_world)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import torch
 from roadseg.config_training import Training
 from roadseg.data.shards import Shards, Split
 from roadseg.errors import ConfigError, RoadsegError
-from roadseg.model.deeplab import Architecture, build
+from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
+from roadseg.model.surgery import set_output_stride
 from roadseg.train.memory import step_bytes
 
 log = logging.getLogger(__name__)
@@ -133,6 +135,24 @@ def _batch_norm(t: Training, architecture: Architecture, world: int) -> Iterator
         )
     else:
         log.warning("batch norm takes its statistics from one image at a time; better %s", change)
+
+
+def refuse_strides(network: DeepLabV3Plus, t: Training) -> None:
+    """Raises ConfigError for a phase whose output stride this network can't take; it is left as it is."""
+    trial = copy.deepcopy(network)
+    for phase in t.phases:
+        if phase.output_stride:
+            set_output_stride(trial, phase.output_stride)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Does it say that memory was not enough? CPU and MPS raise plain RuntimeErrors."""
+    if isinstance(error, RoadsegError):
+        return False
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in told for words in ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    )
 
 
 def out_of_memory(

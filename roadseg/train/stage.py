@@ -39,10 +39,11 @@ from roadseg.train.mirrors import mirrors
 from roadseg.train.objective import Objective
 from roadseg.train.pictures import Pictures, evenly
 from roadseg.train.ranks import ALONE, Ranks, plain_batch_norm, sync_batch_norm
-from roadseg.train.refusals import out_of_memory, refuse_impossible
+from roadseg.train.refusals import out_of_memory, ran_out, refuse_impossible, refuse_strides
 from roadseg.train.start import Start, starting_network
 
 VERSION = 3
+HOLDOUT = "holdout"
 COMPILED_FROM_STEPS = 2000  # compilation takes a minute or two
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,12 @@ def train_candidate(
     architecture = _architecture(config, shards)
     refuse_impossible(t, architecture, shards, frames, ranks.world)
     start = _start(config, architecture, shards, init)
+    refuse_strides(start.network, t)
     network = _prepared(start.network, t, ranks)
     settings = _settings(t, steps, device)
     validation = {name: shards.split(name) for name in shards.shards if name != "train"}
-    shown = validation.get("val") or next(iter(validation.values()), frames)  # a held-out split is for scoring alone
+    # A held-out split is for scoring alone.
+    shown = validation.get("val") or next((s for name, s in validation.items() if name != HOLDOUT), frames)
     if ranks.main:
         write_contact_sheet(_crops(t, frames, t.crop_px, shards), shards.label_set, work / "contact_sheet.jpg")
     folder = work / "log"
@@ -92,7 +95,9 @@ def train_candidate(
                 shards.label_set, _objective(t, shards, teacher, device, settings.bf16), settings, device, work,
                 ranks=ranks, mirrors=opened, draw=draw,
             )  # fmt: skip
-        except torch.OutOfMemoryError as e:
+        except (RuntimeError, MemoryError) as e:
+            if not ran_out(e):
+                raise
             raise out_of_memory(e, architecture, t, ranks.world, settings.bf16, device) from e
     if ranks.main:
         trained: dict[str, Any] = {"steps": taken, "started_from": start.words}
@@ -116,6 +121,8 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError(device.type)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ConfigError(
@@ -178,7 +185,7 @@ def _stretches(
 ) -> list[Stretch]:
     """The run cut where a phase begins, each part with its crops."""
     order = Order(frames.frames, t.seed, t.class_uniform, shards.part_weights)
-    chosen = _feed(t, frames, device)
+    chosen = _feed(t, frames, device, ranks)
     log.info("data: %s", chosen.why)
     crop_px, stride, stretches = t.crop_px, architecture.output_stride, []
     bounds = [0, *(round(phase.after * steps) for phase in t.phases), steps]
@@ -207,9 +214,11 @@ def _source(
     return batches
 
 
-def _feed(t: Training, frames: Split, device: torch.device) -> Feed:
+def _feed(t: Training, frames: Split, device: torch.device, ranks: Ranks) -> Feed:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return choose_feed(split_bytes(frames), device, memory, t.augment_device, t.frames_on_gpu, t.workers)
+    return choose_feed(
+        split_bytes(frames), device, memory, t.augment_device, t.frames_on_gpu, t.workers, ranks.on_this_machine
+    )
 
 
 def _crops(t: Training, frames: Split, crop_px: tuple[int, int], shards: Shards) -> Crops:

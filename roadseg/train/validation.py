@@ -9,8 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roadseg.data.shards import Split
+from roadseg.errors import RoadsegError
 from roadseg.labels import IGNORE
 from roadseg.train.ranks import Ranks
+
+CLASSES_AT_ONCE = 20
+
+
+def label_map(logits_1Khw: Tensor, height: int, width: int) -> Tensor:
+    """int64 [H, W]: the class of the largest bilinearly upsampled logit, a few classes at a time."""
+    best = torch.full((height, width), -torch.inf, device=logits_1Khw.device)
+    classes = torch.zeros((height, width), dtype=torch.int64, device=logits_1Khw.device)
+    for first in range(0, logits_1Khw.shape[1], CLASSES_AT_ONCE):
+        some = logits_1Khw[:, first : first + CLASSES_AT_ONCE]
+        values, found = F.interpolate(some, (height, width), mode="bilinear", align_corners=False)[0].max(0)
+        better = values > best
+        best, classes = torch.where(better, values, best), torch.where(better, found + first, classes)
+    return classes
 
 
 @torch.inference_mode()
@@ -38,9 +53,16 @@ def validate(
             torch.from_numpy(image.copy())[None].to(device),
             torch.from_numpy(label.copy()).to(device),
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = network(image_BHWC.permute(0, 3, 1, 2))
-        prediction_HW = F.interpolate(logits.float(), label.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = network(image_BHWC.permute(0, 3, 1, 2))
+            prediction_HW = label_map(logits.float(), *label.shape)
+        except torch.OutOfMemoryError as e:
+            raise RoadsegError(
+                f"no memory left on {device} to score a frame of {label.shape[0]}x{label.shape[1]} while training",
+                where="validation",
+                todo="leave it some: a smaller training.batch_size, or more training.accumulate",
+            ) from e
         valid = label_HW != IGNORE
         joint = label_HW[valid].long() * num_classes + prediction_HW[valid]
         matrix[:size] += torch.bincount(joint, minlength=size)

@@ -1,9 +1,11 @@
 """Classes of one crop over its neighbour: image and label together, the same on one process and on two."""
 
+import pytest
 import torch
 
 from roadseg.data.class_mix import class_mix
 from roadseg.data.loader import Batch
+from roadseg.errors import ConfigError
 from roadseg.labels import IGNORE
 
 
@@ -50,6 +52,11 @@ def test_two_processes_make_what_one_makes_and_a_step_is_always_the_same() -> No
     assert torch.equal(torch.cat([h.label_BHW for h in halves]), whole.label_BHW)
     assert torch.equal(torch.cat([h.image_BHWC for h in halves]), whole.image_BHWC)
     assert not torch.equal(class_mix(batch(8), 0.5, 2, 6, 0, 8).label_BHW, whole.label_BHW)
+
+
+def test_neighbours_in_two_processes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training.batch_size: batches of 3 crops .* expected an even number"):
+        class_mix(batch(3), 1.0, 0, 0, 3, 6)
 
 
 def test_a_crop_without_a_neighbour_stays_as_it_is() -> None:

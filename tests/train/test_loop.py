@@ -263,6 +263,42 @@ def test_a_later_stretch_has_its_own_crops_and_stride_and_is_resumed(shards: Sha
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+def test_run_again_after_its_last_step_it_has_the_last_stride(shards: Shards, tmp_path: Path) -> None:
+    first = run(shards, tmp_path, stretches=two_stretches(shards))
+    again = run(shards, tmp_path, stretches=two_stretches(shards))  # killed before the archive was written
+    assert again.architecture == first.architecture and again.architecture.output_stride == 8
+    still = replace(SETTINGS, learning_rate=1e-12, ema_decay=0.0, validate_every=1, patience=1)
+    for _ in range(2):  # ends in the first stretch; what ships has the last one's stride all the same
+        ended = run(shards, tmp_path / "ended", still, stretches=two_stretches(shards))
+        assert len(losses(tmp_path / "ended")) == 2 and ended.architecture.output_stride == 8
+
+
+@pytest.mark.fault
+def test_a_signal_in_a_validation_loses_neither_steps_nor_the_validation(shards: Shards, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, checkpoint_every=100)
+    whole = run(shards, tmp_path / "whole", settings)
+    val = shards.split("val")
+
+    class Terminating:
+        def __len__(self) -> int:
+            return len(val)
+
+        def read(self, index: int) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return val.read(index)
+
+    stretches = [Stretch(0, 6, 16, source(shards))]
+    with pytest.raises(Interrupted, match="SIGTERM after step 3"):
+        (tmp_path / "cut").mkdir()
+        frames: Any = Terminating()
+        train(network(), stretches, {"val": frames}, THREE, criterion(), settings, CPU, tmp_path / "cut")
+    found = checkpoint.newest(tmp_path / "cut" / "checkpoints")
+    assert found and found[0] == 3
+    resumed = run(shards, tmp_path / "cut", settings)
+    assert same(whole, resumed)
+    assert (tmp_path / "whole" / "history.jsonl").read_bytes() == (tmp_path / "cut" / "history.jsonl").read_bytes()
+
+
 def test_it_ends_when_val_stands_still_and_never_for_a_held_out_split(shards: Shards, tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=8, learning_rate=1e-12, ema_decay=0.0, validate_every=2, patience=2)
     run(shards, tmp_path / "val", settings)

@@ -16,7 +16,7 @@ from safetensors.torch import load as load_tensors
 
 from roadseg.config import Config, load_config
 from roadseg.data.shards import Shards
-from roadseg.errors import ArchiveError, ConfigError
+from roadseg.errors import ArchiveError, ConfigError, RoadsegError
 from roadseg.files import read_json_lines
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import LabelSet
@@ -153,6 +153,43 @@ def test_a_teacher_of_other_classes_is_refused_and_one_of_the_same_is_named(
     assert f"Taught by release {teacher.digest}" in made_of.members["LICENSE-DATA"].decode()
 
 
+@pytest.mark.parametrize("model", [{"atrous_rates": [1, 2, 3], "low_levels": [4]}, {"low_levels": [16, 4]}])
+def test_a_stride_that_a_later_phase_can_not_have_is_refused_before_the_first_step(
+    made: tuple[Shards, Path], tmp_path: Path, model: dict[str, Any]
+) -> None:
+    shards, _ = made
+    stride, later = (8, 16) if "atrous_rates" in model else (16, 8)
+    c = config({"output_stride": stride, **model}, phases=[{"after": 0.5, "output_stride": later}])
+    with pytest.raises(ConfigError):
+        train_candidate(c, shards, tmp_path)
+    assert not (tmp_path / "history.jsonl").exists()
+
+
+@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory: you tried", "CUDA out of memory"])
+def test_no_memory_says_what_to_change_on_every_device(
+    made: tuple[Shards, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    shards, _ = made
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(stage, "train", full)
+    with pytest.raises(RoadsegError, match="no memory for 2 crops of 32x64 at once in fp32 on cpu.*set one of"):
+        train_candidate(config(), shards, tmp_path)
+
+
+def test_a_held_out_split_is_for_scoring_alone(
+    made: tuple[Shards, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, _ = made
+    only = replace(shards, shards={"train": shards.shards["train"], "holdout": shards.shards["val"]})
+    given: list[Any] = []
+    monkeypatch.setattr(stage, "write_candidate", lambda *arguments: given.append(arguments))
+    train_candidate(config(), only, tmp_path)
+    assert [f.name for f in given[0][4].frames] == [f.name for f in shards.split("train").frames]
+
+
 def test_phases_cut_the_run_and_the_last_stride_ships(made: tuple[Shards, Path], tmp_path: Path) -> None:
     shards, _ = made
     phases = [{"after": 0.34, "crop_px": [16, 32]}, {"after": 0.67, "output_stride": 8}]
@@ -204,7 +241,7 @@ def test_without_train_there_is_nothing_to_learn_from(made: tuple[Shards, Path],
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     assert choose_device("cpu").type == "cpu" and choose_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("toaster", "cuda:99", ""):
+    for name in ("toaster", "cuda:99", "", "meta"):
         with pytest.raises(ConfigError, match=f"training.device: device '{name}' is not available here"):
             choose_device(name)
 
