@@ -11,10 +11,8 @@ ends in a rotated crop (here the last pixel is repeated, there it fades into the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -22,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roadseg.data.augment import Draw
+from roadseg.data.gpu_probe import kernels_run
 from roadseg.labels import IGNORE
 
-log = logging.getLogger(__name__)
 BLUR_RADIUS = 5  # of the largest sigma drawn, 1.5 px, as OpenCV cuts it off
 
 
@@ -61,7 +59,7 @@ def crops(flat: Tensor, s: Sheet, crop_px: tuple[int, int], fill: tuple[int, int
     """
     places = torch.from_numpy(s.places).to(flat.device, non_blocking=True)
     numbers = torch.from_numpy(s.numbers).to(flat.device, non_blocking=True)
-    if flat.is_cuda and _has_triton():
+    if flat.is_cuda and kernels_run():
         from roadseg.data import gpu_kernel
 
         image, label = gpu_kernel.crops(flat, places, numbers, crop_px, fill)
@@ -71,16 +69,6 @@ def crops(flat: Tensor, s: Sheet, crop_px: tuple[int, int], fill: tuple[int, int
         rows = torch.from_numpy(chosen).to(flat.device)
         image[rows] = blurred(image[rows], s.blur_px[chosen])
     return image, label
-
-
-@cache
-def _has_triton() -> bool:
-    try:
-        import roadseg.data.gpu_kernel  # noqa: F401
-    except ImportError:
-        log.warning("augmentation on the GPU is slower than it could be: Triton is not installed")
-        return False
-    return True
 
 
 def plain_crops(

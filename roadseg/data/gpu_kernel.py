@@ -90,3 +90,15 @@ def crops(
     grid = triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1]), batch
     _crop_tile[grid](flat, places, numbers, image, label, height, width, *fill, *TILE, num_warps=WARPS)
     return image, label
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _seven(out):  # type: ignore[no-untyped-def]
+    tl.store(out, 7)
+
+
+def probe(device: str) -> bool:
+    """Launch the smallest of kernels and look at what it wrote."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    _seven[(1,)](out)
+    return int(out.item()) == 7

@@ -33,7 +33,6 @@ from roadseg.labels import IGNORE
 LANES, WARPS = 64, 2  # pixel columns of a program of the first kernel, a power of two of at least 32; one a thread
 ROWS = 16  # pixel rows it walks down, about: fewer fill a GPU with small batches, more write fewer sums
 COLUMNS, COLUMN_WARPS = 32, 4  # columns of logits of a program of the second kernel: a power of two
-MOST_CLASSES = 64  # to be sensible: the registers hold about 35, and compiling 64 takes half a minute
 
 _IGNORE = tl.constexpr(IGNORE)
 _LOG2_E = tl.constexpr(1.4426950408889634)

@@ -8,9 +8,7 @@ Shapes: B images, K classes, H W the label, h w the logits.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from roadseg.data.gpu_probe import kernels_run
 from roadseg.labels import IGNORE
 from roadseg.model.enlarge import interpolation
 
+MOST_CLASSES = 64  # of the kernel: registers hold about 35, and compiling 64 takes half a minute
 ELEMENTS_AT_ONCE = 1 << 26  # of a map [images, K, H, W]: 256 MiB in float32
 
 
@@ -70,16 +70,24 @@ def cross_entropy_sum(
     pixel_weights_BHW: Tensor | None = None,
 ) -> Tensor:
     """plain_cross_entropy_sum, on CUDA by a kernel that never writes a [B, K, H, W] map."""
-    if logits_BKhw.is_cuda and _triton_is_there():
+    if by_kernel(logits_BKhw):
         from roadseg.train.loss_kernel import upsampled_cross_entropy
 
         return upsampled_cross_entropy(logits_BKhw, label_BHW, class_weights_K, label_smoothing, pixel_weights_BHW)
-    return plain_cross_entropy_sum(logits_BKhw, label_BHW, class_weights_K, label_smoothing, pixel_weights_BHW)
+
+    def some(logits: Tensor, images: slice) -> Tensor:
+        weights = None if pixel_weights_BHW is None else pixel_weights_BHW[images]
+        return plain_cross_entropy_sum(logits, label_BHW[images], class_weights_K, label_smoothing, weights)
+
+    at_once = images_at_once(logits_BKhw, label_BHW)
+    if at_once >= len(logits_BKhw):
+        return some(logits_BKhw, slice(None))
+    return sum_over_images(some, logits_BKhw, at_once)
 
 
-@cache
-def _triton_is_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def by_kernel(logits_BKhw: Tensor) -> bool:
+    """Whether loss_kernel.py takes them: it compiles for each number of classes, for minutes if they are many."""
+    return logits_BKhw.is_cuda and logits_BKhw.shape[1] <= MOST_CLASSES and kernels_run()
 
 
 def class_weight_of(label_BHW: Tensor, class_weights_K: Tensor | None) -> Tensor:
@@ -132,7 +140,7 @@ def true_class_loss(logits_BKhw: Tensor, label_BHW: Tensor) -> Tensor:
 
 def true_class_losses(logits_BKhw: Tensor, label_BHW: Tensor) -> Tensor:
     """float32 [B, H, W] without gradient: true_class_loss, some images at once or by the kernel."""
-    if logits_BKhw.is_cuda and _triton_is_there():
+    if by_kernel(logits_BKhw):
         from roadseg.train.loss_kernel import upsampled_losses
 
         return upsampled_losses(logits_BKhw, label_BHW)

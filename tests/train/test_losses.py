@@ -1,8 +1,11 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from roadseg.labels import IGNORE
+from roadseg.train import losses
 from roadseg.train.losses import (
     cross_entropy,
     enet_weights,
@@ -167,3 +170,37 @@ def test_enet_weights_are_the_papers_and_finite_for_absent_classes() -> None:
     weights = enet_weights([750, 250, 0])
     assert weights == pytest.approx([1 / np.log(1.77), 1 / np.log(1.27), 1 / np.log(1.02)])
     assert all(np.isfinite(enet_weights([0, 0])))
+
+
+def test_the_kernel_takes_neither_many_classes_nor_a_machine_that_can_not_run_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class OnCuda:
+        is_cuda = True
+
+        def __init__(self, classes: int) -> None:
+            self.shape = (1, classes, 4, 4)
+
+    answers: list[Any] = []
+    monkeypatch.setattr(losses, "kernels_run", lambda: answers.append(1) or True)
+    assert losses.by_kernel(OnCuda(19)) and losses.by_kernel(OnCuda(losses.MOST_CLASSES))  # type: ignore[arg-type]
+    assert not losses.by_kernel(OnCuda(losses.MOST_CLASSES + 1))  # type: ignore[arg-type]
+    assert len(answers) == 2 and not losses.by_kernel(torch.zeros(1, 3, 4, 4)) and len(answers) == 2
+    monkeypatch.setattr(losses, "kernels_run", lambda: False)
+    assert not losses.by_kernel(OnCuda(19))  # type: ignore[arg-type]
+
+
+def test_many_images_at_once_or_one_by_one_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 7, 4, 6, generator=draw)
+    label = torch.randint(0, 7, (5, 16, 24), dtype=torch.uint8, generator=draw)
+    pixel_weights = torch.rand(5, 16, 24, generator=draw)
+    made = []
+    for elements in (1 << 26, 7 * 16 * 24 * 2, 1):
+        monkeypatch.setattr(losses, "ELEMENTS_AT_ONCE", elements)
+        x = logits.clone().requires_grad_()
+        total = losses.cross_entropy_sum(x, label, torch.linspace(1, 2, 7), 0.1, pixel_weights)
+        made.append((total, *torch.autograd.grad(total, x)))
+    for others in made[1:]:
+        for a, b in zip(others, made[0], strict=True):
+            torch.testing.assert_close(a, b)
