@@ -139,8 +139,12 @@ def network_key(architecture: Architecture) -> str:
 def queue(
     made: Plan, points: Mapping[tuple[str, int], Point], state: State, close_points: float, every_seed: bool
 ) -> Iterator[Point]:
-    """What is to be trained next, most wanted first; asked anew after every run, as later ones depend on it."""
+    """What is to be trained next, most wanted first; asked anew after every run, as later ones depend on it.
+
+    What failed in an earlier start is tried again, once a start.
+    """
     first = made.seeds[0]
+    tried: set[str] = set()
 
     def wanted() -> Iterator[tuple[str, int]]:
         yield from ((made.base, seed) for seed in made.seeds)
@@ -152,15 +156,19 @@ def queue(
                 if every_seed or (row and near(row, close_points)):
                     yield setting.label, seed
 
+    def done(key: str) -> bool:
+        return key in tried or (key in state.runs and not state.runs[key]["error"])
+
     while True:
-        left = (points[key] for key in wanted() if digest(points[key].config) not in state.runs)
+        left = (points[key] for key in wanted() if not done(digest(points[key].config)))
         if (point := next(left, None)) is None:
             return
+        tried.add(digest(point.config))
         yield point
 
 
 def near(row: Row, close_points: float) -> bool:
-    """Is it within so many points of the base on the held-out drive, or on val where none is held out?"""
+    """Is it within so many points of the base on the held-out drive, which --holdout always makes?"""
     found = row.difference.get(HOLDOUT)
     return found is not None and abs(found.mean) * 100 < close_points
 

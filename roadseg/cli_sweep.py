@@ -26,20 +26,22 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sweep(a: argparse.Namespace, config: Config) -> int:
-    from roadseg.sweep import SCORED, key_split, plan_of, run_sweep
+    from roadseg.sweep import key_split, plan_of, run_sweep
+    from roadseg.sweep_record import counted, described
     from roadseg.sweep_table import markdown
 
     plan = plan_of(a.name, config, a.vary, a.seeds, a.one_factor)
     by = key_split(config, a.by, a.until)
     if len(plan.points) > MOST_RUNS and not a.yes:
+        settings, seeds = counted(len(plan.settings), "setting"), counted(len(plan.seeds), "seed")
         raise UsageError(
-            f"{len(plan.settings)} settings with {len(plan.seeds)} seeds are {len(plan.points)} runs",
+            f"{settings} with {seeds} are {len(plan.points)} runs",
             expected=f"at most {MOST_RUNS}",
             todo="take fewer values or --one-factor, or pass --yes",
         )
     table = run_sweep(plan, config, by, until=a.until, workspace=a.workspace, wait=not a.no_wait, say=print)
     folder = a.workspace / "sweeps" / a.name
-    print("\n" + markdown(a.name, table, by, SCORED[a.until]))
+    print("\n" + markdown(a.name, table, by, described(plan, a.until)))
     for what, name in (("table", "sweep.md"), ("report", "sweep.html"), ("data", "sweep.json")):
         print(f"{what:<9} {folder / name}")
     return 1 if any(run.error for row in table for run in row.runs) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import re
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from roadseg.profile_speed import Latency
 
 log = logging.getLogger(__name__)
+MOST_CLASSES = 255  # then comes void
 
 
 def profile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +48,11 @@ def profile(a: argparse.Namespace, config: Config) -> int:
     device = choose_device(t.device)
     bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
     network, graph = _network(a, config)
-    crops_BHW = (_micro_batch(t), *t.crop_px)
+    trained, crops_BHW = _costliest(
+        network, _phases(t, None if a.release is not None else config.model.output_stride), t, bf16
+    )
     moments = 2 if t.optimizer != "sgd" else int(t.momentum > 0)
-    counted = cost(network, image_BHW, crops_BHW, bf16, moments)
+    counted = cost(network, image_BHW, crops_BHW, bf16, moments, trained)
     _require_memory(counted, device)
     inference = network.inference_network()
     measured = _measure(a, config, inference, graph, image_BHW, device, bf16) if a.runs else []
@@ -59,6 +63,7 @@ def profile(a: argparse.Namespace, config: Config) -> int:
         "architecture": network.architecture.to_json(),
         "image_BHW": image_BHW,
         "crops_BHW": crops_BHW,
+        "training_output_stride": trained.architecture.output_stride,
         **counted.to_json(),
         "latency": [latency.to_json() for latency in measured],
     }
@@ -82,10 +87,14 @@ def _size(text: str, most_pixels: int) -> tuple[int, int]:
 
 
 def _network(a: argparse.Namespace, config: Config) -> tuple[DeepLabV3Plus, bytes]:
-    """Random weights cost what trained ones do; a release brings its graph, "" means that it is to be exported."""
+    """What ships, so after the last phase. Random weights cost what trained ones do.
+
+    A release brings its graph, "" means that it is to be exported.
+    """
     from dataclasses import fields
 
     from roadseg.model.deeplab import Architecture, build
+    from roadseg.model.surgery import set_output_stride
 
     if a.release is not None:
         if a.classes is not None:
@@ -99,9 +108,41 @@ def _network(a: argparse.Namespace, config: Config) -> tuple[DeepLabV3Plus, byte
     given = config.model.model_dump()
     chosen = {f.name: given[f.name] for f in fields(Architecture) if f.name in given}
     classes = _classes(config) if a.classes is None else a.classes
-    return build(
+    if not 1 <= classes <= MOST_CLASSES:
+        raise UsageError(f"--classes {classes}", expected=f"1 to {MOST_CLASSES}")
+    network = build(
         Architecture(**{**chosen, "num_classes": classes, "auxiliary": config.training.auxiliary_weight > 0}), seed=0
-    ), b""
+    )
+    if (shipped := _phases(config.training, config.model.output_stride)[-1][1]) is not None:
+        set_output_stride(network, shipped)
+    return network, b""
+
+
+def _phases(t: Training, output_stride: int | None) -> list[tuple[tuple[int, int], int | None]]:
+    """Crop size and output stride of every phase of the training, the first too; None: a release's own throughout."""
+    made = [(t.crop_px, output_stride)]
+    for phase in t.phases:
+        crop_px, stride = made[-1]
+        made.append((phase.crop_px or crop_px, (phase.output_stride or stride) if output_stride else None))
+    return made
+
+
+def _costliest(
+    network: DeepLabV3Plus, phases: list[tuple[tuple[int, int], int | None]], t: Training, bf16: bool
+) -> tuple[DeepLabV3Plus, tuple[int, int, int]]:
+    """The network and the crops, BHW, of the phase whose training step keeps the most."""
+    from roadseg.model.surgery import set_output_stride
+    from roadseg.profile_model import saved_by_part
+
+    batch, forms = _micro_batch(t), []
+    for (height, width), stride in dict.fromkeys(phases):
+        form = copy.deepcopy(network)
+        if stride is not None:
+            set_output_stride(form, stride)
+        forms.append((form, (batch, height, width)))
+    if len(forms) == 1:
+        return forms[0]
+    return max(forms, key=lambda form: sum(saved_by_part(form[0], form[1], bf16).values()))
 
 
 def _classes(config: Config) -> int:
@@ -111,8 +152,10 @@ def _classes(config: Config) -> int:
 
 
 def _micro_batch(t: Training) -> int:
-    """Crops that one GPU takes at once."""
-    return -(-t.batch_size // (t.accumulate * max(t.gpus, 1)))
+    """Crops that one GPU takes at once; of given GPUs, so many need not be here to be counted for."""
+    from roadseg.train.job import processes
+
+    return -(-t.batch_size // (t.accumulate * (t.gpus or processes(t))))
 
 
 def _require_memory(counted: Cost, device: torch.device) -> None:
@@ -156,7 +199,15 @@ def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Tr
 
     batch, height, width = figures["image_BHW"]
     crops, crop_height, crop_width = figures["crops_BHW"]
-    rows = [["", "parameters", f"GMAC, {batch} x {height}x{width}", f"MB kept, {crops} x {crop_height}x{crop_width}"]]
+    costliest = f", stride {figures['training_output_stride']}" * bool(t.phases)
+    rows = [
+        [
+            "",
+            "parameters",
+            f"GMAC, {batch} x {height}x{width}",
+            f"MB kept, {crops} x {crop_height}x{crop_width}{costliest}",
+        ]
+    ]
     for p in counted.parts:
         if p.name == AUXILIARY:
             continue

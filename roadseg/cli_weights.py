@@ -17,7 +17,7 @@ def convert(a: argparse.Namespace, config: Config) -> int:
     from roadseg.convert_checkpoint import convert_checkpoint
 
     done = convert_checkpoint(a.file, a.out)
-    print(f"{'written':<9} {done.path} ({done.tensors} tensors, {done.parameters:,} numbers)")
+    print(f"{'written':<9} {done.path} ({done.tensors} tensor{'s' * (done.tensors != 1)}, {done.parameters:,} numbers)")
     if done.left_out:
         print(f"{'left out':<9} {', '.join(done.left_out)}")
     print(f"{'use it':<9} roadseg train --training.weights-from {done.path}")

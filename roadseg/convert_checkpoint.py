@@ -25,6 +25,9 @@ from roadseg.files import sha256_file, write_atomic
 
 LIMIT_BYTES = 4 << 30  # of the file, of what its members unpack to and of the tensors: a ResNet-101's are 0.24 GB
 STATES = ("state_dict", "model_state", "model_state_dict", "model")  # where trainers keep the network's tensors
+DEPTH = 4  # such entries one in another; a pickle may hold itself, without end
+HEADER = "__metadata__"  # what safetensors itself calls by such a name
+WANTED = "ask its makers for a file of the state_dict alone, or for .safetensors"
 DTYPES = (
     torch.float64,
     torch.float32,
@@ -91,13 +94,15 @@ def convert_checkpoint(source: Path, out: Path) -> Converted:
     if out.exists():
         raise UsageError(f"{out} exists already", expected="a new file", todo="remove it, or name another with --out")
     if not source.is_file():
-        raise UsageError(f"no file {source}", expected="a torch checkpoint (.pth, .pt, .ckpt)")
+        found = f"{source} is a folder" if source.is_dir() else f"no file {source}"
+        raise UsageError(found, expected="a torch checkpoint (.pth, .pt, .ckpt)")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"no folder {out.absolute().parent}", todo="make it first")
     _check_size(source)
     state, left_out = _network_of(_read(source), source)
     tensors = _plain(state, source)
-    origin = f"{source.name}, SHA-256 {sha256_file(source)}, by roadseg {roadseg.__version__}"
+    name = source.name.encode(errors="replace").decode()  # of a file whose name is no UTF-8
+    origin = f"{name}, SHA-256 {sha256_file(source)}, by roadseg {roadseg.__version__}"
     # One entry: safetensors writes several in no fixed order.
     write_atomic(out, save_tensors(tensors, {"converted_from": origin}))
     return Converted(out, len(tensors), sum(t.numel() for t in tensors.values()), left_out)
@@ -125,56 +130,90 @@ def _read(source: Path) -> Any:
         with torch.serialization.safe_globals([(_Nothing, name) for name in LEFT_OUT]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what it can't read it refuses
             return torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        named = re.search(r"GLOBAL ([\w.]+)", str(e))
-        raise ArchiveError(
-            f"it holds {named[1] if named else 'more'} beside tensors, which could run code: it was not read",
-            expected="tensors, numbers and text",
-            where=str(source),
-            todo="ask its makers for a file of the state_dict alone, or for .safetensors",
-        ) from e
-    except UNREADABLE as e:
+    except (pickle.UnpicklingError, *UNREADABLE) as e:
+        if isinstance(e, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", str(e))):
+            raise ArchiveError(
+                f"it holds {_shown(named[1])} beside tensors, which could run code: it was not read",
+                expected="tensors, numbers and text",
+                where=str(source),
+                todo=WANTED,
+            ) from e
         raise ArchiveError(
             f"not readable as a torch checkpoint ({type(e).__name__})",
             expected="what torch.save writes",
             where=str(source),
-            todo="fetch it again; a TorchScript archive is no checkpoint",
+            todo="fetch it again; a plain pickle or a TorchScript archive is no checkpoint",
         ) from e
 
 
-def _network_of(content: Any, source: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _network_of(content: Any, source: Path) -> tuple[dict[Any, Tensor], tuple[str, ...]]:
     """The dictionary with the network's tensors, and what lies beside it."""
-    beside: set[str] = set()
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((name for name in STATES if isinstance(content.get(name), dict)), None)
-        if inner is None:
-            break
-        beside |= {str(name) for name in content if name != inner}
-        content = content[inner]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        shown = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+    path = _path_to_tensors(content, DEPTH)
+    if path is None:
+        shown = ", ".join(map(_shown, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
         raise ArchiveError(
             f"no network's tensors in it ({shown or 'nothing'})",
             expected=f"a state dict, alone or under {', '.join(STATES)}",
             where=str(source),
+            todo="fetch the file that holds the network",
         )
-    beside |= {str(name) for name, value in content.items() if not isinstance(value, Tensor)}
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, tuple(sorted(beside))
+    beside: set[str] = set()
+    for inner in path:
+        beside |= {_shown(name) for name in content if name != inner}
+        content = content[inner]
+    beside |= {_shown(name) for name, value in content.items() if not isinstance(value, Tensor)}
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}, tuple(sorted(beside))
 
 
-def _plain(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+def _path_to_tensors(content: Any, depth: int) -> tuple[str, ...] | None:
+    """Names of the entries one in another. A trainer's may have tensors beside it, such as its best score."""
+    if not isinstance(content, dict):
+        return None
+    for name in STATES if depth else ():
+        below = _path_to_tensors(content.get(name), depth - 1)
+        if below is not None:
+            return (name, *below)
+    return () if any(isinstance(value, Tensor) for value in content.values()) else None
+
+
+def _shown(name: object) -> str:
+    """A name from the file as it may be printed: no control codes, no lone surrogates, of a bounded length."""
+    if not isinstance(name, str | int | float):
+        return f"a {type(name).__name__}"
+    text = str(name)
+    return (text if text.isprintable() else ascii(text))[:200]
+
+
+def _plain(state: dict[Any, Tensor], source: Path) -> dict[str, Tensor]:
     """Contiguous copies, none sharing memory; a view may claim more than its storage has."""
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_quantized:
-            raise ArchiveError(
-                f"tensor {name} is {tensor.dtype}, {tensor.layout}", expected="dense numbers", where=str(source)
-            )
+            found = f"tensor {_shown(name)} is {tensor.dtype}, {tensor.layout}"
+        elif tensor.device.type != "cpu":
+            found = f"tensor {_shown(name)} is on {tensor.device.type}: a shape without numbers"
+        else:
+            continue
+        raise ArchiveError(found, expected="dense numbers", where=str(source), todo=WANTED)
     if (size := sum(t.numel() * t.element_size() for t in state.values())) > LIMIT_BYTES:
         raise _too_large(size, source)
-    plain = {
-        name.removeprefix("module."): t.detach().clone(memory_format=torch.contiguous_format)
-        for name, t in state.items()
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in zip(_plain_names(state, source), state.values(), strict=True)
     }
-    if len(plain) < len(state):
-        raise ArchiveError("names that differ in a leading module. alone", expected="each once", where=str(source))
-    return plain
+
+
+def _plain_names(state: dict[Any, Tensor], source: Path) -> list[str]:
+    """Without "module."; what is printable can be encoded, too."""
+    names: dict[str, object] = {}
+    for given in state:
+        name = str(given).removeprefix("module.") if isinstance(given, str | int) else ""
+        if not name.isprintable() or name in ("", HEADER):
+            found, expected = f"a tensor's name is {_shown(given)}", "printable text"
+        elif name in names:
+            both = " and ".join(sorted(repr(n) for n in (given, names[name])))
+            found, expected = f"two tensors would be named {name}: {both}", "each name once"
+        else:
+            names[name] = given
+            continue
+        raise ArchiveError(found, expected=expected, where=str(source), todo=WANTED)
+    return list(names)

@@ -75,14 +75,20 @@ class Cost:
 
 
 def cost(
-    network: nn.Module, image_BHW: tuple[int, int, int], crops_BHW: tuple[int, int, int], bf16: bool, moments: int
+    network: nn.Module,
+    image_BHW: tuple[int, int, int],
+    crops_BHW: tuple[int, int, int],
+    bf16: bool,
+    moments: int,
+    trained: nn.Module | None = None,
 ) -> Cost:
     """Inference on a batch of images and a training step on a batch of crops. `network` stays as it is.
 
-    moments: numbers that the optimizer keeps for each weight (Adam 2, SGD with momentum 1).
+    moments: numbers that the optimizer keeps for each weight (Adam 2, SGD with momentum 1). trained: what takes the
+    training step, where it is another form of `network` with the same weights.
     """
     macs = macs_by_part(network, image_BHW)
-    saved = saved_by_part(network, crops_BHW, bf16)
+    saved = saved_by_part(trained or network, crops_BHW, bf16)
     counted = {name: sum(p.numel() for p in child.parameters()) for name, child in network.named_children()}
     names = [name for name in dict.fromkeys([*counted, *macs, *saved]) if name != LOSS]
     parts = [Part(name, counted.get(name, 0), macs.get(name, 0), saved.get(name, 0)) for name in names]

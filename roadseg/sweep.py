@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,21 +23,18 @@ from pydantic import ValidationError
 
 from roadseg.config import Config, describe, merge
 from roadseg.errors import Busy, ConfigError, DataError, Interrupted, RoadsegError, UsageError
-from roadseg.files import lock, read_json, read_json_lines, write_atomic, write_json
+from roadseg.files import lock, read_json, read_json_lines
 from roadseg.pipeline import HOLDOUT, RunResult, run, run_folder
 from roadseg.release.archive import load_release
-from roadseg.sweep_table import Result, Row, markdown, page, rows
+from roadseg.sweep_record import refuse_other, write_tables
+from roadseg.sweep_table import Result, Row, rows
+from roadseg.train.place import place
 from roadseg.yaml_file import parse_yaml
 
 log = logging.getLogger(__name__)
 Until = Literal["train", "evaluate"]
-SCHEMA_VERSION = 1
 SEED = "training.seed"
 BASE = "base"
-SCORED = {
-    "train": "Scores of the averaged network on whole frames at the end of training (history.jsonl).",
-    "evaluate": "Scores of the release archives on originals, as the evaluate stage gives them.",
-}
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """base: the setting that the others are compared with. points: all settings with the first seed, then the next."""
+    """base: the setting that the others are compared with. points: all settings with the first seed, then the next.
+
+    base_is_config: whether that is the config as it was given.
+    """
 
     name: str
     base: str
+    base_is_config: bool
     settings: tuple[Setting, ...]
     seeds: tuple[int, ...]
     points: tuple[Point, ...]
@@ -81,6 +82,8 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
     if key == SEED:
         raise UsageError(f"{SEED} among the settings", where=where, todo="pass --seeds instead")
     values = parse_yaml(f"[{listed}]", where)
+    if key == "training" and any(isinstance(value, Mapping) and "seed" in value for value in values):
+        raise UsageError(f"{SEED} among the settings", where=where, todo="pass --seeds instead")
     if not values:
         raise UsageError("no value", expected=f"{key}=VALUE,VALUE...", where=where)
     return key, values
@@ -160,12 +163,12 @@ def plan(
     if problems:
         lines = list(dict.fromkeys(problems))
         raise ConfigError(f"{len(lines)} wrong value{'s' if len(lines) > 1 else ''} in the sweep:\n" + "\n".join(lines))
-    compared = taken.get(base.model_dump_json(), kept[0].label)
+    own = taken.get(base.model_dump_json())
     pairs = [(seed, setting.label) for seed in seeds for setting in kept]
     points = tuple(
         Point(f"{name}-{i:03d}", label, seed, _seeded(configs[label], seed)) for i, (seed, label) in enumerate(pairs, 1)
     )
-    return Plan(name, compared, tuple(kept), tuple(seeds), points)
+    return Plan(name, own or kept[0].label, own is not None, tuple(kept), tuple(seeds), points)
 
 
 def _wrong(base: Config, setting: Setting) -> list[str]:
@@ -208,20 +211,23 @@ def run_sweep(
     """Run what is not there yet and leave the tables; rows as `sweep_table.rows` sorts them.
 
     A run that fails is recorded and the sweep goes on, unless the data that all share is refused. Raises
-    Interrupted, with the tables of what is done written; Busy when another process is at it and not `wait`.
+    Interrupted, with the tables of what is done written; Busy when another process is at it and not `wait`;
+    UsageError for another sweep of that name, and for several processes: all would wait for the one with the lock.
     """
+    _refuse_several()
     folder = workspace / "sweeps" / plan.name
     run_folder(workspace, plan.points[0].name)  # refuses a name that is a path
     shared = not any(key.split(".")[0] in ("data", "transform") for s in plan.settings for key in s.values)
     results: list[Result] = []
     lock_path = folder.with_name(f"{plan.name}.lock")
     with lock(lock_path, f"sweep {plan.name}", wait=wait, say=log.warning), interruptible() as caught:
+        refuse_other(plan, base, until, folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             for i, point in enumerate(plan.points, 1):
                 results.append(run_point(point, until, workspace, wait, data_shared=shared))
                 say(f"[{i}/{len(plan.points)}] {_told(point, results[-1], by)}")
-                _write(plan, base, results, by, until, folder)
+                write_tables(plan, base, results, by, until, folder)
                 _require_scored(results[-1], by)
         except Interrupted as e:
             raise _interrupted(plan, len(results), e.exit_code - 128, e.found) from None
@@ -229,6 +235,16 @@ def run_sweep(
             raise _interrupted(plan, len(results), caught[0] if caught else signal.SIGINT, "stopped") from None
         lock_path.unlink(missing_ok=True)
     return rows(results, plan.base, by)
+
+
+def _refuse_several() -> None:
+    if (world := place().world) > 1:
+        raise UsageError(
+            f"{world} processes were started",
+            expected="one, which starts those of each run itself",
+            where="the environment",
+            todo="start it without torchrun and on one machine; --training.gpus N trains each run on N GPUs",
+        )
 
 
 def _require_scored(result: Result, by: str) -> None:
@@ -320,26 +336,3 @@ def _interrupted(plan: Plan, done: int, number: int, found: str) -> Interrupted:
     text = found.removesuffix("; run again to go on")
     told = f"{text}; {done} of {len(plan.points)} runs are done, give the same command again to go on"
     return Interrupted(told, signal_number=number)
-
-
-def _write(plan: Plan, base: Config, results: Sequence[Result], by: str, until: Until, folder: Path) -> None:
-    """The three forms of the table, as far as the sweep is."""
-    table = rows(results, plan.base, by)
-    left = len(plan.points) - len(results)
-    note = f"{left} of {len(plan.points)} runs are still to come." if left else ""
-    title = f"{plan.name}: {len(plan.settings)} settings, {len(plan.seeds)} seeds"
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "name": plan.name,
-        "by": by,
-        "base": plan.base,
-        "until": until,
-        "seeds": plan.seeds,
-        "runs_to_come": left,
-        "settings": [asdict(setting) for setting in plan.settings],
-        "rows": [asdict(row) for row in table],
-        "config": base.model_dump(mode="json"),
-    }
-    write_json(folder / "sweep.json", content)
-    write_atomic(folder / "sweep.md", markdown(title, table, by, SCORED[until], note).encode())
-    write_atomic(folder / "sweep.html", page(title, table, by, SCORED[until], note).encode())

@@ -286,8 +286,8 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def page(title: str, table: Sequence[Row], by: str, scored: str, note: str = "") -> str:
-    """The same as one offline HTML page, with every run and its scores."""
+def page(title: str, table: Sequence[Row], by: str, scored: str, note: str = "", *, reports: bool = True) -> str:
+    """The same as one offline HTML page, with every run and its scores. reports: whether each run has its own."""
     splits = splits_of(table, by)
     gains = [abs(d.mean) for row in table if (d := row.difference.get(by))]
     limit = max(gains, default=0.0) or 1.0
@@ -304,6 +304,7 @@ def page(title: str, table: Sequence[Row], by: str, scored: str, note: str = "")
     return fill(
         _TEMPLATE,
         title=title,
+        runs_caption="mIoU of every run" + "; its report lies in WORKSPACE/runs/NAME" * reports,
         note=note,
         scored=scored,
         method=METHOD,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from roadseg.cli_train import profile, profile_arguments
 from roadseg.config import load_config
 from roadseg.files import read_json
 from roadseg.ingest.sources import label_set_of
+from roadseg.yaml_file import parse_yaml
 
 pytestmark = pytest.mark.usefixtures("quiet_log")
 
@@ -70,6 +72,39 @@ def test_counting_alone_follows_the_configs_training_section(call, tmp_path: Pat
     assert figures("--classes", "7")["architecture"]["num_classes"] == 7
 
 
+def test_the_last_phase_ships_and_the_costliest_one_needs_the_memory(call, tmp_path: Path) -> None:
+    def figures(stride: int = 16, **training: object) -> dict:
+        raw = parse_yaml(MICRO.read_text(), "")
+        raw["training"] |= training
+        raw["model"] |= {"atrous_rates": [16 * r // stride for r in (2, 4, 6)], "output_stride": stride}
+        (tmp_path / "c.yaml").write_text(json.dumps(raw))
+        assert call("--config", "c.yaml", "--size", "64x64", "--runs", "0", "--json", "f.json")[0] == 0
+        return read_json(tmp_path / "f.json")
+
+    fine = figures(8)
+    later = figures(phases=[{"after": 0.5, "output_stride": 8}])
+    assert later["macs"] == fine["macs"] and later["training_saved_bytes"] == fine["training_saved_bytes"]
+    assert later["architecture"]["output_stride"] == 8 and later["architecture"]["atrous_rates"] == [4, 8, 12]
+    plain = figures()
+    assert plain["macs"] < fine["macs"] and plain["training_saved_bytes"] < fine["training_saved_bytes"]
+    # Fine first: it ships coarse and needs the memory of the first phase.
+    first = figures(8, phases=[{"after": 0.5, "output_stride": 16}])
+    assert first["macs"] == plain["macs"] and first["training_saved_bytes"] == fine["training_saved_bytes"]
+    assert first["training_output_stride"] == 8
+    larger = figures(
+        crop_px=[32, 32], phases=[{"after": 0.2, "crop_px": [48, 96]}, {"after": 0.5, "crop_px": [32, 64]}]
+    )
+    assert larger["crops_BHW"] == [2, 48, 96] and larger["training_saved_bytes"] == plain["training_saved_bytes"]
+
+
+def test_no_number_of_gpus_means_all_that_are_there(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = ["--config", MICRO, "--size", "32x64", "--runs", "0", "--json", "f.json", "--training.batch-size", "8"]
+    for flags, crops in ((["--training.gpus", "0"], 8), (["--training.gpus", "4"], 2)):  # on a CPU one process
+        assert call(*asked, *flags)[0] == 0 and read_json(tmp_path / "f.json")["crops_BHW"][0] == crops
+    monkeypatch.setattr("roadseg.train.job.processes", lambda t: 2)
+    assert call(*asked, "--training.gpus", "0")[0] == 0 and read_json(tmp_path / "f.json")["crops_BHW"][0] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -79,7 +114,7 @@ def test_counting_alone_follows_the_configs_training_section(call, tmp_path: Pat
         (["--size", "9000000x9000000"], "81,000,000,000,000 pixels; expected at most 64,000,000"),
         (["--batch", "0"], "--batch 0; expected 1 or more"),
         (["--runs", "-1"], "--runs -1; expected 0 or more"),
-        (["--size", "64x64", "--classes", "0"], "model.num_classes: 0"),
+        (["--size", "64x64", "--classes", "0"], "--classes 0; expected 1 to 255"),
         (["--classes", "3", "--release", "champion"], "--release or --classes"),
         (["--size", "64x64", "--model.backbone", "mobilenet9"], "no model 'mobilenet9'"),
         (["--size", "64x64", "--training.device", "gpu9"], "training.device"),

@@ -21,6 +21,7 @@ from roadseg.errors import DataError, Interrupted, NonFiniteLoss, UsageError
 from roadseg.files import lock, read_json, write_json
 from roadseg.pipeline import RunResult
 from roadseg.sweep import parse_seeds, parse_vary, plan_of, settings_of
+from roadseg.sweep_record import described
 from roadseg.sweep_table import Result, Spread, paired, rows, spread, student_t
 from roadseg.workspace import Output, leftovers
 
@@ -40,7 +41,17 @@ def test_values_are_yaml() -> None:
     assert parse_vary("training.loss={ohem: 1, dice: 0.5}")[1] == [{"ohem": 1, "dice": 0.5}]
 
 
-@pytest.mark.parametrize("text", ["training.steps", "=3", "training..steps=3", "training.steps=", "training.seed=1,2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "training.steps",
+        "=3",
+        "training..steps=3",
+        "training.steps=",
+        "training.seed=1,2",
+        "training={seed: 3},{seed: 4}",
+    ],
+)
 def test_what_is_no_key_with_values_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--vary"):
         parse_vary(text)
@@ -83,8 +94,14 @@ def test_the_plan_of_a_sweep() -> None:
 
 def test_a_grid_without_the_base_is_compared_with_its_first() -> None:
     base = load_config(MICRO)
-    assert plan_of("s", base, ["training.learning_rate=0.1,0.2"], "", False).base == "training.learning_rate=0.1"
-    assert plan_of("s", base, ["training.learning_rate=0.1,0.002"], "", False).base == "training.learning_rate=0.002"
+    lacks = plan_of("s", base, ["training.learning_rate=0.1,0.2"], "", False)
+    assert lacks.base == "training.learning_rate=0.1" and not lacks.base_is_config
+    assert "base is training.learning_rate=0.1, the first setting: the config's own values are not among" in described(
+        lacks, "train"
+    )
+    has = plan_of("s", base, ["training.learning_rate=0.1,0.002"], "", False)
+    assert has.base == "training.learning_rate=0.002" and has.base_is_config
+    assert "base is training.learning_rate=0.002: the config's own values." in described(has, "train")
     assert plan_of("s", base, [], "3", False).base == "base"
 
 
@@ -123,7 +140,7 @@ def test_everything_wrong_is_listed_at_once_before_anything_runs(
     ("arguments", "said"),
     [
         ([], "nothing to vary"),
-        (["--seeds", "65"], "1 settings with 65 seeds are 65 runs; expected at most 64"),
+        (["--seeds", "65"], "1 setting with 65 seeds are 65 runs; expected at most 64"),
         (["--seeds", "2", "--by", "holdout"], "expected a split that is scored: val"),
         (["--seeds", "2", "--name", "../x"], "'../x-001'"),
     ],
@@ -221,6 +238,14 @@ def test_the_page_is_inert_and_the_table_whole() -> None:
     assert "- s-9 (<script>, seed 0): loss nan \\| at step 3" in text
 
 
+@pytest.mark.parametrize(("miou", "kind"), [((0.6, 0.61), "bars"), ((0.52, 0.49), "bars unclear")])
+def test_a_bar_has_a_colour_where_there_is_a_verdict(miou: tuple[float, float], kind: str) -> None:
+    results = [gave("base", s, 0.5 + 0.011 * s) for s in (0, 1)] + [gave("x", s, miou[s]) for s in (0, 1)]
+    html = sweep_table.page("t", rows(results, "base", "val"), "val", "")
+    assert html.count(f'<td class="{kind}"><svg') == 1 and html.count("><svg") == 1
+    assert ".sweep .unclear rect { fill: var(--muted); }" in html
+
+
 # ---- running --------------------------------------------------------------------------------
 
 
@@ -299,6 +324,45 @@ def test_a_split_without_scores_is_said_after_the_first_run(tmp_path: Path, monk
 
 
 @pytest.mark.usefixtures("quiet_log")
+def test_another_sweep_of_the_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cheap = Cheap(tmp_path, lambda config: None)
+    monkeypatch.setattr("roadseg.sweep.run", cheap)
+    asked = ["--vary", "training.learning_rate=0.4,0.5"]
+    assert sweep_(tmp_path, *asked) == 0 and cheap.calls == 2
+    folder = tmp_path / "sweeps" / "sweep"
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    html = before["sweep.html"].decode()
+    assert "2 settings, 1 seed<" in html and "WORKSPACE/runs" not in html and "not among them" in html
+    capsys.readouterr()
+    for other, said in (
+        (["--vary", "training.learning_rate=0.4,0.6"], "other settings;"),
+        ([*asked, "--seeds", "2"], "other seeds;"),
+        ([*asked, "--until", "evaluate"], "other until;"),
+        ([*asked, "--training.momentum", "0.5"], "other training.momentum;"),
+    ):
+        assert sweep_(tmp_path, *other) == 2 and cheap.calls == 2
+        err = capsys.readouterr().err
+        assert said in err and "pass another --name" in err and str(folder) in err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert sweep_(tmp_path, *asked) == 0 and sweep_(tmp_path, *asked, "--seeds", "2", "--name", "more") == 0
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_several_processes_are_refused_before_they_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert sweep_(tmp_path, "--seeds", "2") == 2
+    err = capsys.readouterr().err
+    assert "2 processes were started" in err and "--training.gpus N" in err
+    assert not (tmp_path / "sweeps").exists()
+
+
+@pytest.mark.usefixtures("quiet_log")
 def test_a_second_sweep_of_the_name_is_refused_without_waiting(tmp_path: Path) -> None:
     with lock(tmp_path / "sweeps" / "sweep.lock", "", wait=True):
         assert sweep_(tmp_path, "--seeds", "2", "--no-wait") == 5
@@ -344,6 +408,7 @@ def test_the_whole_way_on_two_settings(micro: Micro, tmp_path: Path, capsys: pyt
     assert {s: o["content"] for s, o in first.items()} == micro.contents and all(o["cached"] for o in first.values())
     second = read_json(workspace / "runs" / "sweep-002" / "run.json")["outputs"]
     assert {s for s, o in second.items() if o["cached"]} == {"ingest", "transform"}
+    assert "its report lies in WORKSPACE/runs/NAME" in (workspace / "sweeps" / "sweep" / "sweep.html").read_text()
     table = {row["setting"]: row for row in read_json(workspace / "sweeps" / "sweep" / "sweep.json")["rows"]}
     base, other = table["base"], table["training.learning_rate=0.01"]
     assert micro.result.evaluation and base["miou"]["val"]["mean"] == micro.result.evaluation["miou"]

@@ -13,10 +13,20 @@ from torch import Tensor
 
 from roadseg.errors import ConfigError
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus
-from roadseg.model.foreign_names import ASPP_BRANCHES, MMSEG, SMP, VAINF, Translation, part_of, translate
+from roadseg.model.foreign_names import (
+    ASPP_BRANCHES,
+    MMSEG,
+    SMP,
+    VAINF,
+    WHERE,
+    Translation,
+    check_values,
+    part_of,
+    translate,
+)
 
-WHERE = "training.weights_from"
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
+WHOLE = "fetch it again; of a part of a network alone nothing can be taken"
 KNOWN = f"a DeepLabv3+ of {SMP}, {MMSEG} or {VAINF} as .safetensors"
 log = logging.getLogger(__name__)
 
@@ -64,10 +74,11 @@ def _unlike(network: DeepLabV3Plus, found: Translation, path: Path) -> dict[str,
     if last is not None and len(last) != a.num_classes:
         unlike[CLASSIFIER] = f"{len(last)} classes there, {a.num_classes} here"
         misfits.pop(CLASSIFIER)
+    if "backbone" in misfits and found.backbone == a.backbone:
+        raise _unknown_encoder(found, path, f"not as timm's {a.backbone} ({_differing(misfits['backbone'])})")
     if misfits and (to_set := _to_set(found, a, misfits)):
         raise ConfigError(
-            f"{path} is of another form ({sum(map(len, misfits.values()))} tensors differ, such as "
-            f"{next(iter(misfits.values()))[0]})",
+            f"{path} is of another form ({_differing([name for part in misfits.values() for name in part])})",
             expected=f"the model section of these weights of {found.project}",
             where=WHERE,
             todo=f"set in the model section {', '.join(to_set)}",
@@ -79,7 +90,22 @@ def _unlike(network: DeepLabV3Plus, found: Translation, path: Path) -> dict[str,
     return {part: why for part, why in unlike.items() if any(key.startswith(f"{part}.") for key in own)}
 
 
+def _differing(names: list[str]) -> str:
+    return f"{names[0]} differs" if len(names) == 1 else f"{len(names)} tensors differ, such as {names[0]}"
+
+
+def _unknown_encoder(found: Translation, path: Path, how: str) -> ConfigError:
+    return ConfigError(
+        f"the encoder of {path}, a {found.project}, is {how}",
+        expected="MobileNetV2, a ResNet, or an encoder of segmentation_models.pytorch named tu-...",
+        where=WHERE,
+        todo="leave it out and set model.backbone_weights, or train it there anew with such an encoder",
+    )
+
+
 def _read(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder", expected=KNOWN, where=WHERE, todo="name the file in it")
     if path.suffix != ".safetensors":
         raise ConfigError(
             f"{path} is no .safetensors",
@@ -90,14 +116,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        raise ConfigError(f"{path} can't be read as safetensors ({e})", expected=KNOWN, where=WHERE) from e
+        raise ConfigError(
+            f"{path} can't be read as safetensors ({e})", expected=KNOWN, where=WHERE, todo="fetch it again"
+        ) from e
 
 
 def _translated(state: dict[str, Tensor], path: Path) -> Translation:
     try:
         found = translate(state)
     except KeyError as e:
-        raise ConfigError(f"{path} lacks the tensor {e}", expected=KNOWN, where=WHERE) from e
+        raise ConfigError(f"{path} lacks the tensor {e}", expected=KNOWN, where=WHERE, todo=WHOLE) from e
     if found is None:
         first = ", ".join(sorted({key.split(".")[0] for key in state})[:6]) or "no tensors"
         raise ConfigError(
@@ -107,11 +135,8 @@ def _translated(state: dict[str, Tensor], path: Path) -> Translation:
             todo="give weights of timm's classification models as model.backbone_weights",
         )
     if found.backbone is None:
-        raise ConfigError(
-            f"the encoder of {path}, a {found.project}, is none of timm's",
-            expected="MobileNetV2, a ResNet, or an encoder of segmentation_models.pytorch named tu-...",
-            where=WHERE,
-        )
+        raise _unknown_encoder(found, path, "none of timm's")
+    check_values(found.tensors | found.identity)  # what was computed from finite numbers may be none
     return found
 
 
@@ -135,5 +160,6 @@ def _to_set(found: Translation, a: Architecture, misfits: dict[str, list[str]]) 
     if len(a.atrous_rates) != ASPP_BRANCHES - 2:
         to_set.append("atrous_rates: the three that it was trained with")
     if "backbone" in misfits:
-        to_set.insert(0, f"backbone: {found.backbone or 'the timm model that it was trained with'}")
+        not_told = f"the timm model that it was trained with, which is not {a.backbone}"
+        to_set.insert(0, f"backbone: {found.backbone or not_told}")
     return to_set

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from roadseg.errors import ConfigError
+
+WHERE = "training.weights_from"
 State = Mapping[str, Tensor]
 SMP, MMSEG, VAINF = "segmentation_models.pytorch", "mmsegmentation", "VainF/DeepLabV3Plus-Pytorch"
 WRAPPERS = ("model", "net", "module", "_orig_mod")  # a Lightning module's name for its network, and torch's own
@@ -22,7 +25,15 @@ BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_trac
 EPSILON = 1e-5  # of all batch norms here and there
 ASPP_BRANCHES = 5  # 1x1, three rates, image pooling
 MOBILENET_STAGES = (1, 2, 3, 4, 3, 3, 1)  # inverted residuals a stage, Sandler et al. (CVPR 2018), table 2
-RESNETS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# He et al. (CVPR 2016), table 1, by the shapes of the first block's convolutions: basic, or bottleneck
+BASIC = ((64, 64, 3, 3), (64, 64, 3, 3))
+BOTTLENECK = ((64, 64, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1))
+RESNETS: dict[tuple[tuple[int, ...], ...], dict[tuple[int, ...], int]] = {
+    BASIC: {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34},
+    BOTTLENECK: {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152},
+}
+RESNET_BLOCK = re.compile(r"layer\d\.\d+\.(conv\d\.weight|bn\d\.\w+|downsample\.0\.weight|downsample\.1\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,11 @@ class Translation:
 
 
 def translate(state: State) -> Translation | None:
-    """None if the names are of no DeepLabv3+ known here. Raises KeyError on a tensor that should be there."""
+    """None if the names are of no DeepLabv3+ known here.
+
+    Raises KeyError on a tensor that should be there, ConfigError on one of another rank or length, of
+    no floating numbers, or with values that no training leaves.
+    """
     for inner in (state, *(_below(state, wrapper) for wrapper in WRAPPERS)):
         for mark, read in (
             ("decoder.aspp.0.convs.0.0.weight", _segmentation_models),
@@ -53,8 +68,28 @@ def translate(state: State) -> Translation | None:
             ("classifier.aspp.convs.0.0.weight", _vainf),
         ):
             if mark in inner:
+                check_values({key: value for key, value in inner.items() if key.endswith(BATCH_NORM[:4])})
                 return read(inner)
     return None
+
+
+def check_values(state: State) -> None:
+    """Raises ConfigError naming a tensor of no floating, or not all finite numbers, or a variance below 0."""
+    for key, tensor in state.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if tensor.dtype not in FLOATS:
+            raise _refused(key, f"is {tensor.dtype}", "floating numbers")
+        if not tensor.isfinite().all():
+            raise _refused(key, "holds NaN or infinity", "finite numbers")
+        if key.endswith("running_var") and (tensor < 0).any():
+            raise _refused(key, "holds a negative variance", "0 or more")
+
+
+def _refused(key: str, how: str, expected: str) -> ConfigError:
+    return ConfigError(
+        f"the tensor {key} {how}", expected=expected, where=WHERE, todo="fetch the file again, or take another"
+    )
 
 
 # ---- the three projects ---------------------------------------------------------------------
@@ -183,13 +218,19 @@ def _deep_stem(key: str) -> str:
 
 
 def _resnet_name(state: State) -> str | None:
-    stages = (1, 2, 3, 4)
-    blocks = [len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in stages]
-    depth = RESNETS.get(tuple(blocks))
-    if depth == 34 and "layer1.0.conv3.weight" in state:
-        depth = 50
-    deep = "conv1.3.weight" in state  # timm has no shallow ResNet of a deep stem without averaging
-    return None if depth is None or (deep and depth < 50) else f"resnet{depth}" + "c" * deep
+    """ "" where it may be one of timm's many others: wider, grouped, with attention, of another shortcut."""
+    deep = "conv1.3.weight" in state
+    if not deep and "conv1.weight" not in state:
+        return None
+    inner = [key for key in state if key.startswith("layer")]
+    convs = [state[key] for i in (1, 2, 3) if (key := f"layer1.0.conv{i}.weight") in state]
+    blocks = tuple(
+        len({key.split(".")[1] for key in inner if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)
+    )
+    depth = RESNETS.get(tuple(tuple(conv.shape) for conv in convs), {}).get(blocks)
+    plain = depth is not None and all(RESNET_BLOCK.fullmatch(key) for key in inner)
+    # timm has no shallow ResNet of a deep stem without averaging
+    return f"resnet{depth}" + "c" * deep if plain and not (deep and len(convs) == len(BASIC)) else ""
 
 
 # ---- layers ---------------------------------------------------------------------------------
@@ -206,7 +247,9 @@ def _aspp(state: State, theirs: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _conv_norm(state: State, conv: str, norm: str, ours: str) -> dict[str, Tensor]:
-    return _renamed(state, conv, f"{ours}.0", ("weight",)) | _renamed(state, norm, f"{ours}.1", BATCH_NORM)
+    tensors = _renamed(state, conv, f"{ours}.0", ("weight",)) | _renamed(state, norm, f"{ours}.1", BATCH_NORM)
+    _check_shape(state, f"{norm}.weight", (len(state[f"{conv}.weight"]),))
+    return tensors
 
 
 def _conv3x3(state: State, conv: str, norm: str, ours: str) -> dict[str, Tensor]:
@@ -215,16 +258,21 @@ def _conv3x3(state: State, conv: str, norm: str, ours: str) -> dict[str, Tensor]
         if f"{depthwise}.weight" in state:
             tensors = _renamed(state, depthwise, f"{ours}.0", ("weight",))
             tensors |= _renamed(state, pointwise, f"{ours}.1", ("weight",))
+            out, channels = tensors[f"{ours}.1.weight"].shape[0], tensors[f"{ours}.0.weight"].shape[0]
+            _check_shape(state, f"{depthwise}.weight", (channels, 1, 3, 3))
+            _check_shape(state, f"{pointwise}.weight", (out, channels, 1, 1))
+            _check_shape(state, f"{norm}.weight", (out,))
             return tensors | _renamed(state, norm, f"{ours}.2", BATCH_NORM)
     return _conv_norm(state, conv, norm, ours)
 
 
 def _folded(state: State, conv: str, norm: str, ours: str) -> dict[str, Tensor]:
     """A 1x1 convolution and its batch norm's running statistics as one convolution with a bias."""
-    weight, bias, mean, variance = (state[f"{norm}.{name}"].double() for name in BATCH_NORM[:4])
+    tensors = _conv_norm(state, conv, norm, ours)
+    weight, bias, mean, variance = (tensors[f"{ours}.1.{name}"].double() for name in BATCH_NORM[:4])
     scale = weight / torch.sqrt(variance + EPSILON)
     return {
-        f"{ours}.weight": (state[f"{conv}.weight"].double() * scale[:, None, None, None]).float(),
+        f"{ours}.weight": (tensors[f"{ours}.0.weight"].double() * scale[:, None, None, None]).float(),
         f"{ours}.bias": (bias - mean * scale).float(),
     }
 
@@ -268,9 +316,20 @@ def _identity(before: State, theirs: str, ours: str) -> dict[str, Tensor]:
 def _renamed(state: State, theirs: str, ours: str, names: Iterable[str]) -> dict[str, Tensor]:
     """Batch norm's step counter may be absent: old files have none, and it changes nothing."""
     optional = "num_batches_tracked"
+    weight, rank = state[f"{theirs}.weight"], 1 if optional in names else 4
+    if weight.dim() != rank:
+        raise _refused(f"{theirs}.weight", f"has the shape {list(weight.shape)}", f"{rank} dimensions")
+    for name in names:
+        if name != "weight" and (name != optional or f"{theirs}.{name}" in state):
+            _check_shape(state, f"{theirs}.{name}", () if name == optional else weight.shape[:1])
     return {
         f"{ours}.{name}": state[f"{theirs}.{name}"] for name in names if name != optional or f"{theirs}.{name}" in state
     }
+
+
+def _check_shape(state: State, key: str, shape: tuple[int, ...]) -> None:
+    if state[key].shape != shape:
+        raise _refused(key, f"has the shape {list(state[key].shape)}", f"{list(shape)}, as the others have it")
 
 
 def _below(state: State, prefix: str) -> dict[str, Tensor]:

@@ -126,8 +126,10 @@ def _take_form(module: nn.Module, fresh: nn.Module) -> None:
         if plain and getattr(module, name, None) != value:
             setattr(module, name, value)
     for name, theirs in fresh.named_children():
-        ours = module.get_submodule(name)
-        if not _has_state(theirs):
+        ours = getattr(module, name, None)
+        if ours is None:  # it has no weights: those were found to be the same
+            setattr(module, name, theirs.train(module.training))
+        elif not _has_state(theirs):
             # A pooling may stand where nothing stood, or have another stride. What prints alike is left:
             # it may hold what others set, such as the dropout's share of the batch.
             if type(ours) is not type(theirs) or repr(ours) != repr(theirs):

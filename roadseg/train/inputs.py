@@ -55,5 +55,6 @@ def _given(reference: str, find: Callable[[str], Path]) -> Given | None:
 
 def _digest(path: str, where: str, others: str = "") -> str:
     if not Path(path).is_file():
-        raise ConfigError(f"no file {path!r}", expected=f"{others}a .safetensors file", where=where)
+        found = f"{path!r} is a folder" if Path(path).is_dir() else f"no file {path!r}"
+        raise ConfigError(found, expected=f"{others}a .safetensors file", where=where)
     return sha256_file(Path(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +98,28 @@ def mlflow(folder: Path, run_name: str, fields: Mapping[str, str]) -> Callable[[
     return lambda: _Mlflow(client, _run(client, folder / RUN, uri, run_name, fields))
 
 
+def how_to_open(name: str, folder: Path) -> str:
+    """The command, or the server's address without its password. folder: the run's log folder."""
+    if name == "tensorboard":
+        return f"tensorboard --logdir {shlex.quote(str((folder / name).resolve()))}"
+    uri = without_password(os.environ.get("MLFLOW_TRACKING_URI") or str((folder / "mlruns").resolve()))
+    if uri.startswith(("http://", "https://")):
+        return uri
+    allowed = "MLFLOW_ALLOW_FILE_STORE=true " if urlsplit(uri).scheme in ("", "file") else ""
+    return f"{allowed}mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def without_password(text: str) -> str:
+    """Without the names and passwords of URLs: up to the last @, as a password may hold some."""
+    return re.sub(r"//[^/\s]*@", "//", text)
+
+
 def _run(client: Any, kept: Path, uri: str, run_name: str, fields: Mapping[str, str]) -> str:
     """The id of the run this one goes on with, or of a new one."""
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
-    address = re.sub(r"//[^/@\s]*@", "//", uri)
+    address = without_password(uri)
     known = read_json(kept) if kept.exists() else {}
     if known.get("address") == address:
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,6 +92,11 @@ class _Mirror(threading.Thread):
         if lost := self._told - self._written:
             log.warning("%s: %d of %d rows were dropped", self._what, lost, self._told)
 
+    def say_how(self, folder: Path) -> None:
+        """How to look at what `folder` holds, unless this mirror fails."""
+        if not self._said:
+            log.info("%s: to look at this run: %s", self._what, mirror_sinks.how_to_open(self._what, folder))
+
     def run(self) -> None:
         while True:
             status = self._status  # read before the queue: what was told before it was set is still taken
@@ -132,7 +136,7 @@ class _Mirror(threading.Thread):
 
 def _plain(e: Exception) -> str:
     """Its first line without what a URL may hold of names and passwords."""
-    text = re.sub(r"//[^/@\s]*@", "//", str(e).strip().split("\n")[0])
+    text = mirror_sinks.without_password(str(e).strip().split("\n")[0])
     return f"{type(e).__name__}: {text}"[:300]
 
 
@@ -150,6 +154,7 @@ def mirrors(
     running = [_Mirror(name, open_sink) for name, open_sink in opens.items()]
     for mirror in running:
         mirror.start()
+        mirror.say_how(folder)
     told, status = Mirrors(running), "FAILED"
     try:
         if start == 0:
@@ -164,6 +169,13 @@ def mirrors(
         until = time.monotonic() + CLOSE_S
         for mirror in running:
             mirror.end(status, max(0.0, until - time.monotonic()))
+            if status == "FINISHED" and (finished := _finished(folder)) != folder:
+                mirror.say_how(finished)
+
+
+def _finished(folder: Path) -> Path:
+    """Where a log folder lies when its stage is done (see workspace.py)."""
+    return folder.parent.with_name(folder.parent.name.removesuffix(".partial")) / folder.name
 
 
 def _opener(name: str, folder: Path, run_name: str, fields: dict[str, str], start: int) -> Callable[[], Sink]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -20,6 +21,8 @@ from roadseg.model.foreign import load_foreign
 from roadseg.release.archive import WEIGHTS, Release
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
+# of the model section, what tensors depend on
+_SHAPING = ("backbone", "fusion", "head", "channels", "low_levels")
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +79,7 @@ def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) ->
         raise ConfigError(
             f"{name} has another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
             where="training.init_from",
-            todo=f"set the model section to that release's: {json.dumps(init.model.get('architecture'))}",
+            todo=_advice(network.architecture.to_json(), init.model.get("architecture")),
         )
     network.load_state_dict(state, strict=False)
     if other_classes:
@@ -85,6 +88,20 @@ def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) ->
     elif made_anew:
         log.info("%s has no auxiliary heads: they are new", name)
     return tuple(made_anew)
+
+
+def _advice(ours: Mapping[str, Any], theirs: Any) -> str:
+    """The flags that make this network the release's, as far as they change its tensors."""
+    theirs = theirs if isinstance(theirs, Mapping) else {}
+    flags = [f"--model.{key.replace('_', '-')} {_flag(theirs[key])}" for key in _SHAPING
+             if key in theirs and _flag(theirs[key]) != _flag(ours[key])]  # fmt: skip
+    if not flags:
+        return "no value of the model section tells them apart: take a release that this version made"
+    return f"to go on with that release's: {' '.join(flags)}"
+
+
+def _flag(value: Any) -> str:
+    return " ".join(shlex.quote(str(part)) for part in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _differing(own: dict[str, Tensor], given: dict[str, Tensor], made_anew: Sequence[str]) -> list[str]:

@@ -285,16 +285,22 @@ def test_files_of_nothing_known_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"its tensors begin with bn1, conv1, fc, .*; expected a DeepLabv3\+ of seg"):
         load_foreign(ours, path)
     strange = saved(SMP(nn.ModuleDict({"_conv_stem": nn.Conv2d(3, 8, 3)}), 8, 8), tmp_path)
-    with pytest.raises(ConfigError, match="the encoder of .*, a segmentation_models.pytorch, is none of timm's"):
+    with pytest.raises(
+        ConfigError, match="the encoder of .*, a segmentation_models.pytorch, is none of timm's.*; leave it out"
+    ):
         load_foreign(ours, strange)
     state = VainF("").state_dict()
     del state["classifier.aspp.convs.4.2.running_var"]
     save_file(state, tmp_path / "part.safetensors")
-    with pytest.raises(ConfigError, match="lacks the tensor 'classifier.aspp.convs.4.2.running_var'"):
+    with pytest.raises(ConfigError, match="lacks the tensor 'classifier.aspp.convs.4.2.running_var'.*; fetch it again"):
         load_foreign(ours, tmp_path / "part.safetensors")
     pickle = tmp_path / "model.pth"
     torch.save(state, pickle)
     with pytest.raises(ConfigError, match="roadseg convert-checkpoint .*model.pth --out .*model.safetensors"):
         load_foreign(ours, pickle)
-    with pytest.raises(ConfigError, match="can't be read as safetensors"):
+    with pytest.raises(ConfigError, match="can't be read as safetensors .*; fetch it again"):
         load_foreign(ours, pickle.rename(tmp_path / "lie.safetensors"))
+    for folder in (tmp_path, tmp_path / "folder.safetensors"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=f"{folder} is a folder"):
+            load_foreign(ours, folder)

@@ -110,6 +110,19 @@ def test_a_restrided_network_is_one_built_at_that_stride(backbone: str) -> None:
     assert torch.equal(logits(net), at_16)
 
 
+def test_a_pooling_that_only_one_stride_has_comes_and_goes() -> None:
+    """ResNeSt pools in the blocks that stride, and has None in the others."""
+    net, fresh = network("resnest14d", 8, (4, 8)), network("resnest14d", 16, (2, 4))
+    at_8 = logits(net)
+    for _ in range(2):
+        set_output_stride(net.train(), 16)
+        assert all(m.training for m in net.modules())
+        fresh.load_state_dict(net.state_dict())
+        assert torch.equal(logits(net), logits(fresh))
+        set_output_stride(net, 8)
+        assert torch.equal(logits(net), at_8)
+
+
 def test_a_restrided_network_trains_and_ships_as_the_other_does(tmp_path: Path) -> None:
     net, fresh = network("test_efficientnet", 16, (2,)), network("test_efficientnet", 8, (4,))
     set_output_stride(net, 8)

@@ -73,6 +73,24 @@ def test_means_are_of_every_window_and_the_last_may_be_short(tmp_path: Path, int
     assert sink.status == "FINISHED"
 
 
+def test_it_is_said_how_to_look_at_it(
+    tmp_path: Path, into: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    into(Kept)
+    with (
+        caplog.at_level(logging.INFO, "roadseg"),
+        mirrors.mirrors(["tensorboard"], tmp_path / "k.partial" / "log", "r", {}),
+    ):
+        pass
+    ends = [message.rpartition("run: ")[2] for message in caplog.messages]
+    assert ends == [f"tensorboard --logdir {tmp_path / k}/log/tensorboard" for k in ("k.partial", "k")]
+    clean(monkeypatch)
+    store = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri '{tmp_path}/a b/mlruns'"
+    assert mirror_sinks.how_to_open("mlflow", tmp_path / "a b") == store
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p@ss@server:5000/x")
+    assert mirror_sinks.how_to_open("mlflow", tmp_path) == "https://server:5000/x"
+
+
 def test_the_config_is_told_once_not_by_a_run_that_goes_on(tmp_path: Path, into: Any) -> None:
     into(lambda: sink)
     for start, texts in ((0, ["config"]), (5, [])):
@@ -104,7 +122,7 @@ def test_a_failure_is_said_once_without_passwords_and_tried_again(
 
     def act() -> None:
         if down:
-            raise ConnectionError("no answer from https://me:secret@server/api\nand more")
+            raise ConnectionError("no answer from https://me:sec@ret@server/api\nand more")
 
     into(lambda: sink)
     sink = Kept(act)
@@ -117,7 +135,7 @@ def test_a_failure_is_said_once_without_passwords_and_tried_again(
     assert sink.values == [(6, {"a": 2.0})] and sink.status == "FINISHED"
     said = [record.message for record in caplog.records]
     assert len(said) == 2 and "ConnectionError: no answer from https://server/api" in said[0]
-    assert "secret" not in caplog.text and said[1] == "tensorboard: 5 of 6 rows were dropped"
+    assert "ret@" not in caplog.text and said[1] == "tensorboard: 5 of 6 rows were dropped"
 
 
 def until_empty(told: mirrors.Mirrors) -> None:
@@ -270,7 +288,7 @@ def server() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
         thread = threading.Thread(target=made.serve_forever)
         thread.start()
         try:
-            yield f"http://user:secret@127.0.0.1:{made.server_port}", handler.calls
+            yield f"http://user:p@secret@127.0.0.1:{made.server_port}", handler.calls
         finally:
             made.shutdown()
             thread.join()

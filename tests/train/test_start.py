@@ -1,6 +1,5 @@
 """Which weights a training starts from, and what of the network is new."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from roadseg.errors import ArchiveError, ConfigError
 from roadseg.files import sha256_file
+from roadseg.flags import parse_flags
 from roadseg.labels import LabelSet
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.release.archive import Release, load_release
@@ -111,7 +111,13 @@ def test_another_architecture_is_refused(change: dict[str, Any], labels: LabelSe
     with pytest.raises(ConfigError, match=f"release {release.digest[:12]} has another architecture") as caught:
         start(replace(A, num_classes=labels.num_classes, **change), release, labels)
     assert caught.value.where == "training.init_from"
-    assert json.loads(caught.value.todo.split(": ", 1)[1]) == A.to_json()
+    flags = {"channels": "8", "fusion": "skfusion", "head": "separable", "low-levels": "4"}
+    (key,) = (name.replace("_", "-") for name in change)
+    advice = caught.value.todo.split(": ", 1)[1]
+    assert advice == f"--model.{key} {flags[key]}"  # what differs, and nothing that is no key of the config
+    m = parse_flags(None, advice.split(), "roadseg", "").model
+    ((name, given),) = ((name, getattr(m, name)) for name in change)
+    assert given == getattr(A, name)
 
 
 def test_a_release_may_go_on_at_another_stride(trained: DeepLabV3Plus, release: Release) -> None:
