@@ -384,6 +384,7 @@ def test_a_stop_ends_it_at_once_and_says_how_to_go_on(
         os.kill(os.getpid(), signal.SIGTERM if how == "SIGTERM" else signal.SIGINT)
         raise AssertionError("the signal came too late")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     cheap, before = Cheap(tmp_path, stop), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("roadseg.sweep.run", cheap)
     assert sweep_(tmp_path, "--seeds", "3") == (130 if how == "Ctrl-C" else 143)

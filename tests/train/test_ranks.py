@@ -69,7 +69,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
 
 
 def test_two_ranks_know_themselves_and_share_the_processor(found: tuple[list[dict[str, Any]], list[str]]) -> None:
-    assert [f["ranks"] for f in found[0]] == [Ranks(0, 2, 0), Ranks(1, 2, 1)]
+    assert [f["ranks"] for f in found[0]] == [Ranks(0, 2, 0, 2), Ranks(1, 2, 1, 2)]
     assert all(f["threads"] <= max(1, torch.get_num_threads()) for f in found[0])
 
 
