@@ -42,7 +42,7 @@ from roadseg.labels import LabelSet
 SCHEMA_VERSION = 2
 ALIGN_BYTES = 64
 LABEL_ROWS = 128
-LABEL_LEVEL = 9
+LABEL_LEVEL = 12
 INDEX = "shards.json"
 _SEAL = b',"sha256":"'
 

@@ -28,7 +28,7 @@ from roadseg.processes import cores, start_worker
 from roadseg.progress import progress
 from roadseg.transform.centroids import class_centroids
 
-VERSION = 2
+VERSION = 3
 MADE = Path("log", "made")  # what finished shards are, for a run that goes on; content digests leave log/ out
 log = logging.getLogger(__name__)
 
