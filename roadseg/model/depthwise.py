@@ -11,7 +11,7 @@ class DilatedDepthwise(nn.Conv2d):
 
     Pixels d apart never meet in a convolution of dilation d: it is d x d ordinary convolutions, each
     over every d-th row and column, which are stacked along the batch. cuDNN has fast kernels for
-    those alone: on an H100 the three dilated layers of MobileNetV2 at stride 16 took 9.5 of a step's
+    those alone: on an H100 the three dilated layers of MobileNetV2 at stride 16 took about 9 of a step's
     65 ms (768x768, batch 16, bf16). Exported graphs and CPUs see the ordinary form.
     """
 
