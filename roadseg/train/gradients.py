@@ -2,7 +2,7 @@
 
 Run eagerly, a step is bound by the CPU that launches its many small kernels (docs/experiments.md); a
 graph launches them at once. Clipping, the optimizer and the average stay outside: they are few
-kernels, and the loop must look at the loss before it lets the optimizer step.
+kernels, launched while the device is busy with the graph.
 
 Shapes: B samples of this process, H W the crop.
 """

@@ -129,9 +129,9 @@ def train(
     are shown besides history.jsonl, for a run that goes on after `step`. draw(average, step): called
     after each validation, for pictures. Checkpoints and history.jsonl lie in `work`, written by the main rank;
     what is there is gone on from. The average has the last stretch's output stride, also when training
-    ended before it. Raises NonFiniteLoss before the step that would spoil the weights, Interrupted
-    after a signal to any rank, with a checkpoint saved; a validation that it cut short comes first
-    when the run goes on.
+    ended before it. Raises NonFiniteLoss at most a step after the loss that would spoil the weights,
+    nothing of it saved, Interrupted after a signal to any rank, with a checkpoint saved; a validation
+    that it cut short comes first when the run goes on.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -165,6 +165,21 @@ def train(
             set_output_stride(network, output_stride)
             set_output_stride(average.network, output_stride)
             torch._dynamo.reset()
+
+    def settle(taken: _Taken, mirror: Mirrors) -> bool:
+        """Note the loss of a step, once; whether any rank had been sent a signal when it was begun.
+
+        Raises NonFiniteLoss. What steps after it did to the weights is never saved.
+        """
+        if not taken.noted:
+            taken.noted = True
+            if not taken.finite():
+                history.flush()
+                samples = [sample for part in ranks.gathered(taken.samples) for sample in part]
+                raise _non_finite(taken.loss, taken.norm, taken.step, samples)
+            history.add(step=taken.step + 1, loss=round(taken.loss, 6), learning_rate=taken.learning_rate)
+            mirror.mean(taken.step + 1, {"loss": taken.loss, "learning_rate": taken.learning_rate})
+        return taken.signalled
 
     def validation_due(step: int) -> bool:
         return step > 0 and (step % s.validate_every == 0 or step == s.steps)
@@ -214,35 +229,40 @@ def train(
             if not score(start, stopped, mirror):
                 raise _interrupted(stopped(), start)
             save(start)
-        ended = early(start)
+        ended, last = early(start), None
         for step, batch, gradients, began in () if ended else source:
             if batch is None:
+                if last:
+                    settle(last, mirror)
                 save(step)
                 raise _interrupted(stopped(), step)
-            waited = time.monotonic() - began
+            # While the device is at the step before, nobody waits for the batch.
+            waited = 0.0 if last and last.running() else time.monotonic() - began
             torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             loss = gradients(batch)
             norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
-            loss_value, norm_value, signalled = _read(loss, norm, stopped(), ranks)
-            if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-                history.flush()
-                samples = [sample for part in ranks.gathered(batch.samples) for sample in part]
-                raise _non_finite(loss_value, norm_value, step, samples)
             optimizer.step()
             average.update(step)
+            taken = _Taken(step, s.learning_rate * factor, batch.samples, _on_its_way(loss, norm, stopped(), ranks))
             done = step + 1
-            history.add(step=done, loss=round(loss_value, 6), learning_rate=s.learning_rate * factor)
-            mirror.mean(done, {"loss": loss_value, "learning_rate": s.learning_rate * factor})
+            # Reading a loss waits for it: that of the step before, while the device is busy with this one.
+            signalled = settle(last, mirror) if last else False
+            due = validation_due(done)
+            if due or signalled or (ranks.world == 1 and stopped()):
+                signalled = settle(taken, mirror) or signalled
             bar.update()
-            row = timing.step(done, began, waited, len(batch.samples) * ranks.world, bar, loss_value)
+            noted = taken if taken.noted else last
+            images, loss_noted = len(batch.samples) * ranks.world, noted.loss if noted else None
+            row = timing.step(done, began, waited, images, bar, loss_noted)
+            last = taken
             if row:
                 mirror.scalars(done, {k: row[k] for k in ("images_per_s", "waiting_share")})
-            due = validation_due(done) and not signalled
-            cut_short = due and not score(done, stopped, mirror)
-            if due or signalled or _due(done, last_save, s):
+            cut_short = due and not signalled and not score(done, stopped, mirror)
+            if due or signalled or (ranks.main and _due(done, last_save, s) and taken.finite()):
+                settle(taken, mirror)  # of a loss that is not finite all ranks tell together, in the next step
                 save(done)
                 last_save = time.monotonic()
             if signalled or cut_short:
@@ -259,14 +279,49 @@ def train(
     return average.network, done
 
 
-def _read(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ranks) -> tuple[float, float, bool]:
-    """Loss and gradient norm, the same on all ranks, and whether any of them got a signal."""
-    values = torch.stack([loss, norm])
+@dataclass
+class _Taken:
+    """A step that the device was told to take; its loss is known once it is through.
+
+    values: loss, gradient norm, and how many ranks had been sent a signal; on their way to the host
+    until `arrived`.
+    """
+
+    step: int
+    learning_rate: float
+    samples: Sequence[Sample]
+    values: tuple[torch.Tensor, torch.cuda.Event | None]
+    loss: float = math.nan
+    norm: float = math.nan
+    signalled: bool = False
+    noted: bool = False
+
+    def running(self) -> bool:
+        """Is the device still at it?"""
+        arrived = self.values[1]
+        return arrived is not None and not arrived.query()
+
+    def finite(self) -> bool:
+        """Are loss and gradient norm, the same on all ranks, finite numbers? Waits for the step."""
+        values, arrived = self.values
+        if arrived:
+            arrived.synchronize()
+        self.loss, self.norm, flag = values.tolist()
+        self.signalled = bool(flag)
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+def _on_its_way(
+    loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ranks
+) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    values = torch.stack([loss, norm, torch.full_like(loss, bool(signalled))])
     if ranks.world > 1:
-        flag = ranks.sum_(values.new_tensor([float(bool(signalled))]))
-        values = torch.cat([values, flag])
-    loss_value, norm_value, *flags = values.tolist()
-    return loss_value, norm_value, bool(flags[0] if flags else signalled)
+        values[2] = ranks.sum_(values[2:].clone())[0]
+    if not values.is_cuda:
+        return values, None
+    host, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return host, arrived
 
 
 def _due(step: int, last_save_s: float, s: Settings) -> bool:
@@ -299,7 +354,7 @@ def _loader_failures() -> Iterator[None]:
 def _non_finite(loss: float, norm: float, step: int, samples: Sequence[Sample]) -> NonFiniteLoss:
     rows = ", ".join(f"{sample.index} (epoch {sample.epoch})" for sample in samples)
     return NonFiniteLoss(
-        f"loss {loss}, gradient norm {norm} at step {step + 1}, which was not taken; nothing of it was saved",
+        f"loss {loss}, gradient norm {norm} at step {step + 1}, nothing of which was saved",
         expected="finite numbers",
         where=f"train samples {rows}",
         todo="look at these samples; a lower training.learning_rate, a longer training.warmup_steps or "

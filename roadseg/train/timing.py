@@ -34,7 +34,7 @@ class Timing:
     def step(
         self, step: int, began_s: float, waited_s: float, images: int, bar: Any, loss: float | None = None
     ) -> dict[str, float] | None:
-        """After a step: began_s, on the clock of time.monotonic, and how long it then waited for its batch.
+        """After a step: began_s, on the clock of time.monotonic, and how long its batch then kept the device waiting.
 
         Returns the row {step, loss (mean of its steps), images_per_s, waiting_share, memory_gb} when one was due;
         `bar` then shows it too.
