@@ -184,8 +184,6 @@ def apply(
         if d.flip:
             pixels = cv2.flip(pixels, 1, dst=pixels)  # in place: a third of the time
         inside[1][:] = _resized_label(label, d)
-    if d.blur_px:
-        pixels = cv2.GaussianBlur(pixels, (0, 0), d.blur_px)
     made = cv2.transform(pixels, d.colour, dst=inside[0])
     if made is not inside[0]:  # OpenCV makes an array of its own where it can't write into the one given
         inside[0][:] = made
@@ -194,6 +192,8 @@ def apply(
     if (height, width) != d.crop_px:
         _surround(to_image, d.inner, fill)
         _surround(to_label, d.inner, (IGNORE,))
+    if d.blur_px:
+        to_image[:] = cv2.GaussianBlur(to_image, (0, 0), d.blur_px, borderType=cv2.BORDER_REPLICATE)
     return to_image, to_label
 
 

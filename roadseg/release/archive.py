@@ -15,9 +15,10 @@ from typing import Any
 from roadseg.errors import ArchiveError
 from roadseg.files import sha256_bytes, write_atomic
 from roadseg.labels import LabelSet
+from roadseg.release.graph import WEIGHTS, with_weights
 
-SCHEMA_VERSION = 1
-MODEL, ONNX, WEIGHTS, TERMS = "model.json", "model.onnx", "weights.safetensors", "LICENSE-DATA"
+SCHEMA_VERSION = 2  # 1: model.onnx held the weights once more
+MODEL, ONNX, TERMS = "model.json", "model.onnx", "LICENSE-DATA"
 MEMBERS = frozenset({MODEL, ONNX, WEIGHTS, TERMS})
 LIMIT_BYTES = 2 << 30
 LIMIT_RATIO = 20  # unpacked to packed bytes; ours are stored, and weights hardly compress
@@ -39,9 +40,10 @@ class Release:
     def label_set(self) -> LabelSet:
         return LabelSet.from_json(self.model["label_set"])
 
-    @property
+    @cached_property
     def onnx(self) -> bytes:
-        return self.members[ONNX]
+        """The graph with its weights. Raises ArchiveError if it points to others than those of the archive."""
+        return with_weights(self.members[ONNX], self.members[WEIGHTS], f"release {self.digest[:12]}")
 
     @property
     def temperature(self) -> float:
@@ -52,7 +54,8 @@ class Release:
 def write_archive(path: Path, model: dict[str, Any], onnx: bytes, weights: bytes, terms: str) -> str:
     """Write model.tar.gz atomically and return its SHA-256. The same arguments give the same bytes.
 
-    model: what model.json says beyond schema version and digests, which are added here.
+    model: what model.json says beyond schema version and digests, which are added here. onnx: the graph,
+    whose weights may be inside or in `weights` (graph.without_weights).
     """
     members = {ONNX: onnx, WEIGHTS: weights, TERMS: terms.encode()}
     digests = {name: sha256_bytes(data) for name, data in members.items()}

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime  # type: ignore[import-untyped]
 import torch
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +49,7 @@ def export_onnx(network: nn.Module, path: Path) -> None:
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+                optimize=False,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as e:
@@ -55,10 +59,30 @@ def export_onnx(network: nn.Module, path: Path) -> None:
             todo="choose another model.backbone, such as mobilenetv2_100 or resnet18",
         ) from e
     assert program is not None
+    _simplify(program.model)
     model = program.model_proto
     _strip(model)
     onnx.checker.check_model(model)
     write_atomic(path, model.SerializeToString(deterministic=True))
+
+
+def _simplify(model: onnx_ir.Model) -> None:
+    """As the exporter's own optimisation, but for batch norms: folded into the convolutions before them,
+    their weights would no longer be the network's. Runtimes fold them when they load the graph.
+    """
+    passes.InlinePass()(model)
+    fold_constants(model)
+    for simplification in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        simplification(model)
 
 
 def _plain_copy(network: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.model.embed import backbone_digest, embedder
 from roadseg.release.archive import write_archive
 from roadseg.release.export import check_export, export_onnx
+from roadseg.release.graph import without_weights
 from roadseg.train.temperature import fit_temperature
 
 CHECKED_FRAMES = 8  # real frames on which the exported graph is compared with the network
@@ -65,7 +66,9 @@ def write_candidate(
         "package_version": roadseg.__version__,
         "code_commit": _commit(),
     }
-    write_archive(work / "model.tar.gz", model, onnx_path.read_bytes(), save_tensors(tensors), terms)
+    weights = save_tensors(tensors)
+    graph = without_weights(onnx_path.read_bytes(), weights)
+    write_archive(work / "model.tar.gz", model, graph, weights, terms)
     onnx_path.unlink()
     log.info("exported graph agrees with the network on %.4f %% of pixels", 100 * agreement)
 

@@ -42,7 +42,7 @@ from roadseg.train.ranks import ALONE, Ranks, plain_batch_norm, sync_batch_norm
 from roadseg.train.refusals import out_of_memory, ran_out, refuse_impossible, refuse_strides
 from roadseg.train.start import Start, starting_network
 
-VERSION = 3
+VERSION = 4
 HOLDOUT = "holdout"
 COMPILED_FROM_STEPS = 2000  # compilation takes a minute or two
 log = logging.getLogger(__name__)

@@ -120,7 +120,7 @@ TAMPERED: dict[str, tuple[Callable[[Members], Members], str]] = {
         lambda m: described(m, lambda model: model["members"].pop(WEIGHTS)),
         "does not list the members' digests",
     ),
-    "newer schema": (lambda m: described(m, lambda model: model.update(schema_version=2)), "update roadseg"),
+    "newer schema": (lambda m: described(m, lambda model: model.update(schema_version=3)), "update roadseg"),
     "schema 0": (lambda m: described(m, lambda model: model.update(schema_version=0)), "schema version 0"),
     "no schema": (lambda m: described(m, lambda model: model.pop("schema_version")), "not readable"),
     "no labels": (lambda m: described(m, lambda model: model.pop("label_set")), "not readable"),
