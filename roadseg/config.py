@@ -127,6 +127,9 @@ class Model(Section):
     """DeepLabv3+ with selective-kernel fusion."""
 
     backbone: str = Field("mobilenetv2_100", description="any timm backbone with features_only")
+    backbone_options: dict[str, Any] = Field(
+        {}, description="arguments of timm's model, in YAML, such as {channels: [48, 96, 144, 192]} of resnet18"
+    )
     backbone_weights: str = Field(
         "imagenet", description="'imagenet' (timm's own), 'none', or a .safetensors file", json_schema_extra=OUT
     )

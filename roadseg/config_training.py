@@ -20,6 +20,7 @@ class Augment(Section):
     brightness: Fraction = Field(0.4, description="brightness factor drawn from 1 - b .. 1 + b")
     contrast: Fraction = Field(0.4, description="contrast factor drawn from 1 - c .. 1 + c")
     saturation: Fraction = Field(0.4, description="saturation factor drawn from 1 - s .. 1 + s")
+    tint: Fraction = Field(0.0, description="each channel's factor drawn from 1 - t .. 1 + t: another white balance")
     blur: Fraction = Field(0.0, description="chance of a Gaussian blur, sigma 0.1 .. 1.5 px")
     class_mix: Fraction = Field(
         0.0, description="share of crops into which half the classes of another crop of the batch are pasted"

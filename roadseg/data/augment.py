@@ -30,6 +30,7 @@ class Augmentation:
     contrast: float = 0.4
     saturation: float = 0.4
     blur: float = 0.0
+    tint: float = 0.0
 
 
 def generator(seed: int, *index: int) -> np.random.Generator:
@@ -38,14 +39,17 @@ def generator(seed: int, *index: int) -> np.random.Generator:
 
 
 def colour_matrix(rng: np.random.Generator, a: Augmentation) -> np.ndarray:
-    """float32 [3, 4]: brightness, contrast (around mid-grey) and saturation as one affine map of RGB."""
+    """float32 [3, 4]: brightness, contrast (around mid-grey), saturation and then tint as one affine map of RGB."""
     ranges = (a.brightness, a.contrast, a.saturation)
     brightness, contrast, saturation = (
         _between(1 - by, 1 + by, u) for by, u in zip(ranges, rng.random(3).tolist(), strict=True)
     )
     grey = [(1 - saturation) * luma for luma in LUMA]
     rows = [[brightness * contrast * (saturation * (i == j) + grey[j]) for j in range(3)] for i in range(3)]
-    return np.array([[*row, 127.5 * (1 - contrast)] for row in rows], np.float32)
+    matrix = np.array([[*row, 127.5 * (1 - contrast)] for row in rows], np.float32)
+    if a.tint:  # drawn only where asked for: it leaves all other draws as they were
+        matrix *= np.array([[_between(1 - a.tint, 1 + a.tint, u)] for u in rng.random(3).tolist()], np.float32)
+    return matrix
 
 
 def _between(low: float, high: float, u: float) -> float:

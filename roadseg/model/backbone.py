@@ -6,6 +6,7 @@ Weights come only as safetensors: a torch pickle can run code when it is read.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,30 @@ from roadseg.errors import ConfigError
 from roadseg.model.depthwise import speed_up_dilated
 
 HUB_FILE = "model.safetensors"
+# What create_backbone says itself, and what would read files: a checkpoint_path may be a pickle.
+NOT_OPTIONS = frozenset(
+    {
+        "features_only", "pretrained", "output_stride", "out_indices", "feature_cfg", "num_classes", "in_chans",
+        "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable",
+        "no_jit",
+    }
+)  # fmt: skip
 
 
-def create_backbone(name: str, output_stride: int) -> nn.Module:
+def create_backbone(name: str, output_stride: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """timm's `name` without its classifier: image [B, 3, H, W] to a list of maps, fine to coarse.
 
+    arguments: further ones of timm's model, such as widths and depths of its stages.
     `feature_info.reduction()` and `.channels()` tell the maps' strides and widths. Randomly
     initialised from torch's generator. Raises ConfigError if timm has no such model, or it offers
-    no feature maps, or not at this output stride, or only for images of one size.
+    no feature maps, or not at this output stride, or only for images of one size, or takes no such arguments.
     """
+    if refused := sorted(NOT_OPTIONS & set(arguments or {})):
+        raise ConfigError(
+            f"{', '.join(refused)} can't be set here",
+            expected="arguments that change the layers, such as channels, layers or drop_path_rate",
+            where="model.backbone_options",
+        )
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ConfigError(
@@ -37,9 +53,18 @@ def create_backbone(name: str, output_stride: int) -> nn.Module:
         )
     # Every timm model stands at its own stride unless told; not passing 32 admits those that take no stride.
     options: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
+    options |= arguments or {}
     try:
         backbone: nn.Module = timm.create_model(name, features_only=True, pretrained=False, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as e:
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError) as e:
+        if arguments:
+            raise ConfigError(
+                f"timm's {name} can't be made with {_spoken(arguments)} at output stride {output_stride} "
+                f"({type(e).__name__}: {e})".replace(": )", ")"),
+                expected=f"arguments of timm's {name}",
+                where="model.backbone_options",
+                todo="see the class of that model in timm's source; leave them out to have it as it is",
+            ) from e
         raise _unfit(name, output_stride, f"timm says {type(e).__name__}: {e}".rstrip(": ")) from e
     strides = backbone.feature_info.reduction()  # type: ignore[union-attr,operator]
     if strides[-1] != output_stride:
@@ -50,6 +75,10 @@ def create_backbone(name: str, output_stride: int) -> nn.Module:
         raise _unfit(name, output_stride, "it takes images of one size only")
     speed_up_dilated(backbone)
     return backbone
+
+
+def _spoken(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 
 def _unfit(name: str, output_stride: int, why: str) -> ConfigError:

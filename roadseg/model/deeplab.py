@@ -6,8 +6,8 @@ Shapes: B images, K classes, H x W pixels of the image, h x w pixels at the deco
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +33,9 @@ class Architecture:
 
     low_levels: strides of the backbone's maps that the decoder takes up, coarse to fine; the last
     one is the stride of the logits. atrous_rates: in pixels of the map at output_stride.
-    auxiliary: two more heads, for training only. Raises ConfigError on values that make no network;
-    what only the backbone can tell is checked when it is built.
+    auxiliary: two more heads, for training only. backbone_options: arguments of timm's model. Raises
+    ConfigError on values that make no network; what only the backbone can tell is checked when it is
+    built.
     """
 
     num_classes: int
@@ -47,6 +48,7 @@ class Architecture:
     low_levels: tuple[int, ...] = (8, 4)
     auxiliary: bool = False
     dropout: float = 0.1
+    backbone_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _require(1 <= self.num_classes <= 255, "num_classes", self.num_classes, "1 to 255 (255 is void)")
@@ -80,7 +82,7 @@ class Architecture:
     def from_json(data: dict[str, Any]) -> Architecture:
         """The inverse of to_json. Raises ConfigError on keys or types that it does not write."""
         known = {f.name for f in fields(Architecture)}
-        if set(data) != known:
+        if not known - {"backbone_options"} <= set(data) <= known:  # that one came later
             raise ConfigError(
                 f"architecture with keys {', '.join(sorted(data))}", expected=", ".join(sorted(known)), where="model"
             )
@@ -144,7 +146,7 @@ class DeepLabV3Plus(nn.Module):
         a = self.architecture = architecture
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
-        self.backbone = create_backbone(a.backbone, a.output_stride)
+        self.backbone = create_backbone(a.backbone, a.output_stride, a.backbone_options)
         widths = self.backbone.feature_info.channels()  # type: ignore[union-attr,operator]
         self.low_indices = [level(self.backbone, stride, a.backbone) for stride in a.low_levels]
         self.aspp = ASPP(widths[-1], a.channels, a.atrous_rates, a.fusion, a.head)

@@ -146,6 +146,7 @@ def _architecture(config: Config, shards: Shards) -> Architecture:
         m.low_levels,
         config.training.auxiliary_weight > 0,
         m.dropout,
+        m.backbone_options,
     )
 
 

@@ -84,6 +84,15 @@ def test_the_matrix_is_brightness_contrast_and_saturation() -> None:
     np.testing.assert_allclose(matrix @ np.append(rgb, 1), expected, rtol=1e-5)
 
 
+def test_tint_is_a_factor_a_channel_after_all_else() -> None:
+    plain, tinted = (colour_matrix(generator(1), Augmentation((1, 1), tint=tint)) for tint in (0.0, 0.3))
+    rng = generator(1)
+    rng.random(3)
+    factors = [rng.uniform(0.7, 1.3) for _ in range(3)]
+    np.testing.assert_allclose(tinted, plain * np.array(factors)[:, None], rtol=1e-5)
+    assert max(factors) - min(factors) > 0.1
+
+
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_flip_is_a_mirror(flip: float) -> None:
     image, label = scene(0)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,12 @@ def test_low_level_that_the_backbone_lacks() -> None:
 def test_json_round_trip() -> None:
     a = Architecture(11, "resnet18", 32, "sknet", "separable", 64, (3, 6, 9), (16, 4), True, 0.0)
     assert Architecture.from_json(json.loads(json.dumps(a.to_json()))) == a
+    of_before = a.to_json()
+    del of_before["backbone_options"]
+    assert Architecture.from_json(of_before) == a
+    with_options = replace(a, backbone_options={"channels": [8, 16, 24, 32], "drop_path_rate": 0.1})
+    assert Architecture.from_json(json.loads(json.dumps(with_options.to_json()))) == with_options != a
+    assert hash(with_options) == hash(a)
 
 
 @pytest.mark.parametrize("change", [{"num_classes": "19"}, {"extra": 1}, {"low_levels": 4}, {"channels": None}])

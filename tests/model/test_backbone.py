@@ -150,3 +150,26 @@ def test_models_without_published_weights_are_named() -> None:
     backbone.pretrained_cfg["hf_hub_id"] = None
     with pytest.raises(ConfigError, match="timm names no pretrained weights for mobilenetv2_075"):
         load_backbone_weights(backbone, "imagenet")
+
+
+def test_arguments_of_timms_model_change_its_layers() -> None:
+    narrow = create_backbone("resnet18", 16, {"channels": [16, 24, 32, 48], "layers": [1, 1, 1, 1]})
+    assert narrow.feature_info.channels() == [64, 16, 24, 32, 48]
+    maps = narrow(torch.zeros(1, 3, 64, 96))
+    assert [tuple(m.shape[1:]) for m in maps][-2:] == [(32, 4, 6), (48, 4, 6)]
+    assert sum(p.numel() for p in narrow.parameters()) < 0.05 * 11e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"chanels": [1]}, "timm's resnet18 can't be made with chanels=\\[1\\] at output stride 16 .TypeError"),
+        ({"channels": [8]}, "timm's resnet18 can't be made with channels=\\[8\\]"),
+        ({"checkpoint_path": "x.pth"}, "checkpoint_path can't be set here"),
+        ({"features_only": False, "in_chans": 1}, "features_only, in_chans can't be set here"),
+    ],
+)
+def test_arguments_that_it_does_not_take_are_named(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        create_backbone("resnet18", 16, arguments)
+    assert caught.value.where == "model.backbone_options"
