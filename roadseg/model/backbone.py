@@ -6,7 +6,9 @@ Weights come only as safetensors: a torch pickle can run code when it is read.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,8 @@ def create_backbone(name: str, output_stride: int, arguments: Mapping[str, Any] 
             expected="a model name of timm" + (f", perhaps {' or '.join(near)}" if near else ""),
             where="model.backbone",
         )
-    # Every timm model stands at its own stride unless told; not passing 32 admits those that take no stride.
-    options: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
-    options |= arguments or {}
     try:
-        backbone: nn.Module = timm.create_model(name, features_only=True, pretrained=False, **options)
+        backbone = _made(name, output_stride, arguments or {})
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError) as e:
         if arguments:
             raise ConfigError(
@@ -73,8 +72,32 @@ def create_backbone(name: str, output_stride: int, arguments: Mapping[str, Any] 
         raise _unfit(name, output_stride, "its maps are not channels-first")
     if backbone.pretrained_cfg.get("fixed_input_size"):  # type: ignore[union-attr,operator]
         raise _unfit(name, output_stride, "it takes images of one size only")
+    if not _takes_any_size(name, output_stride, json.dumps(dict(arguments or {}), sort_keys=True)):
+        raise _unfit(name, output_stride, "it takes only images whose sides are multiples of its stride")
     speed_up_dilated(backbone)
     return backbone
+
+
+def _made(name: str, output_stride: int, arguments: Mapping[str, Any]) -> nn.Module:
+    # Every timm model stands at its own stride unless told; not passing 32 admits those that take no stride.
+    stride: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
+    made: nn.Module = timm.create_model(name, features_only=True, pretrained=False, **stride, **arguments)
+    return made
+
+
+@cache
+def _takes_any_size(name: str, output_stride: int, arguments: str) -> bool:
+    """Tried without computing anything: branches of some models round sizes differently and don't meet again."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        backbone = _made(name, output_stride, json.loads(arguments)).eval()
+        side = max(backbone.feature_info.reduction()) + 1  # type: ignore[union-attr,operator]
+        try:
+            backbone(torch.empty(1, 3, side, side))
+        except NotImplementedError:  # an operation that can't be tried in this way
+            return True
+        except RuntimeError:
+            return False
+    return True
 
 
 def _spoken(arguments: Mapping[str, Any]) -> str:

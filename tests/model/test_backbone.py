@@ -33,6 +33,7 @@ def weights_file(whole_model: torch.nn.Module, tmp_path: Path) -> Path:
         ("vit_tiny_patch16_224", 32, ["strides 16, 16"]),
         ("swin_tiny_patch4_window7_224", 32, ["channels-first"]),
         ("vgg11", 16, ["vgg11", "AssertionError"]),
+        ("dla46_c", 32, ["dla46_c", "multiples of its stride"]),
     ],
 )
 def test_unfit_backbones_are_named(name: str, output_stride: int, words: list[str]) -> None:
@@ -173,3 +174,11 @@ def test_arguments_that_it_does_not_take_are_named(arguments: dict[str, object],
     with pytest.raises(ConfigError, match=words) as caught:
         create_backbone("resnet18", 16, arguments)
     assert caught.value.where == "model.backbone_options"
+
+
+def test_the_look_at_sizes_draws_nothing() -> None:
+    torch.manual_seed(5)
+    one = create_backbone("mobilenetv2_050", 32).state_dict()
+    torch.manual_seed(5)
+    again = create_backbone("mobilenetv2_050", 32).state_dict()  # what was found the first time is kept
+    assert all(torch.equal(one[key], again[key]) for key in one)
