@@ -6,7 +6,8 @@
 Start it again and again: results lie in STATE/ablation.json (small, to be carried between machines), and a run
 that the budget stopped goes on from its checkpoint where WORKSPACE is still there. Order: the base with every seed,
 every change with the first, then more seeds for changes within --close points of the base. A run counts for its
-config, so a changed base starts anew; changed code does not: take another --state for that.
+config, so a changed base starts anew; changed code does not: take another --state for that. On several GPUs
+start it once for each, with one --state and --workspace: they share the runs out (CUDA_VISIBLE_DEVICES=0 ... & ...).
 
 Scores are the training loop's own at its last step (history.jsonl): the averaged network on whole frames, single
 scale, bf16 on CUDA, val and the held-out drive. Latency is that of the network from uint8 image to logits, batch 1,
@@ -16,6 +17,7 @@ random weights: on the GPU in fp16, channels last; on the CPU by onnxruntime wit
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import os
 import platform
@@ -25,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -97,15 +100,42 @@ class State:
     """ablation.json: results by the digest of their config, figures of networks by that of their architecture."""
 
     def __init__(self, folder: Path, out: Path | None) -> None:
-        self._path, self._out = folder / "ablation.json", out
+        self._folder, self._out = folder, out
         folder.mkdir(parents=True, exist_ok=True)
-        known = read_json(self._path) if self._path.exists() else {}
-        self.runs: dict[str, dict[str, Any]] = known.get("runs", {})
-        self.networks: dict[str, dict[str, Any]] = known.get("networks", {})
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.networks: dict[str, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Take in what other processes found meanwhile."""
+        path = self._folder / "ablation.json"
+        known = read_json(path) if path.exists() else {}
+        for key, run in known.get("runs", {}).items():
+            if key not in self.runs or self.runs[key]["error"]:
+                self.runs[key] = run
+        self.networks = {**known.get("networks", {}), **self.networks}
 
     def save(self) -> None:
-        for path in (self._path, *([self._out / self._path.name] if self._out else [])):
-            write_json(path, {"runs": self.runs, "networks": self.networks})
+        with self._locked("writing", wait=True):
+            self.read()
+            for folder in (self._folder, *([self._out] if self._out else [])):
+                write_json(folder / "ablation.json", {"runs": self.runs, "networks": self.networks})
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Inside, no other process claims `key`; False if one does now."""
+        try:
+            with self._locked(key, wait=False):
+                yield True
+        except BlockingIOError:
+            yield False
+
+    @contextmanager
+    def _locked(self, name: str, wait: bool) -> Iterator[None]:
+        (self._folder / "locks").mkdir(exist_ok=True)
+        with open(self._folder / "locks" / name, "w") as f:
+            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its holder
+            yield
 
     def results(self, points: Mapping[tuple[str, int], Point]) -> list[Result]:
         """Of these points; a result counts for its config, whatever it was called when it was made."""
@@ -160,6 +190,7 @@ def queue(
         return key in tried or (key in state.runs and not state.runs[key]["error"])
 
     while True:
+        state.read()
         left = (points[key] for key in wanted() if not done(digest(points[key].config)))
         if (point := next(left, None)) is None:
             return
@@ -187,12 +218,16 @@ def train_all(made: Plan, a: argparse.Namespace, state: State, began_s: float) -
                 if a.whole and left_s < 1.1 * longest_s:
                     print(f"{left_s:.0f} s are left, a run takes {longest_s:.0f} s: not started", flush=True)
                     return
-                print(f"{point.name} {point.setting}, seed {point.seed} ({left_s:.0f} s left)", flush=True)
-                started = time.monotonic()
-                result = run_point(point, "train", a.workspace, wait=True, data_shared=True)
-                state.runs[digest(point.config)] = {**asdict(result), "wall_s": round(time.monotonic() - started, 1)}
-                state.save()
-                print(f"  {result.error or scored(result)}", flush=True)
+                with state.claimed(key := digest(point.config)) as mine:
+                    state.read()
+                    if not mine or (key in state.runs and not state.runs[key]["error"]):
+                        continue
+                    print(f"{point.name} {point.setting}, seed {point.seed} ({left_s:.0f} s left)", flush=True)
+                    started = time.monotonic()
+                    result = run_point(point, "train", a.workspace, wait=True, data_shared=True)
+                    state.runs[key] = {**asdict(result), "wall_s": round(time.monotonic() - started, 1)}
+                    state.save()
+                    print(f"  {point.setting}, seed {point.seed}: {result.error or scored(result)}", flush=True)
     except (Interrupted, KeyboardInterrupt) as e:
         print(f"stopped ({str(e) or 'by a signal'}); start it again to go on", flush=True)
     finally:

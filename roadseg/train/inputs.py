@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roadseg.config import Config
-from roadseg.errors import ConfigError
+from roadseg.errors import ConfigError, StoreError
 from roadseg.files import sha256_file
 from roadseg.release.archive import Release, load_release
+
+_RELEASE = "champion, a digest, 8 or more of its first characters, or the path of a model.tar.gz"
+_CHECK = "check the name; a path counts from the folder that roadseg is started in"
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,14 @@ class Inputs:
 
 
 def training_inputs(config: Config, find: Callable[[str], Path]) -> Inputs:
-    """find: the archive of a reference. Raises ConfigError for a file that is not there, what `find` and loading do."""
+    """find: the archive of a reference.
+
+    Raises ConfigError, with the config's key, for what is not there; StoreError when the store can't be
+    read, ArchiveError when an archive that is there can't be trusted.
+    """
     t, weights = config.training, config.model.backbone_weights
-    init, teacher = (_given(reference, find) for reference in (t.init_from, t.distill_from))
+    init = _given(t.init_from, find, "training.init_from")
+    teacher = _given(t.distill_from, find, "training.distill_from")
     own = weights in ("none", "imagenet")
     return Inputs(
         init,
@@ -46,15 +54,28 @@ def training_inputs(config: Config, find: Callable[[str], Path]) -> Inputs:
     )
 
 
-def _given(reference: str, find: Callable[[str], Path]) -> Given | None:
+def _given(reference: str, find: Callable[[str], Path], where: str) -> Given | None:
     if not reference:
         return None
-    archive = find(reference)
+    try:
+        archive = find(reference)
+    except StoreError as e:
+        if e.__context__ is not None:  # it fails on what the disk or S3 says: no setting is wrong
+            raise
+        found = f"{e.found} in {e.where}" if e.where else e.found
+        raise ConfigError(found, expected=e.expected or _RELEASE, where=where, todo=e.todo or _CHECK) from e
+    if archive.is_dir():
+        raise ConfigError(f"{reference!r} is a folder", expected=_RELEASE, where=where, todo="name the archive in it")
     return Given(archive, load_release(archive))
 
 
 def _digest(path: str, where: str, others: str = "") -> str:
     if not Path(path).is_file():
-        found = f"{path!r} is a folder" if Path(path).is_dir() else f"no file {path!r}"
-        raise ConfigError(found, expected=f"{others}a .safetensors file", where=where)
+        is_folder = Path(path).is_dir()
+        raise ConfigError(
+            f"{path!r} is a folder" if is_folder else f"no file {path!r}",
+            expected=f"{others}a .safetensors file",
+            where=where,
+            todo="name the file in it" if is_folder else _CHECK,
+        )
     return sha256_file(Path(path))
