@@ -39,7 +39,10 @@ def class_mix(batch: Batch, share: float, seed: int, step: int, first_row: int, 
     neighbour = torch.arange(paired, device=device) ^ 1
     label, image = batch.label_BHW[:paired], batch.image_BHWC[:paired]
     other = label[neighbour]
-    pasted = torch.from_numpy(table[:paired]).to(device).gather(1, other.flatten(1).long()).view(other.shape)
+    chosen = torch.from_numpy(table[:paired])
+    # Pinned, so that the copy is only queued: the device may still be at the step before.
+    chosen = chosen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chosen
+    pasted = chosen.gather(1, other.flatten(1).long()).view(other.shape)
     image_BHWC, label_BHW = batch.image_BHWC.clone(), batch.label_BHW.clone()
     label_BHW[:paired] = torch.where(pasted, other, label)
     image_BHWC[:paired] = torch.where(pasted[..., None], image[neighbour], image)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from roadseg.data.loader import Batch
 from roadseg.train.objective import Objective
 from roadseg.train.ranks import ALONE, Ranks
+from roadseg.train.words import LOADER_DIED
 
 log = logging.getLogger(__name__)
-LOADER_DIED = "DataLoader worker (pid"  # PyTorch raises it wherever the process is
 EAGER_STEPS = 11  # before capture: libraries choose algorithms, allocators settle
 
 

@@ -27,7 +27,8 @@ class History:
 
     def add(self, **row: Any) -> None:
         self._score(row)
-        self._new += json.dumps(row) + "\n"
+        if self._path is not None:
+            self._new += json.dumps(row) + "\n"
 
     def _score(self, row: dict[str, Any]) -> None:
         if "split" in row:

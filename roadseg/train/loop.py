@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ from roadseg.model.surgery import set_output_stride
 from roadseg.progress import progress
 from roadseg.train import checkpoint
 from roadseg.train.ema import EMA
-from roadseg.train.gradients import LOADER_DIED, Gradients
+from roadseg.train.gradients import Gradients
 from roadseg.train.history import History
 from roadseg.train.mirrors import Mirrors
 from roadseg.train.objective import Objective
@@ -40,6 +41,7 @@ from roadseg.train.ranks import ALONE, Ranks
 from roadseg.train.schedule import lr_factor
 from roadseg.train.timing import Timing
 from roadseg.train.validation import validate
+from roadseg.train.words import LOADER_DIED
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY_S = 60.0
@@ -166,19 +168,22 @@ def train(
             set_output_stride(average.network, output_stride)
             torch._dynamo.reset()
 
-    def settle(taken: _Taken, mirror: Mirrors) -> bool:
-        """Note the loss of a step, once; whether any rank had been sent a signal when it was begun.
+    def settle(taken: _Taken, mirror: Mirrors, bar: Any) -> bool:
+        """Note a step's loss and speed, once; whether any rank had been sent a signal when it was begun.
 
         Raises NonFiniteLoss. What steps after it did to the weights is never saved.
         """
         if not taken.noted:
-            taken.noted = True
+            taken.noted, number = True, taken.step + 1
             if not taken.finite():
                 history.flush()
                 samples = [sample for part in ranks.gathered(taken.samples) for sample in part]
                 raise _non_finite(taken.loss, taken.norm, taken.step, samples)
-            history.add(step=taken.step + 1, loss=round(taken.loss, 6), learning_rate=taken.learning_rate)
-            mirror.mean(taken.step + 1, {"loss": taken.loss, "learning_rate": taken.learning_rate})
+            history.add(step=number, loss=round(taken.loss, 6), learning_rate=taken.learning_rate)
+            mirror.mean(number, {"loss": taken.loss, "learning_rate": taken.learning_rate})
+            images = len(taken.samples) * ranks.world
+            if row := timing.step(number, taken.waited(), images, bar, taken.loss):
+                mirror.scalars(number, {k: row[k] for k in ("images_per_s", "waiting_share")})
         return taken.signalled
 
     def validation_due(step: int) -> bool:
@@ -230,14 +235,14 @@ def train(
                 raise _interrupted(stopped(), start)
             save(start)
         ended, last = early(start), None
+        timing.begin()
         for step, batch, gradients, began in () if ended else source:
             if batch is None:
                 if last:
-                    settle(last, mirror)
+                    settle(last, mirror, bar)
                 save(step)
                 raise _interrupted(stopped(), step)
-            # While the device is at the step before, nobody waits for the batch.
-            waited = 0.0 if last and last.running() else time.monotonic() - began
+            waited, begun = time.monotonic() - began, _mark(device)
             torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
             for group in optimizer.param_groups:
@@ -246,29 +251,29 @@ def train(
             norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
             optimizer.step()
             average.update(step)
-            taken = _Taken(step, s.learning_rate * factor, batch.samples, _on_its_way(loss, norm, stopped(), ranks))
+            values = _on_its_way(loss, norm, stopped(), ranks)
+            before, arrived = last.arrived if last else None, _mark(device)
+            taken = _Taken(step, s.learning_rate * factor, batch.samples, values, waited, before, begun, arrived)
             done = step + 1
             # Reading a loss waits for it: that of the step before, while the device is busy with this one.
-            signalled = settle(last, mirror) if last else False
-            due = validation_due(done)
-            if due or signalled or (ranks.world == 1 and stopped()):
-                signalled = settle(taken, mirror) or signalled
-            bar.update()
-            noted = taken if taken.noted else last
-            images, loss_noted = len(batch.samples) * ranks.world, noted.loss if noted else None
-            row = timing.step(done, began, waited, images, bar, loss_noted)
+            signalled = settle(last, mirror, bar) if last else False
             last = taken
-            if row:
-                mirror.scalars(done, {k: row[k] for k in ("images_per_s", "waiting_share")})
+            due = validation_due(done)
+            if due or signalled or last.arrived is None or (ranks.world == 1 and stopped()):
+                signalled = settle(last, mirror, bar) or signalled
+            bar.update()
             cut_short = due and not signalled and not score(done, stopped, mirror)
-            if due or signalled or (ranks.main and _due(done, last_save, s) and taken.finite()):
-                settle(taken, mirror)  # of a loss that is not finite all ranks tell together, in the next step
+            if due or signalled or (ranks.main and _due(done, last_save, s) and last.finite()):
+                settle(last, mirror, bar)  # of a loss that is not finite all ranks tell together, in the next step
                 save(done)
                 last_save = time.monotonic()
+                timing.begin()
             if signalled or cut_short:
                 raise _interrupted(stopped(), done)
             if ended := early(done):
                 break
+    if ranks.sum_(torch.tensor(float(bool(stopped())), device=device)):  # it came after the last step's question
+        raise _interrupted(stopped(), done)
     stride(stretches[-1].output_stride)
     if ended:
         log.info("ended after step %d: val mIoU stood still for %d validations", done, s.patience)
@@ -283,45 +288,52 @@ def train(
 class _Taken:
     """A step that the device was told to take; its loss is known once it is through.
 
-    values: loss, gradient norm, and how many ranks had been sent a signal; on their way to the host
-    until `arrived`.
+    values: loss, gradient norm, and how many ranks had been sent a signal, on the host once the device
+    `arrived`. waited_s: how long this process waited for the batch. begun: when the device could begin.
     """
 
     step: int
     learning_rate: float
     samples: Sequence[Sample]
-    values: tuple[torch.Tensor, torch.cuda.Event | None]
+    values: torch.Tensor
+    waited_s: float
+    before: torch.cuda.Event | None
+    begun: torch.cuda.Event | None
+    arrived: torch.cuda.Event | None
     loss: float = math.nan
     norm: float = math.nan
     signalled: bool = False
     noted: bool = False
 
-    def running(self) -> bool:
-        """Is the device still at it?"""
-        arrived = self.values[1]
-        return arrived is not None and not arrived.query()
-
     def finite(self) -> bool:
         """Are loss and gradient norm, the same on all ranks, finite numbers? Waits for the step."""
-        values, arrived = self.values
-        if arrived:
-            arrived.synchronize()
-        self.loss, self.norm, flag = values.tolist()
+        if self.arrived:
+            self.arrived.synchronize()
+        self.loss, self.norm, flag = self.values.tolist()
         self.signalled = bool(flag)
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
+    def waited(self) -> float:
+        """Seconds that the batch kept the device waiting: not those in which it was at the step before."""
+        if self.before is None or self.begun is None:
+            return self.waited_s
+        return min(self.waited_s, max(0.0, self.before.elapsed_time(self.begun) / 1000))
 
-def _on_its_way(
-    loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ranks
-) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """When the device will have done what it was told so far; None where that is at once."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _on_its_way(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ranks) -> torch.Tensor:
     values = torch.stack([loss, norm, torch.full_like(loss, bool(signalled))])
     if ranks.world > 1:
         values[2] = ranks.sum_(values[2:].clone())[0]
-    if not values.is_cuda:
-        return values, None
-    host, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
-    return host, arrived
+    return values.to("cpu", non_blocking=True)
 
 
 def _due(step: int, last_save_s: float, s: Settings) -> bool:

@@ -40,11 +40,14 @@ def place(environment: Mapping[str, str] = os.environ, resources: Path = RESOURC
 
     Raises UsageError if what is there is incomplete or no number.
     """
-    if int(environment.get("WORLD_SIZE") or 1) > 1:
+    if (said := environment.get("WORLD_SIZE") or "1") != "1":
         try:
+            world, rank = int(said), int(environment["RANK"])
+            if not 0 <= rank < world:
+                raise ValueError(f"RANK {rank} of {world}")
             return Place(
-                int(environment["RANK"]),
-                int(environment["WORLD_SIZE"]),
+                rank,
+                world,
                 int(environment["LOCAL_RANK"]),
                 environment["MASTER_ADDR"],
                 int(environment.get("MASTER_PORT") or PORT),
@@ -53,8 +56,8 @@ def place(environment: Mapping[str, str] = os.environ, resources: Path = RESOURC
             )
         except (KeyError, ValueError) as e:
             raise UsageError(
-                f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {e} is missing or no number",
-                expected="RANK, LOCAL_RANK and MASTER_ADDR beside it",
+                f"WORLD_SIZE is {said}, but " + (f"{e} is missing" if isinstance(e, KeyError) else str(e)),
+                expected="RANK below WORLD_SIZE, LOCAL_RANK and MASTER_ADDR beside it, numbers but for the last",
                 where="the environment",
                 todo="start the processes with torchrun, or unset WORLD_SIZE",
             ) from None

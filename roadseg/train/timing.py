@@ -30,19 +30,25 @@ class Timing:
         self._folder, self._device = folder, device or torch.device("cpu")
         self._row, self._all = _Sum(), _Sum()
         self._first = True
+        self.begin()
+
+    def begin(self) -> None:
+        """Time counts from here: before the first step, and after what is no step."""
+        self._since_s = time.monotonic()
 
     def step(
-        self, step: int, began_s: float, waited_s: float, images: int, bar: Any, loss: float | None = None
+        self, step: int, waited_s: float, images: int, bar: Any, loss: float | None = None
     ) -> dict[str, float] | None:
-        """After a step: began_s, on the clock of time.monotonic, and how long its batch then kept the device waiting.
+        """After a step: for how long of the time since the last one its batch kept the device waiting.
 
         Returns the row {step, loss (mean of its steps), images_per_s, waiting_share, memory_gb} when one was due;
         `bar` then shows it too.
         """
+        now_s = time.monotonic()
+        took, self._since_s = now_s - self._since_s, now_s
         if self._first:
             self._first = False
             return None
-        took = time.monotonic() - began_s
         for total in (self._row, self._all):
             total.add(took, waited_s, images, loss)
         if self._row.took_s < EVERY_S:

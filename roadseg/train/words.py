@@ -29,6 +29,7 @@ MEET_WITHIN = timedelta(minutes=15)  # machines of a cluster start minutes apart
 HEARD_WITHIN_S, FAILURE_HEARD_WITHIN_S = 5.0, 30.0  # of a failure others may learn late: they make data first
 ASK_EVERY_S = 0.2
 FAILED = "failed"
+LOADER_DIED = "DataLoader worker (pid"  # PyTorch raises it wherever the process is, so also in a message
 
 
 class PeerLost(RoadsegError):
@@ -43,6 +44,8 @@ def answered() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:  # gloo has no class of its own; NCCL's derive from it
+        if LOADER_DIED in str(e):
+            raise
         raise PeerLost(
             f"another rank no longer answers ({str(e).splitlines()[0]})",
             todo="look at what it said last; run again to go on after the last checkpoint",
@@ -144,7 +147,15 @@ class Words:
 @cache
 def _store(here: Place) -> dist.TCPStore:
     host = here.main and not here.hosted
-    return dist.TCPStore(here.address, here.port, None, host, MEET_WITHIN, wait_for_workers=False)
+    try:
+        return dist.TCPStore(here.address, here.port, None, host, MEET_WITHIN, wait_for_workers=False)
+    except dist.DistError as e:
+        raise RoadsegError(
+            f"the processes can't meet there ({str(e).splitlines()[0]})",
+            expected="an address that all reach and a port that is free on the first machine",
+            where=f"MASTER_ADDR and MASTER_PORT, {here.address}:{here.port}",
+            todo="set another MASTER_PORT for all of them, or start them with torchrun",
+        ) from e
 
 
 def packed(error: BaseException, rank: int) -> dict[str, Any]:

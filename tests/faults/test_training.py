@@ -254,7 +254,7 @@ DeepLabV3Plus.forward = spoilt
     ],
     ids=["NaN loss", "Inf gradient"],
 )
-def test_numbers_that_are_none_are_named_and_taken_no_step_with(
+def test_numbers_that_are_none_are_named_and_nothing_of_them_is_saved(
     driver: Driver, whole: Whole, tmp_path: Path, step: int, how: str
 ) -> None:
     run = driver.start(tmp_path / "w", whole.shards.folder, prelude=SPOILT.format(step=step, how=how))

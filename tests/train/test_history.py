@@ -47,3 +47,10 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RoadsegError, match=r"history.jsonl: no space left for .* MB; free .*run again"):
         history.flush()
+
+
+def test_without_a_path_nothing_is_kept() -> None:
+    history = History(None, 0)
+    for step in range(1000):
+        history.add(step=step, loss=1.0)
+    assert not history._new

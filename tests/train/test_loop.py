@@ -25,7 +25,7 @@ from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
 from roadseg.files import read_json_lines
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.model.surgery import freeze
-from roadseg.train import checkpoint
+from roadseg.train import checkpoint, loop
 from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.loop import Settings, Stretch, train
 from roadseg.train.objective import Objective
@@ -118,7 +118,7 @@ def test_it_learns(shards: Shards, tmp_path: Path) -> None:
 
 @pytest.mark.fault
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_spoilt_network_stops_before_the_step_and_names_the_samples(
+def test_a_spoilt_network_ends_the_run_unsaved_and_names_the_samples(
     shards: Shards, tmp_path: Path, value: float
 ) -> None:
     sound, calls = criterion(), []
@@ -373,3 +373,77 @@ def test_sigterm_is_answered_with_a_checkpoint_while_workers_are_held_up(shards:
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in out
+
+
+@pytest.mark.fault
+def test_a_signal_after_the_last_steps_question_is_answered(shards: Shards, tmp_path: Path) -> None:
+    def draw(average: torch.nn.Module, step: int) -> None:
+        if step == SETTINGS.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stretches = [Stretch(0, SETTINGS.steps, 16, source(shards))]
+    with pytest.raises(Interrupted, match="SIGTERM after step 6"):
+        train(
+            network(), stretches, {"val": shards.split("val")}, THREE, criterion(), SETTINGS, CPU, tmp_path, draw=draw
+        )
+    assert (checkpoint.newest(tmp_path / "checkpoints") or (0,))[0] == 6
+
+
+class Device:
+    """Takes STEP_S for each step, one after the other, while the loop goes on."""
+
+    step_s, free_s = 0.05, 0.0
+
+    class Event:
+        def __init__(self) -> None:
+            self.at_s = max(time.monotonic(), Device.free_s)
+
+        def synchronize(self) -> None:
+            time.sleep(max(0.0, self.at_s - time.monotonic()))
+
+        def elapsed_time(self, later: "Device.Event") -> float:
+            return 1000 * (later.at_s - self.at_s)
+
+    class Gradients:
+        def __init__(self, *given: Any, **named: Any) -> None:
+            pass
+
+        def __call__(self, batch: Batch) -> torch.Tensor:
+            Device.free_s = max(time.monotonic(), Device.free_s) + Device.step_s
+            return torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    ("loader_s", "least", "most"), [(0.02, 0.0, 0.1), (0.1, 0.25, 0.65)], ids=["loader is faster", "device is faster"]
+)
+def test_waiting_is_what_the_device_waits(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader_s: float, least: float, most: float
+) -> None:
+    Device.free_s = 0.0
+    monkeypatch.setattr(loop, "Gradients", Device.Gradients)
+    monkeypatch.setattr(loop, "_mark", lambda device: Device.Event())
+    one = next(source(shards)(0))
+
+    def slow(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
+        ready_s = 0.0
+        for _ in range(step, 30):  # one ahead, as by a process of its own
+            time.sleep(max(0.0, ready_s - time.monotonic()))
+            ready_s = time.monotonic() + loader_s
+            yield one
+
+    s = replace(SETTINGS, steps=30, validate_every=100, checkpoint_every=100, clip_norm=0.0, optimizer="sgd")
+    work = tmp_path / "work"
+    work.mkdir()
+    train(network(), [Stretch(0, 30, 16, slow)], {}, THREE, criterion(), s, CPU, work)
+    said = json.loads((work / "log" / "bottleneck.json").read_text())
+    assert least <= said["waiting_share"] <= most, said
+    per_step_s = 4 / said["images_per_s"]
+    assert max(loader_s, Device.step_s) * 0.95 < per_step_s < max(loader_s, Device.step_s) * 3
+
+
+def test_each_steps_loss_is_told_once(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, real = [], loop.Timing.step
+    monkeypatch.setattr(loop.Timing, "step", lambda self, *a: told.append((a[0], round(a[4], 6))) or real(self, *a))
+    run(shards, tmp_path / "work")
+    rows = read_json_lines(tmp_path / "work" / "history.jsonl")
+    assert told == [(row["step"], row["loss"]) for row in rows if "loss" in row]

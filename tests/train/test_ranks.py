@@ -123,8 +123,10 @@ def test_place_of_torchrun(tmp_path: Path) -> None:
     assert place(TORCHRUN, nowhere) == Place(5, 8, 1, "node0", 1234)
     assert place({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, nowhere).hosted
     assert place({}, nowhere) == place({"WORLD_SIZE": "1", "RANK": "0"}, nowhere) == Place()
-    for broken in ({"WORLD_SIZE": "2"}, {**TORCHRUN, "RANK": "first"}):
-        with pytest.raises(UsageError, match="missing or no number.*torchrun"):
+    for broken in (
+        {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {**TORCHRUN, "RANK": "first"}, {**TORCHRUN, "RANK": "99"}
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match="WORLD_SIZE is .*, but .*torchrun"):
             place(broken, nowhere)
 
 

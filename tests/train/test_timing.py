@@ -42,10 +42,11 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, waited_s: float, steps: i
     monkeypatch.setattr(timing, "time", clock)
     made = Timing(folder)
     for step in range(1, steps + 1):
-        began = clock.now
         clock.now += 60 if step == 1 else 1
-        made.step(step, began, 59.0 if step == 1 else waited_s, 8, bar, float(step) if losses else None)
-        clock.now += 60 if step % 10 == 0 else 0
+        made.step(step, 59.0 if step == 1 else waited_s, 8, bar, float(step) if losses else None)
+        if step % 10 == 0:
+            clock.now += 60
+            made.begin()
     return made
 
 
@@ -83,8 +84,8 @@ def test_a_row_is_the_mean_of_its_steps_and_is_shown(tmp_path: Path, monkeypatch
 def test_rows_are_returned_when_due_and_need_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "EVERY_S", 0.0)
     made = Timing(tmp_path)
-    assert made.step(1, 0.0, 0.0, 2, Bar()) is None
-    row = made.step(2, timing.time.monotonic(), 0.0, 2, Bar())
+    assert made.step(1, 0.0, 2, Bar()) is None
+    row = made.step(2, 0.0, 2, Bar())
     assert row is not None and row["step"] == 2 and "loss" not in row
     assert [row] == read_json_lines(tmp_path / "timing.jsonl")
 

@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import pytest
 
-from roadseg.errors import DataError
+from roadseg.errors import DataError, RoadsegError
 from roadseg.train import words as room
 from roadseg.train.place import Place
-from roadseg.train.words import PeerLost, Words
+from roadseg.train.words import PeerLost, Words, answered
 
 
 @pytest.fixture
@@ -73,3 +73,20 @@ def test_a_rank_that_does_not_come_is_named(two: tuple[Words, Words], monkeypatc
     two[0].meet()
     late.join(20)
     assert not late.is_alive()
+
+
+def test_a_loader_process_that_dies_in_a_message_is_no_lost_rank() -> None:
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught, answered():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert not isinstance(caught.value, PeerLost)
+    with pytest.raises(PeerLost, match="no longer answers .Connection closed"), answered():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        here = Place(0, 2, 0, "127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(RoadsegError, match=f"127.0.0.1:{here.port}: the processes can't meet.*MASTER_PORT"):
+            Words(here, "x").tell("word")
