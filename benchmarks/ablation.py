@@ -151,12 +151,16 @@ def digest(config: Config) -> str:
 
 
 def architecture_of(config: Config) -> Architecture:
-    """Of the network that ships: at the last phase's output stride, without auxiliary heads."""
+    """Of the network that ships: at the last phase's output stride, without auxiliary heads.
+
+    Rates follow the stride, as in set_output_stride; where they can't, the training refuses the config.
+    """
     given = {f.name: getattr(config.model, f.name) for f in fields(Architecture) if hasattr(config.model, f.name)}
-    strides = [phase.output_stride for phase in config.training.phases if phase.output_stride]
-    return Architecture(
-        **{**given, "num_classes": CLASSES, "output_stride": (strides or [config.model.output_stride])[-1]}
-    )
+    stride: int = config.model.output_stride
+    rates: tuple[int, ...] = config.model.atrous_rates
+    for to in (phase.output_stride for phase in config.training.phases if phase.output_stride):
+        stride, rates = to, tuple(rate * stride // to for rate in rates)
+    return Architecture(**{**given, "num_classes": CLASSES, "output_stride": stride, "atrous_rates": rates})
 
 
 def network_key(architecture: Architecture) -> str:

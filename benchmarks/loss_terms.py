@@ -10,21 +10,17 @@ Rounds of all terms are interleaved; medians are printed.
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import fields
 
 import torch
-from machine import cpu_name
+from side_by_side import medians_s, print_machine
 from torch import Tensor
 from torch.nn import functional as F
 
 from roadseg.labels import IGNORE
 from roadseg.train.criterion import Criterion, Terms
 
-ROUNDS = 5
 WARM_UP = 3
 MIB = 1 << 20
 
@@ -79,8 +75,7 @@ def main() -> None:
     a = parser.parse_args()
     height, width = map(int, a.size.split("x"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    print(f"{name}, PyTorch {torch.__version__}, Python {platform.python_version()}, batch {a.batch} of {a.size}")
+    print_machine(device, f"batch {a.batch} of {a.size}")
     draw = torch.Generator().manual_seed(0)
     shape = (a.batch, a.classes, -(-height // a.stride), -(-width // a.stride))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -89,20 +84,9 @@ def main() -> None:
     blocks[torch.rand(blocks.shape, generator=draw) < 0.1] = IGNORE
     label = blocks.repeat_interleave(24, 1).repeat_interleave(24, 2)[:, :height, :width].to(device, torch.uint8)
     steps = {form: step_of(loss, logits) for form, loss in losses(label.contiguous()).items()}
-    took: dict[str, list[float]] = {form: [] for form in steps}
-    for _ in range(ROUNDS):
-        for form, (step, _mib) in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(a.steps):
-                step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            took[form].append((time.perf_counter() - start) / a.steps)
     print("| loss | ms, forward and backward | MiB |\n|---|---|---|")
-    for form, seconds in took.items():
-        print(f"| {form} | {statistics.median(seconds) * 1000:.2f} | {steps[form][1]:.0f} |")
+    for form, seconds in medians_s({form: step for form, (step, _) in steps.items()}, device, a.steps).items():
+        print(f"| {form} | {seconds * 1000:.2f} | {steps[form][1]:.0f} |")
 
 
 if __name__ == "__main__":

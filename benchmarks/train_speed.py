@@ -12,14 +12,12 @@ On CUDA the precision is bf16, elsewhere fp32.
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from machine import cpu_name
 from reference_model import ReferenceModel
+from side_by_side import medians_s, print_machine
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,8 +28,6 @@ from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.ema import EMA
 from roadseg.train.gradients import EAGER_STEPS, Gradients
 from roadseg.train.objective import Objective
-
-ROUNDS = 5
 
 
 def ours(
@@ -104,8 +100,7 @@ def main() -> None:
     a = parser.parse_args()
     height, width = map(int, a.size.split("x"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    print(f"{name}, PyTorch {torch.__version__}, Python {platform.python_version()}, batch {a.batch} of {a.size}")
+    print_machine(device, f"batch {a.batch} of {a.size}")
     torch.backends.cudnn.benchmark = True
     draw = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (a.batch, height, width, 3), dtype=torch.uint8, generator=draw)
@@ -118,21 +113,9 @@ def main() -> None:
         for _ in range(EAGER_STEPS + 5 if device.type == "cuda" else 1):
             step()
         print(f"{form}: first steps with compilation and capture {time.perf_counter() - start:.0f} s", flush=True)
-    took: dict[str, list[float]] = {form: [] for form in steps}
-    for _ in range(ROUNDS):
-        for form, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(a.steps):
-                step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            took[form].append((time.perf_counter() - start) / a.steps)
     print("| form | ms a step | images/s |\n|---|---|---|")
-    for form, seconds in took.items():
-        median = statistics.median(seconds)
-        print(f"| {form} | {median * 1000:.1f} | {a.batch / median:.0f} |")
+    for form, seconds in medians_s(steps, device, a.steps).items():
+        print(f"| {form} | {seconds * 1000:.1f} | {a.batch / seconds:.0f} |")
 
 
 if __name__ == "__main__":

@@ -195,7 +195,13 @@ def _measure(
 
 
 def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Training) -> str:
-    from roadseg.profile_model import AUXILIARY, LOSS
+    from roadseg.profile_model import AUXILIARY, LOSS, three_digits
+
+    def mega(count: int) -> str:
+        return three_digits(count / 1e6)
+
+    def giga(count: int) -> str:
+        return three_digits(count / 1e9)
 
     batch, height, width = figures["image_BHW"]
     crops, crop_height, crop_width = figures["crops_BHW"]
@@ -211,18 +217,18 @@ def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Tr
     for p in counted.parts:
         if p.name == AUXILIARY:
             continue
-        rows.append([p.name, f"{p.parameters:,}" if p.name != LOSS else "", f"{p.macs / 1e9:.2f}" if p.macs else "",
-                     f"{p.saved_bytes / 1e6:,.1f}"])  # fmt: skip
-    rows.append(["inference", f"{counted.parameters:,}", f"{counted.macs / 1e9:.2f}", ""])
+        parameters = f"{p.parameters:,}" if p.name != LOSS else ""
+        rows.append([p.name, parameters, giga(p.macs) if p.macs else "", mega(p.saved_bytes)])
+    rows.append(["inference", f"{counted.parameters:,}", giga(counted.macs), ""])
     rows += [
-        [f"+ {AUXILIARY}", f"{p.parameters:,}", f"{p.macs / 1e9:.2f}", f"{p.saved_bytes / 1e6:,.1f}"]
+        [f"+ {AUXILIARY}", f"{p.parameters:,}", giga(p.macs), mega(p.saved_bytes)]
         for p in counted.parts
         if p.name == AUXILIARY
     ]
-    rows.append(["training step", "", "", f"{counted.saved_bytes / 1e6:,.1f}"])
+    rows.append(["training step", "", "", mega(counted.saved_bytes)])
     notes = [
-        f"memory    inference {counted.peak_bytes / 1e6:,.0f} MB of maps at its peak; training "
-        f"{counted.saved_bytes / 1e6:,.0f} MB kept for backward + {counted.state_bytes / 1e6:,.0f} MB of weights, "
+        f"memory    inference {mega(counted.peak_bytes)} MB of maps at its peak; training "
+        f"{mega(counted.saved_bytes)} MB kept for backward + {mega(counted.state_bytes)} MB of weights, "
         f"gradients, {t.optimizer}'s state and average ({figures['precision']}; libraries' workspaces not counted)"
     ]
     if t.activation_checkpointing:
@@ -234,9 +240,7 @@ def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Tr
             for m in measured
         ]
         notes += ["", _columns(speed), f"          {measured[0].runs} runs on {figures['machine']}"]
-        notes += [
-            f"          at most {m.peak_bytes / 1e6:,.0f} MB beyond the weights" for m in measured if m.peak_bytes
-        ]
+        notes += [f"          at most {mega(m.peak_bytes)} MB beyond the weights" for m in measured if m.peak_bytes]
     model = ", ".join(f"{key} {value}" for key, value in figures["architecture"].items() if key != "auxiliary")
     return "\n".join([f"model     {model}", "", _columns(rows), "", *notes])
 

@@ -9,6 +9,7 @@ RoadsegError 1
 ├── ImageError 1          bytes that are no usable image or label
 ├── ArchiveError 1        a model archive that can't be trusted
 ├── StoreError 1          a model store that can't be read or written
+│   ├── ReleaseNotFound   no such release is in it
 │   └── PointerMoved      the champion changed since it was read
 ├── ExportError 1         the exported graph differs from the network
 ├── NonFiniteLoss 1       training diverged
@@ -66,6 +67,10 @@ class ArchiveError(RoadsegError):
 
 
 class StoreError(RoadsegError):
+    pass
+
+
+class ReleaseNotFound(StoreError):
     pass
 
 

@@ -7,6 +7,7 @@ Nothing is computed: the network runs on tensors that have shapes, types and sto
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -72,6 +73,12 @@ class Cost:
             "training_saved_bytes": self.saved_bytes,
             "training_state_bytes": self.state_bytes,
         }
+
+
+def three_digits(value: float) -> str:
+    """A number of 0 or more as text: three significant digits, all digits of what is larger, never an exponent."""
+    decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{max(decimals, 0)}f}"
 
 
 def cost(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def test_a_config_is_counted_and_measured(call, tmp_path: Path) -> None:
     for part in figures["parts"]:
         assert part["name"] in out and f"{part['parameters']:,}" in out
     assert f"{figures['parameters']:,}" in out and "GMAC, 2 x 64x96" in out
+    printed = re.findall(r"\d+\.\d+", out)
+    assert printed and all(float(number) for number in printed)  # of the smallest part too
     (m,) = figures["latency"]
     assert 0 < m["p50_ms"] <= m["p90_ms"] <= m["p99_ms"] and m["runs"] == 3 and m["threads"] >= 1
     assert m["images_per_s"] == pytest.approx(2000 / m["p50_ms"]) and m["runtime"] in out

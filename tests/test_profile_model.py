@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roadseg.model import Architecture, build
-from roadseg.profile_model import AUXILIARY, LOSS, cost, macs_by_part, peak_bytes, saved_by_part
+from roadseg.profile_model import AUXILIARY, LOSS, cost, macs_by_part, peak_bytes, saved_by_part, three_digits
 
 BHW = (2, 10, 20)
 PIXELS = 2 * 10 * 20
@@ -128,6 +128,24 @@ def test_cost_grows_with_the_batch_and_needs_no_memory_of_its_own() -> None:
     assert many.macs == 4096 * one.macs and many.peak_bytes == pytest.approx(4096 * one.peak_bytes, rel=0.01)
     assert many.saved_bytes == pytest.approx(4096 * one.saved_bytes, rel=0.01) and many.saved_bytes > 10**10
     assert one.to_json()["macs"] == one.macs
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (4e-6, "0.00000400"),
+        (0.0332, "0.0332"),
+        (0.1, "0.100"),
+        (1, "1.00"),
+        (9.994, "9.99"),
+        (52.06, "52.1"),
+        (100, "100"),
+        (12_345.6, "12,346"),
+    ],
+)
+def test_figures_of_any_size_can_be_read(value: float, text: str) -> None:
+    assert three_digits(value) == text
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from roadseg.errors import PointerMoved, StoreError
+from roadseg.errors import PointerMoved, ReleaseNotFound, StoreError
 from roadseg.files import lock, sha256_bytes, sha256_file, write_atomic
 
 ARCHIVE, EVALUATION, CARD, DECISION = "model.tar.gz", "evaluation.json", "card.md", "decision.json"
@@ -171,7 +171,7 @@ class FolderStore:
     def fetch(self, digest: str, cache: Path) -> Path:
         path = self.folder / "releases" / digest / ARCHIVE
         if not path.exists():
-            raise StoreError(f"no release {digest}", where=self.address, todo="see `roadseg releases`")
+            raise ReleaseNotFound(f"no release {digest}", where=self.address, todo="see `roadseg releases`")
         with _store_errors(path):
             whole = sha256_file(path) == digest
         if not whole:
@@ -212,13 +212,13 @@ def resolve(reference: str, store: Store, cache: Path) -> Path:
     if reference == "champion":
         champion = store.champion()
         if champion is None:
-            raise StoreError("there is no champion yet", where=store.address, todo="run `roadseg run` first")
+            raise ReleaseNotFound("there is no champion yet", where=store.address, todo="run `roadseg run` first")
         return store.fetch(champion.digest, cache)
     if Path(reference).exists():
         return Path(reference)
     matches = [d for d in store.releases() if d.startswith(reference)] if len(reference) >= 8 else []
     if len(matches) != 1:
-        raise StoreError(
+        raise ReleaseNotFound(
             f"{len(matches)} releases match {reference!r}",
             expected="champion, a digest, 8 or more of its first characters, or the path of a model.tar.gz",
             where=store.address,

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from roadseg.aws import aws_client, error_code, said_plainly
-from roadseg.errors import ConfigError, PointerMoved, StoreError
+from roadseg.errors import ConfigError, PointerMoved, ReleaseNotFound, StoreError
 from roadseg.files import sha256_bytes, sha256_file, write_atomic
 from roadseg.release.archive import LIMIT_BYTES
 from roadseg.release.store import ARCHIVE, Champion, champion_bytes, parse_champion
@@ -81,7 +81,7 @@ class S3Store:
         name = f"releases/{digest}/{ARCHIVE}"
         answer = self._get(name)
         if answer is None:
-            raise StoreError(f"no release {digest}", where=self.address, todo="see `roadseg releases`")
+            raise ReleaseNotFound(f"no release {digest}", where=self.address, todo="see `roadseg releases`")
         if sha256_bytes(answer[0]) != digest:
             raise _damaged(digest, f"{self.address}/{name}")
         path.parent.mkdir(parents=True, exist_ok=True)

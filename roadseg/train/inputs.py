@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roadseg.config import Config
-from roadseg.errors import ConfigError, StoreError
+from roadseg.errors import ConfigError, ReleaseNotFound
 from roadseg.files import sha256_file
 from roadseg.release.archive import Release, load_release
 
@@ -59,9 +59,7 @@ def _given(reference: str, find: Callable[[str], Path], where: str) -> Given | N
         return None
     try:
         archive = find(reference)
-    except StoreError as e:
-        if e.__context__ is not None:  # it fails on what the disk or S3 says: no setting is wrong
-            raise
+    except ReleaseNotFound as e:
         found = f"{e.found} in {e.where}" if e.where else e.found
         raise ConfigError(found, expected=e.expected or _RELEASE, where=where, todo=e.todo or _CHECK) from e
     if archive.is_dir():

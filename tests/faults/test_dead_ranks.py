@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MICRO, Micro
+from processes import DEADLINE_S, gone, running, when
 
-import roadseg
 from roadseg.config import load_config
 from roadseg.errors import ConfigError, NonFiniteLoss
 from roadseg.files import content_digest, read_json_lines
@@ -26,7 +27,6 @@ from roadseg.train.ranks import Ranks, joined
 from roadseg.workspace import LEAVE_OUT
 
 pytestmark = pytest.mark.fault
-DEADLINE_S = 120
 CPU = torch.device("cpu")
 TRAIN = ["roadseg.cli", "train", "--config", str(MICRO)]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -52,20 +52,6 @@ def pids(folder: Path) -> list[int]:
     return [int(path.read_text()) for path in sorted(folder.glob("*.pid")) if path.read_text()]
 
 
-def gone(processes: list[int], within_s: float) -> bool:
-    until = time.monotonic() + within_s
-    while any(alive(pid) for pid in processes) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not any(alive(pid) for pid in processes)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_what_one_rank_raises_ends_all_within_seconds(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss, match="train samples 7: loss nan; expected finite numbers; look") as caught:
         launch(rounds, (str(tmp_path),), 2)
@@ -78,10 +64,10 @@ def test_what_one_rank_raises_ends_all_within_seconds(tmp_path: Path) -> None:
 def test_ranks_die_with_the_process_that_started_them(tmp_path: Path) -> None:
     (tmp_path / "endless").touch()
     code = f"from test_dead_ranks import *\nif __name__ == '__main__': launch(rounds, ({str(tmp_path)!r},), 2)"
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     script = tmp_path / "script.py"
     script.write_text(code)
-    with popen([sys.executable, str(script)], tmp_path / "log", path) as process:
+    tests = Path(__file__).parent
+    with running([sys.executable, str(script)], tmp_path / "log", tests, tests.parent) as process:
         assert when(process, lambda: len(pids(tmp_path)) == 2), (tmp_path / "log").read_text()
         process.kill()
         process.wait(30)
@@ -91,41 +77,12 @@ def test_ranks_die_with_the_process_that_started_them(tmp_path: Path) -> None:
 # ---- the whole way --------------------------------------------------------------------------
 
 
-class popen:
-    """A process group of its own, killed in the end. One thread: it decides how floats are summed."""
-
-    def __init__(self, command: list[str], log: Path, path: str = "") -> None:
-        code = str(Path(roadseg.__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([code, path]), "OMP_NUM_THREADS": "1"}
-        with open(log, "ab") as f:
-            self.process = subprocess.Popen(command, env=environment, stdout=f, stderr=f, start_new_session=True)
-
-    def __enter__(self) -> subprocess.Popen[bytes]:
-        return self.process
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def train(workspace: Path, *flags: str, by: tuple[str, ...] | list[str] = ()) -> popen:
+def train(workspace: Path, *flags: str, by: Sequence[str] = ()) -> AbstractContextManager[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", *by, *TRAIN, "--workspace", str(workspace), *flags]
-    return popen(command, workspace.with_suffix(".log"))
+    return running(command, workspace.with_suffix(".log"))
 
 
-def when(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> bool:
-    """Wait until `there()`; False if the process ended before."""
-    until = time.monotonic() + DEADLINE_S
-    while not there():
-        if process.poll() is not None:
-            return False
-        assert time.monotonic() < until, "it neither ends nor goes on"
-        time.sleep(0.002)
-    return True
-
-
-def finished(workspace: Path, *flags: str, by: tuple[str, ...] | list[str] = ()) -> Path:
+def finished(workspace: Path, *flags: str, by: Sequence[str] = ()) -> Path:
     """The train stage's output."""
     with train(workspace, *flags, by=by) as process:
         code = process.wait(DEADLINE_S)

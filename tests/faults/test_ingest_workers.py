@@ -3,9 +3,9 @@
 import os
 import signal
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
+from processes import gone
 
 from roadseg.data.masks import MaskForm
 from roadseg.errors import RoadsegError
@@ -56,10 +56,4 @@ def test_workers_end_with_a_killed_parent():
     parent.start()
     parent.join(60)
     assert parent.exitcode == -signal.SIGKILL
-    deadline = 100
-    while Path(f"/proc/{child_pid.value}/stat").exists() and deadline:
-        if Path(f"/proc/{child_pid.value}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            break
-        deadline -= 1
-        signal.sigtimedwait([], 0.1)
-    assert deadline, "the worker outlived its parent by ten seconds"
+    assert gone([child_pid.value], 10), "the worker outlived its parent by ten seconds"

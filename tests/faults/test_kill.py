@@ -9,42 +9,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from conftest import MICRO, Micro
+from processes import DEADLINE_S, running, when
 
-import roadseg
 from roadseg.files import content_digest, read_json
 from roadseg.workspace import LEAVE_OUT, Workspace
 
 pytestmark = pytest.mark.fault
-DEADLINE_S = 240
 
 
-def start(workspace: Path, *flags: str) -> subprocess.Popen[bytes]:
-    """`roadseg run` in a process group of its own. One thread, as in the tests: it decides how floats are summed."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(roadseg.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+def start(workspace: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "roadseg.cli", "run", "--config", str(MICRO), "--workspace", str(workspace)]
-    command += flags
-    with open(workspace.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def when(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> bool:
-    """Wait until `there()`; False if the process ended before."""
-    until = time.monotonic() + DEADLINE_S
-    while not there():
-        if process.poll() is not None:
-            return False
-        assert time.monotonic() < until, "it neither ends nor goes on"
-        time.sleep(0.002)
-    return True
+    return running(command, workspace.with_suffix(".log"))
 
 
 def finish(workspace: Path) -> str:
-    process = start(workspace)
-    code, log = process.wait(DEADLINE_S), workspace.with_suffix(".log").read_text()
+    with start(workspace) as process:
+        code = process.wait(DEADLINE_S)
+    log = workspace.with_suffix(".log").read_text()
     assert code == 0, log
     return log
 
@@ -84,14 +70,14 @@ def test_killed_in_every_stage_and_run_again_the_same_comes_out(micro: Micro, tm
         ("export", exporting, 1.0),
     ]
     for number, (stage, there, delay_s) in enumerate(moments):
-        process = start(workspace)
-        assert when(process, there), workspace.with_suffix(".log").read_text()
-        time.sleep(delay_s)
-        if number % 2:  # the whole group, or the run alone, whose workers must then end by themselves
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        assert process.wait(30) == -signal.SIGKILL, "it was through already"
+        with start(workspace) as process:
+            assert when(process, there), workspace.with_suffix(".log").read_text()
+            time.sleep(delay_s)
+            if number % 2:  # the whole group, or the run alone, whose workers must then end by themselves
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            assert process.wait(30) == -signal.SIGKILL, "it was through already"
         assert (stages / ("train" if stage == "export" else stage)).exists()
         assert not (workspace / "store").exists()
     log = finish(workspace)
@@ -134,14 +120,14 @@ def test_fifty_kills_at_random_instants(micro: Micro, tmp_path: Path, seed: int)
     whole_s = time.monotonic() - started
     rng, workspace, kills, round_ = random.Random(seed), tmp_path / "w0", 0, 0
     while kills < 10:
-        process = start(workspace)
-        try:
-            process.wait(rng.uniform(0, whole_s))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL) if rng.random() < 0.5 else process.kill()
-            process.wait(30)
-            kills += 1
-            continue
+        with start(workspace) as process:
+            try:
+                process.wait(rng.uniform(0, whole_s))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL) if rng.random() < 0.5 else process.kill()
+                process.wait(30)
+                kills += 1
+                continue
         assert process.returncode == 0, workspace.with_suffix(".log").read_text()
         assert_like(micro, workspace)
         round_ += 1

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import roadseg
+from processes import running
 
 LOCKED = """
 import os, signal, sys, time
@@ -41,14 +37,7 @@ except RuntimeError as e:
 
 @pytest.mark.fault
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_killed_with_the_lock_that_ends_the_others_it_is_told_all_the_same() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(roadseg.__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOCKED], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    try:
-        out, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0 and out.startswith("told: DataLoader worker (pid")
+def test_killed_with_the_lock_that_ends_the_others_it_is_told_all_the_same(tmp_path: Path) -> None:
+    with running([sys.executable, "-c", LOCKED], tmp_path / "log") as process:
+        code = process.wait(60)
+    assert code == 0 and "told: DataLoader worker (pid" in (tmp_path / "log").read_text()

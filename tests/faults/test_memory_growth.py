@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import training_runs as runs
 from conftest import MICRO, write_shards
-
-import roadseg
+from processes import children, running, when
 
 FRAMES = 24  # and samples an epoch, of which a step takes two
 HALF = (FRAMES // 4, FRAMES // 2)
@@ -36,22 +32,15 @@ def by_epoch(folder: Path, epochs: int, workers: int, flags: Sequence[str] = ())
     command += ["--transform.shards", str(shards.folder), "--training.workers", str(workers)]
     command += ["--training.steps", "100000", "--training.validate-every", str(FRAMES // 2), *flags]
     command += ["--training.checkpoint-every", str(HALF[0])]
-    environment = {**os.environ, "PYTHONPATH": str(Path(roadseg.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     used = []
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
+    with running(command, folder / "log") as process:
         for epoch in range(epochs):
-            while runs.newest_step(workspace) < epoch * HALF[1] + HALF[0]:
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.01)
-            tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-            children = {int(pid) for task in tasks for pid in task.read_text().split()}
-            assert len(children) >= workers
-            used.append(used_bytes({process.pid, *children}))
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            middle = epoch * HALF[1] + HALF[0]
+            there = partial(lambda step: runs.newest_step(workspace) >= step, middle)
+            assert when(process, there), (folder / "log").read_text()
+            workers_now = children(process.pid)
+            assert len(workers_now) >= workers
+            used.append(used_bytes({process.pid, *workers_now}))
     return used
 
 

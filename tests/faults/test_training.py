@@ -16,6 +16,7 @@ import pytest
 import torch
 import training_runs as runs
 from conftest import write_shards
+from processes import gone
 from training_runs import STEPS, Driver, Run
 
 from roadseg.data.sampler import Batches, Order
@@ -156,7 +157,7 @@ def test_sigterm_saves_within_30_s_and_is_143(driver: Driver, whole: Whole, tmp_
     assert "roadseg train: stopped by SIGTERM after step" in run.text()
     found = checkpoint.newest(runs.work(tmp_path / "w") / "checkpoints")
     assert found and 3 <= found[0] < STEPS and f"after step {found[0]}; run again to go on" in run.text()
-    assert runs.gone(children, 10)
+    assert gone(children, 10)
     runs.to_the_end(lambda: driver.start(tmp_path / "w", whole.shards.folder))
     assert_like(whole, tmp_path / "w")
 
@@ -286,7 +287,7 @@ def test_a_killed_loader_process_is_a_clear_failure_and_leaves_no_orphans(
     os.kill(min(workers), signal.SIGKILL)
     assert run.wait(60) == 1, run.text()
     assert "roadseg train: a loader process died; memory or /dev/shm may be full" in run.text()
-    assert "run again to go on" in run.text() and runs.gone(workers, 10)
+    assert "run again to go on" in run.text() and gone(workers, 10)
 
 
 SMALL_SHARED_MEMORY = """
@@ -346,4 +347,4 @@ def test_a_second_run_is_refused_at_once_and_a_dead_owner_s_lock_is_free_at_once
     finally:
         for worker in workers:
             os.kill(worker, signal.SIGCONT)
-    assert runs.gone(workers, 30)
+    assert gone(workers, 30)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from conftest import MICRO
+from processes import children, environment
 
-import roadseg
 from roadseg.files import read_json
 
 DEADLINE_S = 120
@@ -82,17 +82,13 @@ class Run:
         assert self.wait() == -signal.SIGKILL, self.text()
 
     def children(self) -> set[int]:
-        tasks = Path(f"/proc/{self.pid}/task").glob("*/children")
-        return {int(pid) for task in tasks for pid in task.read_text().split()}
+        return children(self.pid)
 
 
 @contextmanager
 def driver() -> Iterator[Driver]:
-    paths = [str(Path(roadseg.__file__).parents[1]), str(MICRO.parent)]
-    # One thread, as in the tests: it decides how floats are summed.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).parent / "training_driver.py")]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment(MICRO.parent)) as process:
         try:
             yield Driver(process)
         finally:
@@ -116,22 +112,6 @@ def digests(workspace: Path) -> dict[int, str]:
     """SHA-256 of all that training goes on from, by step."""
     found = [read_json(path) for path in work(workspace).glob("checkpoints/step-*.json")]
     return {about["step"]: about["sha256"] for about in found}
-
-
-def gone(pids: set[int], within_s: float) -> bool:
-    until = time.monotonic() + within_s
-    while any(map(runs, pids)):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def to_the_end(start: Callable[[], Run]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_release
+from conftest import MICRO, write_release
 
 from roadseg.cli import main
 from roadseg.config import Config, load_config
@@ -15,7 +15,6 @@ from roadseg.pipeline import find_release
 from roadseg.release.store import FolderStore
 from roadseg.train.inputs import training_inputs
 
-MICRO = Path(__file__).parents[1] / "micro.yaml"
 RELEASES = ("init_from", "distill_from")
 
 

@@ -1,0 +1,66 @@
+"""benchmarks/ablation.py: the network that a row of its table is measured for."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from roadseg.config import Config, load_config
+from roadseg.model import Architecture, build
+from roadseg.model.surgery import set_output_stride
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def ablation() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("ablation")
+    sys.path.remove(str(BENCHMARKS))
+
+
+def config(strides: list[int | None], **model: Any) -> Config:
+    """The first stride is the model's, the others begin at later shares of the run."""
+    later = strides[1:]
+    phases = [{"after": (i + 1) / 8, "crop_px": [64, 64], "output_stride": s} for i, s in enumerate(later)]
+    small = {"backbone": "test_efficientnet", "channels": 8, "head": "separable", "atrous_rates": [2, 4, 6]}
+    model = {**small, "backbone_weights": "none", "output_stride": strides[0], **model}
+    return load_config(None, {"data": {"source": "camvid"}, "model": model, "training": {"phases": phases}})
+
+
+@pytest.mark.parametrize(
+    ("strides", "rates"),
+    [
+        ([16], (2, 4, 6)),
+        ([16, None], (2, 4, 6)),
+        ([16, 8], (4, 8, 12)),
+        ([16, None, 8, None], (4, 8, 12)),
+        ([8, 16], (1, 2, 3)),
+        ([32, 16, 8], (8, 16, 24)),
+        ([16, 8, 16], (2, 4, 6)),
+    ],
+)
+def test_rates_follow_the_output_stride_as_in_training(
+    ablation: ModuleType, strides: list[int | None], rates: tuple[int, ...]
+) -> None:
+    found = ablation.architecture_of(config(strides))
+    assert found.atrous_rates == rates and found.num_classes == ablation.CLASSES and not found.auxiliary
+    network = build(ablation.architecture_of(config(strides[:1])), seed=0)
+    for stride in strides[1:]:
+        if stride:
+            set_output_stride(network, stride)
+    assert found == network.architecture
+
+
+def test_a_row_is_measured_for_what_the_change_ships(ablation: ModuleType) -> None:
+    """Networks alike in all but the rates or the stride are told apart, those that ship the same are not."""
+    phased, at_8 = config([16, 8]), config([8], atrous_rates=[4, 8, 12])
+    keys = [ablation.network_key(ablation.architecture_of(c)) for c in (phased, at_8, config([8]), config([16]))]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+    assert ablation.architecture_of(phased) == Architecture(
+        11, "test_efficientnet", 8, channels=8, head="separable", atrous_rates=(4, 8, 12), dropout=phased.model.dropout
+    )
