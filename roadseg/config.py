@@ -134,7 +134,7 @@ class Model(Section):
         "imagenet", description="'imagenet' (timm's own), 'none', or a .safetensors file", json_schema_extra=OUT
     )
     output_stride: Literal[8, 16, 32] = Field(16, description="stride of the backbone's last feature")
-    fusion: Literal["skfusion", "sknet", "dense", "concat"] = Field(
+    fusion: Literal["skfusion", "mean", "sknet", "dense", "concat"] = Field(
         "skfusion", description="how branches are joined in the ASPP and the decoder"
     )
     head: Literal["separable", "dense"] = Field("dense", description="3x3 convolutions of ASPP and decoder")

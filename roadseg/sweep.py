@@ -267,10 +267,10 @@ def run_point(point: Point, until: Until, workspace: Path, wait: bool, *, data_s
         log.warning("%s failed: %s", point.name, e)
         return Result(point.name, point.setting, point.seed, error=str(e))
     finally:
-        _forget()
+        forget()
 
 
-def _forget() -> None:
+def forget() -> None:
     """Free what the run before held. torch.compile would give up, unsaid, after eight networks of one class."""
     gc.collect()
     if "torch" in sys.modules:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from roadseg.model.enlarge import enlarge
-from roadseg.model.sk_fusion import conv3x3, conv_bn_relu, make_fusion
+from roadseg.model.sk_fusion import UNPROJECTED, conv3x3, conv_bn_relu, make_fusion
 
 # What DeepLabv3+ gives the low level where maps are concatenated, so that it does not outweigh the
-# high one. SKFusion weighs maps of equal width and takes the decoder's own.
+# high one. SKFusion and the mean weigh maps of equal width and take the decoder's own.
 CONCAT_LOW_CHANNELS = 48
 
 
@@ -24,7 +24,7 @@ class Decoder(nn.Module):
 
     def __init__(self, low_channels: Sequence[int], channels: int, num_classes: int, fusion: str, head: str) -> None:
         super().__init__()
-        low_width = channels if fusion == "skfusion" else min(CONCAT_LOW_CHANNELS, channels)
+        low_width = channels if fusion in UNPROJECTED else min(CONCAT_LOW_CHANNELS, channels)
         widths = [low_width, channels]
         self.laterals = nn.ModuleList(conv_bn_relu(c, low_width) for c in low_channels)
         self.fusions = nn.ModuleList(

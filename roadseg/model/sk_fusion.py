@@ -1,4 +1,4 @@
-"""Several feature maps into one: selective kernel fusion, and the three forms it is compared with.
+"""Several feature maps into one: selective kernel fusion, and the forms that it is compared with.
 
 Shapes: B images, C channels, M maps to fuse, H x W pixels. Every fusion here is called with a list
 of M maps [B, C_m, H, W] and returns one [B, C, H, W]; a map may be [B, C_m, 1, 1] and then counts
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-FUSIONS = ("skfusion", "sknet", "dense", "concat")
+FUSIONS = ("skfusion", "mean", "sknet", "dense", "concat")
+UNPROJECTED = ("skfusion", "mean")  # they weigh maps of one width against each other
 HEADS = ("separable", "dense")
 
 
@@ -90,6 +91,16 @@ class SKFusion(nn.Module):
         return _weighted_sum(self.gate(features), features)
 
 
+class Mean(nn.Module):
+    """Every map weighs the same: SKFusion without its gate, to see what the gate is worth."""
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        total = features[0]
+        for feature in features[1:]:
+            total = total + feature
+        return total / len(features)
+
+
 class SelectiveKernel(nn.Module):
     """The SK convolution: two kernels over one map [B, C, H, W], and the gate over their outputs.
 
@@ -123,13 +134,13 @@ class ConcatFusion(nn.Module):
 def make_fusion(fusion: str, widths: Sequence[int], channels: int, project: nn.Module) -> nn.Module:
     """The module that makes one [B, `channels`, H, W] of maps with `widths` channels.
 
-    project: from the concatenated width to `channels`; "skfusion" has no use for it, its maps must
-    have `channels` already. "sknet": 3x3 and dilated 3x3 in 32 groups (or the most that divide),
+    project: from the concatenated width to `channels`; "skfusion" and "mean" have no use for it, their
+    maps must have `channels` already. "sknet": 3x3 and dilated 3x3 in 32 groups (or the most that divide),
     gate max(C / 16, 32) wide. "dense": ordinary 3x3 and 5x5, gate C / 16 wide.
     """
-    if fusion == "skfusion":
-        assert all(width == channels for width in widths), "SKFusion weighs maps of one width"
-        return SKFusion(channels, len(widths))
+    if fusion in UNPROJECTED:
+        assert all(width == channels for width in widths), f"{fusion} weighs maps of one width"
+        return Mean() if fusion == "mean" else SKFusion(channels, len(widths))
     total = sum(widths)
     mix: nn.Module = nn.Identity()
     if fusion == "sknet":

@@ -123,6 +123,9 @@ class Gradients:
         self._counts = None if counts is None else counts.clone()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        draws = torch.cuda.default_generators[index]
+        before = draws.clone_state()
         try:
             # The loader pins memory in a thread of its own meanwhile; it must not spoil the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -130,6 +133,7 @@ class Gradients:
         except RuntimeError as e:
             log.warning("steps stay eager: the CUDA graph could not be captured (%s)", str(e).splitlines()[0])
             torch.cuda.synchronize()
+            draws.graphsafe_set_state(before)  # a capture that fails leaves it waiting for the capture's end
             self._captures = False
             return False
         self._gradients = [p.grad for p in self._parameters]

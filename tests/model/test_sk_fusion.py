@@ -70,6 +70,13 @@ def test_concat_takes_a_pooled_map_as_constant() -> None:
     assert torch.equal(out[:, 2:], b.expand(1, 3, 4, 6))
 
 
+def test_mean_weighs_every_map_alike() -> None:
+    fusion = make_fusion("mean", [3, 3, 3], 3, torch.nn.Identity())
+    a, b, pooled = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 4, 6), torch.randn(2, 3, 1, 1)
+    torch.testing.assert_close(fusion([a, b, pooled]), (a + b + pooled.expand(2, 3, 4, 6)) / 3)
+    assert not list(fusion.parameters())
+
+
 def test_separable_has_one_filter_a_channel() -> None:
     conv = conv3x3(6, 10, "separable", dilation=3)
     assert conv[0].weight.shape == (6, 1, 3, 3)

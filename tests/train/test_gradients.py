@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,12 +121,16 @@ def test_what_can_not_be_captured_is_computed_plainly(
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    put_back: list[str] = []
+    draws = SimpleNamespace(clone_state=lambda: "as before", graphsafe_set_state=put_back.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", [draws])
     net = network().eval()
     net.register_forward_pre_hook(refuse)
     gradients = Gradients(net, objective(), CPU, False, True)
     gradients._captures = True  # on a CPU it is not asked for
     losses = [gradients(batch()).item() for _ in range(EAGER_STEPS + 3)]
-    assert tried == [True]  # once
+    assert tried == [True] and put_back == ["as before"]  # once
     assert caplog.messages == [f"{NOT_CAPTURED}a previous error during capture)"]
     plain, expected = of(network())
     assert losses == [plain] * len(losses)
