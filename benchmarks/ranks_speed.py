@@ -58,7 +58,11 @@ class Training:
             time.sleep(0.2)
         met = enough()
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
+        try:
+            code = self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
         if not met or code != 128 + signal.SIGTERM:
             raise SystemExit(f"{self.workspace.name} ended with {code}:\n{self.log.read_text()[-3000:]}")
 

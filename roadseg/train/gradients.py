@@ -52,6 +52,13 @@ class Gradients:
         self._until_capture = EAGER_STEPS
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    def close(self) -> None:
+        """Free the graph: while one with NCCL's messages in it stands, leaving the other ranks waits for ever."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+        self._captures = False
+
     def __call__(self, batch: Batch) -> Tensor:
         if self._parts == 1:
             return self._part(batch.image_BHWC, batch.label_BHW, None)

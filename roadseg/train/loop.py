@@ -216,7 +216,8 @@ def train(
                 compiled=s.compiled, accumulate=s.accumulate, ranks=ranks,
             )  # fmt: skip
             # One of several ranks must not leave the others waiting: it goes on until all have heard.
-            with closing(stretch.batches(first, stopped if ranks.world == 1 else bool)) as source:
+            asked = stopped if ranks.world == 1 else bool
+            with closing(gradients), closing(stretch.batches(first, asked)) as source:
                 for step in range(first, stretch.last):
                     began = time.monotonic()
                     yield step, next(source, None), gradients, began

@@ -5,7 +5,6 @@ Every message goes through `answered`, so that a peer that died is one kind of e
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import time
@@ -141,7 +140,6 @@ def joined(ranks: Ranks, device: torch.device, words: Words | None = None) -> It
         words.fail(e)
         raise
     if device.type == "cuda":
-        gc.collect()  # a graph with NCCL's messages in it must be gone before NCCL is
         torch.cuda.synchronize(device)
     dist.destroy_process_group()
 

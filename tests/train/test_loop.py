@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.model.surgery import freeze
 from roadseg.train import checkpoint, loop
 from roadseg.train.criterion import Criterion, Terms
+from roadseg.train.gradients import Gradients
 from roadseg.train.loop import Settings, Stretch, train
 from roadseg.train.objective import Objective
 from roadseg.train.optimizer import make_optimizer
@@ -261,6 +263,36 @@ def test_a_later_stretch_has_its_own_crops_and_stride_and_is_resumed(shards: Sha
     resumed = run(shards, tmp_path / "cut", stretches=two_stretches(shards))
     assert resumed.architecture == whole.architecture and same(whole, resumed)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("at", [None, 1, 5], ids=["to the end", "ended in the first stretch", "in the second"])
+def test_every_stretchs_graph_is_freed_however_it_ends(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int | None
+) -> None:
+    """NCCL waits for ever to be left while a graph with its messages in it stands."""
+    made: list[Any] = []
+
+    class Watched(Gradients):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+            self._graph = self.graph = Graph()  # type: ignore[assignment]
+
+        def _part(self, *arguments: Any) -> torch.Tensor:
+            assert self._graph is not None
+            return self._compute(*arguments)
+
+    class Graph:
+        freed = 0
+
+        def reset(self) -> None:
+            self.freed += 1
+
+    monkeypatch.setattr(loop, "Gradients", Watched)
+    parts = [p if at is None else replace(p, batches=dying(p.batches, at)) for p in two_stretches(shards)]
+    with nullcontext() if at is None else pytest.raises(Killed):
+        run(shards, tmp_path, stretches=parts)
+    assert [gradients.graph.freed for gradients in made] == [1] * (1 if at == 1 else 2)
 
 
 def test_run_again_after_its_last_step_it_has_the_last_stride(shards: Shards, tmp_path: Path) -> None:
