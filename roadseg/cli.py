@@ -245,14 +245,14 @@ def _predict(a: argparse.Namespace, config: Config) -> int:
 
 
 def _load(reference: str, workspace: Path, config: Config) -> Any:
-    from roadseg.pipeline import find_release
     from roadseg.release.archive import load_release
+    from roadseg.release.find import find_release
 
     return load_release(find_release(config, workspace, reference))
 
 
 def _releases(a: argparse.Namespace, config: Config) -> int:
-    from roadseg.pipeline import store_of
+    from roadseg.release.find import store_of
 
     store = store_of(config, a.workspace)
     champion, past = store.champion(), store.history()
@@ -272,8 +272,8 @@ def _promote_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _promote(a: argparse.Namespace, config: Config) -> int:
-    from roadseg.pipeline import CACHE, store_of
     from roadseg.push.stage import promote_by_hand
+    from roadseg.release.find import CACHE, store_of
 
     store = store_of(config, a.workspace)
     champion = promote_by_hand(store, getattr(a, "release", None), a.workspace / CACHE)
@@ -283,7 +283,7 @@ def _promote(a: argparse.Namespace, config: Config) -> int:
 
 
 def _serve(a: argparse.Namespace, config: Config) -> int:
-    from roadseg.pipeline import find_release
+    from roadseg.release.find import find_release
     from roadseg.serve.app import container_release, container_settings, serve
 
     if a.port is not None:
@@ -309,8 +309,8 @@ def _deploy_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _deploy(a: argparse.Namespace, config: Config) -> int:
-    from roadseg.pipeline import store_of
     from roadseg.push.sagemaker import deploy
+    from roadseg.release.find import store_of
 
     deploy(a.release, store_of(config, a.workspace), config.aws, dry_run=a.dry_run, say=print)
     return 0

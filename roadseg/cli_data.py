@@ -53,8 +53,9 @@ def _diff(a: argparse.Namespace, config: Config) -> int:
 def _errors(a: argparse.Namespace, config: Config) -> int:
     from roadseg.inference.predictor import Predictor
     from roadseg.label_errors import find_suspects, render, table
-    from roadseg.pipeline import dataset, find_release, run_folder
+    from roadseg.pipeline import dataset, run_folder
     from roadseg.release.archive import load_release
+    from roadseg.release.find import find_release
 
     release = load_release(find_release(config, a.workspace, a.release or "champion"))
     manifest, root, limits = dataset(config, a.workspace)

@@ -99,8 +99,8 @@ def _network(a: argparse.Namespace, config: Config) -> tuple[DeepLabV3Plus, byte
     if a.release is not None:
         if a.classes is not None:
             raise UsageError(f"--classes {a.classes} of a release", expected="--release or --classes")
-        from roadseg.pipeline import find_release
         from roadseg.release.archive import load_release
+        from roadseg.release.find import find_release
         from roadseg.release.network import load_network
 
         release = load_release(find_release(config, a.workspace, a.release))

@@ -14,9 +14,10 @@ from roadseg.data.drift import Row, compare, table, verdict
 from roadseg.data.frames import read_picture
 from roadseg.data.profile import Embed, Profile, chosen, make_profile
 from roadseg.errors import DataError, UsageError
-from roadseg.pipeline import dataset, find_release, store_of
+from roadseg.pipeline import dataset
 from roadseg.progress import progress
 from roadseg.release.archive import Release, load_release
+from roadseg.release.find import find_release, store_of
 
 if TYPE_CHECKING:
     from roadseg.data.manifest import Sample

@@ -24,8 +24,9 @@ from pydantic import ValidationError
 from roadseg.config import Config, describe, merge
 from roadseg.errors import Busy, ConfigError, DataError, Interrupted, RoadsegError, UsageError
 from roadseg.files import lock, read_json, read_json_lines
-from roadseg.pipeline import HOLDOUT, RunResult, run, run_folder
+from roadseg.pipeline import RunResult, run, run_folder
 from roadseg.release.archive import load_release
+from roadseg.stages import HOLDOUT
 from roadseg.sweep_record import refuse_other, write_tables
 from roadseg.sweep_table import Result, Row, rows
 from roadseg.train.place import place

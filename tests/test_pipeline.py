@@ -17,12 +17,13 @@ from conftest import MICRO, Micro
 from roadseg.cli import main
 from roadseg.config import Config, load_config
 from roadseg.data.shards import Shards
-from roadseg.errors import Busy, DataError, GateRefused, StoreError, UsageError
+from roadseg.errors import Busy, ConfigError, DataError, GateRefused, StoreError, UsageError
 from roadseg.files import lock, read_json, sha256_file
 from roadseg.ingest.stage import HOLDOUT
-from roadseg.pipeline import evaluate_release, find_release, run, run_folder, store_of
+from roadseg.pipeline import Stage, evaluate_release, run, run_folder
 from roadseg.push.stage import promote_by_hand
 from roadseg.release.archive import load_release
+from roadseg.release.find import find_release, store_of
 from roadseg.workspace import leftovers
 
 LATER = {"push": {"min_gain": 0.9}, "training": {"seed": 5}}  # no six steps gain 0.9
@@ -225,6 +226,18 @@ def test_an_unreadable_pointer_is_refused_and_left_as_it_is(copy_of_two: Two, co
         assert caught.value.exit_code == 4
         assert pointer.read_bytes() == content
     assert not (copy_of_two.workspace / "runs" / "r" / "run.json").exists()  # told before any stage ran
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("until", ["train", "evaluate", "push"])
+@pytest.mark.parametrize("key", ["init_from", "distill_from"])
+def test_a_release_to_learn_from_that_is_not_there_is_told_before_any_stage(
+    tmp_path: Path, until: Stage, key: str
+) -> None:
+    config = config_of(training={key: "0123456789ab"})
+    with pytest.raises(ConfigError, match="0123456789ab") as caught:
+        run(config, until, workspace=tmp_path)
+    assert caught.value.where == f"training.{key}" and not (tmp_path / "stages").exists()
 
 
 @pytest.mark.fault

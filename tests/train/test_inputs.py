@@ -11,7 +11,7 @@ from roadseg.cli import main
 from roadseg.config import Config, load_config
 from roadseg.errors import ArchiveError, ConfigError, StoreError
 from roadseg.files import sha256_file
-from roadseg.pipeline import find_release
+from roadseg.release.find import find_release
 from roadseg.release.store import FolderStore
 from roadseg.train.inputs import training_inputs
 
