@@ -22,9 +22,8 @@ from torch import nn
 
 from roadseg.data.augment import generator
 from roadseg.data.loader import Batch
-from roadseg.data.sampler import Sample
 from roadseg.data.shards import Split
-from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
+from roadseg.errors import Interrupted, RoadsegError
 from roadseg.labels import LabelSet
 from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import DeepLabV3Plus
@@ -39,6 +38,7 @@ from roadseg.train.objective import Objective
 from roadseg.train.optimizer import make_optimizer
 from roadseg.train.ranks import ALONE, Ranks
 from roadseg.train.schedule import lr_factor
+from roadseg.train.taken import Taken, mark, non_finite, on_its_way
 from roadseg.train.timing import Timing
 from roadseg.train.validation import validate
 from roadseg.train.words import LOADER_DIED
@@ -168,7 +168,7 @@ def train(
             set_output_stride(average.network, output_stride)
             torch._dynamo.reset()
 
-    def settle(taken: _Taken, mirror: Mirrors, bar: Any) -> bool:
+    def settle(taken: Taken, mirror: Mirrors, bar: Any) -> bool:
         """Note a step's loss and speed, once; whether any rank had been sent a signal when it was begun.
 
         Raises NonFiniteLoss. What steps after it did to the weights is never saved.
@@ -178,7 +178,7 @@ def train(
             if not taken.finite():
                 history.flush()
                 samples = [sample for part in ranks.gathered(taken.samples) for sample in part]
-                raise _non_finite(taken.loss, taken.norm, taken.step, samples)
+                raise non_finite(taken.loss, taken.norm, taken.step, samples)
             history.add(step=number, loss=round(taken.loss, 6), learning_rate=taken.learning_rate)
             mirror.mean(number, {"loss": taken.loss, "learning_rate": taken.learning_rate})
             images = len(taken.samples) * ranks.world
@@ -243,7 +243,7 @@ def train(
                     settle(last, mirror, bar)
                 save(step)
                 raise _interrupted(stopped(), step)
-            waited, begun = time.monotonic() - began, _mark(device)
+            waited, begun = time.monotonic() - began, mark(device)
             torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
             for group in optimizer.param_groups:
@@ -252,9 +252,9 @@ def train(
             norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
             optimizer.step()
             average.update(step)
-            values = _on_its_way(loss, norm, stopped(), ranks)
-            before, arrived = last.arrived if last else None, _mark(device)
-            taken = _Taken(step, s.learning_rate * factor, batch.samples, values, waited, before, begun, arrived)
+            values = on_its_way(loss, norm, stopped(), ranks)
+            before, arrived = last.arrived if last else None, mark(device)
+            taken = Taken(step, s.learning_rate * factor, batch.samples, values, waited, before, begun, arrived)
             done = step + 1
             # Reading a loss waits for it: that of the step before, while the device is busy with this one.
             signalled = settle(last, mirror, bar) if last else False
@@ -285,58 +285,6 @@ def train(
     return average.network, done
 
 
-@dataclass
-class _Taken:
-    """A step that the device was told to take; its loss is known once it is through.
-
-    values: loss, gradient norm, and how many ranks had been sent a signal, on the host once the device
-    `arrived`. waited_s: how long this process waited for the batch. begun: when the device could begin.
-    """
-
-    step: int
-    learning_rate: float
-    samples: Sequence[Sample]
-    values: torch.Tensor
-    waited_s: float
-    before: torch.cuda.Event | None
-    begun: torch.cuda.Event | None
-    arrived: torch.cuda.Event | None
-    loss: float = math.nan
-    norm: float = math.nan
-    signalled: bool = False
-    noted: bool = False
-
-    def finite(self) -> bool:
-        """Are loss and gradient norm, the same on all ranks, finite numbers? Waits for the step."""
-        if self.arrived:
-            self.arrived.synchronize()
-        self.loss, self.norm, flag = self.values.tolist()
-        self.signalled = bool(flag)
-        return math.isfinite(self.loss) and math.isfinite(self.norm)
-
-    def waited(self) -> float:
-        """Seconds that the batch kept the device waiting: not those in which it was at the step before."""
-        if self.before is None or self.begun is None:
-            return self.waited_s
-        return min(self.waited_s, max(0.0, self.before.elapsed_time(self.begun) / 1000))
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """When the device will have done what it was told so far; None where that is at once."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _on_its_way(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ranks) -> torch.Tensor:
-    values = torch.stack([loss, norm, torch.full_like(loss, bool(signalled))])
-    if ranks.world > 1:
-        values[2] = ranks.sum_(values[2:].clone())[0]
-    return values.to("cpu", non_blocking=True)
-
-
 def _due(step: int, last_save_s: float, s: Settings) -> bool:
     if s.checkpoint_every:
         return step % s.checkpoint_every == 0
@@ -362,14 +310,3 @@ def _loader_failures() -> Iterator[None]:
             todo="memory or /dev/shm may be full: lower training.workers or training.batch_size; "
             "or a shard was shortened while it was read; run again to go on",
         ) from e
-
-
-def _non_finite(loss: float, norm: float, step: int, samples: Sequence[Sample]) -> NonFiniteLoss:
-    rows = ", ".join(f"{sample.index} (epoch {sample.epoch})" for sample in samples)
-    return NonFiniteLoss(
-        f"loss {loss}, gradient norm {norm} at step {step + 1}, nothing of which was saved",
-        expected="finite numbers",
-        where=f"train samples {rows}",
-        todo="look at these samples; a lower training.learning_rate, a longer training.warmup_steps or "
-        "training.precision fp32 often helps",
-    )

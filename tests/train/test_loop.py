@@ -444,6 +444,9 @@ class Device:
             Device.free_s = max(time.monotonic(), Device.free_s) + Device.step_s
             return torch.tensor(1.0)
 
+        def close(self) -> None:
+            pass
+
 
 @pytest.mark.parametrize(
     ("loader_s", "least", "most"), [(0.02, 0.0, 0.1), (0.1, 0.25, 0.65)], ids=["loader is faster", "device is faster"]
@@ -453,7 +456,7 @@ def test_waiting_is_what_the_device_waits(
 ) -> None:
     Device.free_s = 0.0
     monkeypatch.setattr(loop, "Gradients", Device.Gradients)
-    monkeypatch.setattr(loop, "_mark", lambda device: Device.Event())
+    monkeypatch.setattr(loop, "mark", lambda device: Device.Event())
     one = next(source(shards)(0))
 
     def slow(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
