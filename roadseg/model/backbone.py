@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from roadseg.errors import ConfigError
 from roadseg.model.depthwise import speed_up_dilated
+from roadseg.model.dropout import share_draws
 
 HUB_FILE = "model.safetensors"
 # What create_backbone says itself, and what would read files: a checkpoint_path may be a pickle.
@@ -75,6 +76,7 @@ def create_backbone(name: str, output_stride: int, arguments: Mapping[str, Any] 
     if not _takes_any_size(name, output_stride, json.dumps(dict(arguments or {}), sort_keys=True)):
         raise _unfit(name, output_stride, "it takes only images whose sides are multiples of its stride")
     speed_up_dilated(backbone)
+    share_draws(backbone)
     return backbone
 
 

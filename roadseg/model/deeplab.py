@@ -18,6 +18,7 @@ from roadseg.errors import ConfigError
 from roadseg.model.aspp import ASPP
 from roadseg.model.backbone import create_backbone, level, load_backbone_weights
 from roadseg.model.decoder import Decoder
+from roadseg.model.dropout import Dropout
 from roadseg.model.sk_fusion import FUSIONS, HEADS, SelectionGate, conv_bn_relu
 
 # RGB, 0..255: the statistics that timm's ImageNet weights were trained under
@@ -103,25 +104,6 @@ class TrainingOutput(NamedTuple):
 
     logits: Tensor  # [B, K, h, w] at Architecture.logit_stride
     auxiliary: tuple[Tensor, ...]  # [B, K, ., .] at stride 8 and at output_stride
-
-
-class Dropout(nn.Module):
-    """nn.Dropout whose mask is a part of the whole batch's, so that several processes drop what one would.
-
-    All processes draw from one seed the mask of `parts` times their images and take the `part`-th of it.
-    """
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share, self.part, self.parts = share, 0, 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.share:
-            return x
-        images = len(x)
-        draws = torch.rand((images * self.parts, *x.shape[1:]), device=x.device, dtype=torch.float32)
-        kept = draws[images * self.part : images * (self.part + 1)] >= self.share
-        return x * kept.to(x.dtype) / (1 - self.share)
 
 
 class DeepLabV3Plus(nn.Module):

@@ -27,6 +27,7 @@ from roadseg.errors import Interrupted, RoadsegError
 from roadseg.labels import LabelSet
 from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import DeepLabV3Plus
+from roadseg.model.dropout import draw_part
 from roadseg.model.surgery import set_output_stride
 from roadseg.progress import progress
 from roadseg.train import checkpoint
@@ -137,7 +138,7 @@ def train(
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    network.dropout.part, network.dropout.parts = ranks.rank, ranks.world
+    draw_part(network, ranks.rank, ranks.world)
     ranks.same_weights(network)
     average = EMA(network, s.ema_decay)
     optimizer = make_optimizer(network, s.optimizer, s.learning_rate, s.backbone_lr_factor, s.weight_decay, s.momentum)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from roadseg.model.deeplab import Dropout
 from roadseg.model.enlarge import as_products, enlarge
 
 
@@ -25,19 +24,3 @@ def test_it_is_bilinear_interpolation(size: tuple[int, int], to: tuple[int, int]
 def test_exported_and_evaluated_maps_are_those_of_interpolate() -> None:
     x = torch.randn(1, 4, 5, 6)
     assert torch.equal(enlarge(x, 10, 12), F.interpolate(x, size=(10, 12), mode="bilinear", align_corners=False))
-
-
-def test_two_processes_drop_what_one_would() -> None:
-    x = torch.ones(4, 8, 5, 5)
-
-    def dropped(part: int, parts: int) -> torch.Tensor:
-        dropout = Dropout(0.3)
-        dropout.part, dropout.parts = part, parts
-        torch.manual_seed(7)
-        out: torch.Tensor = dropout(x[part * 4 // parts : (part + 1) * 4 // parts])
-        return out
-
-    whole = dropped(0, 1)
-    assert torch.equal(torch.cat([dropped(0, 2), dropped(1, 2)]), whole)
-    assert abs(float((whole == 0).float().mean()) - 0.3) < 0.06 and torch.isclose(whole.max(), torch.tensor(1 / 0.7))
-    assert torch.equal(Dropout(0.3).eval()(x), x)

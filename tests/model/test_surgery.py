@@ -11,6 +11,7 @@ from torch import nn
 from roadseg.errors import ConfigError
 from roadseg.model import Architecture, DeepLabV3Plus, TrainingOutput, build
 from roadseg.model.backbone import create_backbone
+from roadseg.model.dropout import draw_part
 from roadseg.model.surgery import checkpoint_activations, freeze, set_output_stride
 from roadseg.release.export import check_export, export_onnx
 from roadseg.train.ema import EMA
@@ -157,7 +158,7 @@ def test_what_others_set_on_a_network_outlives_a_stride() -> None:
     net = network()
     checkpoint_activations(net.backbone)
     freeze(net, ["batch_norm"])
-    net.dropout.part, net.dropout.parts = 1, 2
+    draw_part(net, 1, 2)
     hooked: list[int] = []
     net.backbone.blocks[6].register_forward_hook(lambda *_: hooked.append(1))
     set_output_stride(net, 8)

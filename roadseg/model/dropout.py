@@ -1,0 +1,62 @@
+"""Dropout of values and of whole branches, of which several processes together draw what one would.
+
+All processes draw from one seed the mask of `parts` times their images and take the `part`-th of it.
+Shapes: B images of this process; what follows B is any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+
+
+class Dropout(nn.Module):
+    """nn.Dropout, drawn as a part of the whole batch."""
+
+    part, parts = 0, 1
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.share:
+            return x
+        return x * _kept(x, x.shape[1:], self.share, self.part, self.parts).to(x.dtype) / (1 - self.share)
+
+
+class SharedDropPath(DropPath):
+    """timm's: an image's whole branch is dropped. Drawn as a part of the whole batch; made by `share_draws`."""
+
+    part, parts = 0, 1
+    drop_prob: float
+    scale_by_keep: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        kept = _kept(x, [1] * (x.ndim - 1), self.drop_prob, self.part, self.parts).to(x.dtype)
+        return x * kept / ((1 - self.drop_prob) if self.scale_by_keep else 1.0)
+
+
+def _kept(x: Tensor, each: Sequence[int], share: float, part: int, parts: int) -> Tensor:
+    """bool [B, *each]: this part's of what is kept of all."""
+    draws = torch.rand((len(x) * parts, *each), device=x.device, dtype=torch.float32)
+    return draws[len(x) * part : len(x) * (part + 1)] >= share
+
+
+def share_draws(module: nn.Module) -> None:
+    """Make every DropPath of timm in `module` a SharedDropPath, in place."""
+    for m in module.modules():
+        if type(m) is DropPath:
+            m.__class__ = SharedDropPath
+
+
+def draw_part(module: nn.Module, part: int, parts: int) -> None:
+    """Let all dropout in `module` draw the `part`-th of `parts` equal parts of the batch's."""
+    for m in module.modules():
+        if isinstance(m, (Dropout, SharedDropPath)):
+            m.part, m.parts = part, parts
