@@ -49,6 +49,7 @@ from roadseg.release.export import export_onnx
 from roadseg.sweep import BASE, Plan, Point, Setting, forget, interruptible, plan
 from roadseg.sweep_table import Result, Row, difference_text, rows, spread_text
 from roadseg.train import stage
+from roadseg.train.version import VERSION
 
 HEIGHT, WIDTH, CLASSES = 360, 480, 11
 HOLDOUT = "holdout"
@@ -158,7 +159,7 @@ class State:
 
 def digest(config: Config) -> str:
     key = config.key_fields()
-    about = [stage.VERSION, key["model"], key["training"], key["transform"], config.data.source, key["data"]]
+    about = [VERSION, key["model"], key["training"], key["transform"], config.data.source, key["data"]]
     return sha256_bytes(json_bytes(about))[:16]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ log = logging.getLogger("roadseg")
 # Threads that spin while they wait make training a third faster on a quiet CPU and up to thirty times
 # slower on a busy one. Read by OpenMP when torch is loaded, which is later than this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Processes that are ended at once leave semaphores behind; Python's tracker removes them and need not say so.
+sys.warnoptions.append("ignore:resource_tracker:UserWarning")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
-        print(f"roadseg {argv[0]}: {where}{e.strerror or e}", file=sys.stderr)
+        todo = "; free some of that disk (`roadseg clean` shows what no run needs), then run again"
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"roadseg {argv[0]}: {where}{e.strerror or e}{todo if full else ''}", file=sys.stderr)
         return 1
     except Exception as e:
         if os.environ.get("ROADSEG_DEBUG"):
@@ -146,7 +152,7 @@ class _JsonLines(logging.Handler):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        with open(self._path, "a", encoding="utf-8") as f:
+        with suppress(OSError), open(self._path, "a", encoding="utf-8") as f:  # it was said on the terminal
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,8 +40,10 @@ def write_atomic(path: Path, data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as e:
         partial.unlink(missing_ok=True)
+        if isinstance(e, OSError) and not e.filename:
+            e.filename = str(path)  # a write that fails does not say of what
         raise
     sync_folder(path.parent)
 
@@ -103,12 +105,15 @@ def lock(path: Path, what: str, *, wait: bool, say: Callable[[str], None] = lamb
             _acquire(f, what, wait, say)
             if not _is_file_at(path, f):
                 continue  # removed by its last owner while we waited: a lock on it keeps nobody out
-            f.seek(0)
-            f.truncate()
-            f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-            f.flush()
+            with suppress(OSError):  # a full disk: it is held all the same, only nobody reads by whom
+                os.ftruncate(f.fileno(), 0)
+                os.write(f.fileno(), _owner().encode())
             yield
             return
+
+
+def _owner() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
 _locks: set[TextIO] = set()  # open in this process

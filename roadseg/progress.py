@@ -28,10 +28,12 @@ def progress(total: int, what: str, unit: str, initial: int = 0) -> tqdm[Any]:
     """A bar on stderr that shows itself only if it lasts over two seconds; of ranks that train together rank 0's."""
     hidden = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=what, unit=unit, initial=initial, delay=2, dynamic_ncols=True, disable=hidden)
-    form = "{desc} {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
+        return tqdm(
+            total=total, desc=what, unit=f" {unit}", initial=initial, delay=2, dynamic_ncols=True, disable=hidden
+        )
+    form = "{desc} {n_fmt}/{total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
     lines: Any = _Lines(sys.stderr)
     return tqdm(
-        total=total, desc=what, unit=unit, initial=initial, delay=2, mininterval=10, maxinterval=30,
+        total=total, desc=what, unit=f" {unit}", initial=initial, delay=2, mininterval=10, maxinterval=30,
         bar_format=form, file=lines, leave=False, disable=hidden,
     )  # fmt: skip

@@ -120,15 +120,15 @@ class Stages:
 
     def train(self) -> Output:
         """By this process, or by as many as the config or the cluster says, of which this one then is rank 0."""
-        from roadseg.train.job import do, job_of, processes
-        from roadseg.train.launch import launch
-        from roadseg.train.ranks import outside
-        from roadseg.train.stage import train_candidate
-
         inputs, shards, key = self._training()
         together = False
 
         def build(work: Path) -> None:
+            from roadseg.train.job import do, job_of, processes
+            from roadseg.train.launch import launch
+            from roadseg.train.ranks import outside
+            from roadseg.train.stage import train_candidate
+
             nonlocal together
             if self.words:
                 self.words.tell("training")
@@ -165,7 +165,7 @@ class Stages:
 
     def _training(self) -> tuple[Inputs, Callable[[], Shards], tuple[int, dict[str, Any], dict[str, str]]]:
         """What the train stage starts from, and what its key is made of."""
-        from roadseg.train.stage import VERSION
+        from roadseg.train.version import VERSION
 
         c, inputs = self.config, self.inputs()  # first: what is wrong with them is told before hours of data
         shards, content = self._shards()
@@ -175,7 +175,7 @@ class Stages:
     def inputs(self) -> Inputs:
         """The releases that training starts from and learns from. Raises ConfigError for what the ranks can't share."""
         from roadseg.train.inputs import training_inputs
-        from roadseg.train.job import refuse_uneven
+        from roadseg.train.place import refuse_uneven
 
         if self._inputs is None:
             c = self.config

@@ -13,6 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,16 @@ class Workspace:
             log.info("%-9s making   %s", stage, folder)
             partial = folder.with_suffix(".partial")
             _make_room(folder, partial, resumes)
-            started = time.monotonic()
+            sessions = Sessions(partial)
             build(partial)
-            seconds = time.monotonic() - started
+            seconds = sessions.finish()
             content = content_digest(partial, LEAVE_OUT)
             about = {
                 **named,
                 "key": key,
                 "content": content,
                 "seconds": round(seconds, 1),
+                "sessions": sessions.number,
                 "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "host": socket.gethostname(),
                 "package_version": roadseg.__version__,
@@ -84,7 +86,8 @@ class Workspace:
             os.sync()  # the name must not reach the disk before the bytes
             os.replace(partial, folder)
         folder.with_suffix(".lock").unlink(missing_ok=True)
-        log.info("%-9s made     %s in %.1f s", stage, folder, seconds)
+        over = f" over {sessions.number} sessions" if sessions.number > 1 else ""
+        log.info("%-9s made     %s in %.1f s%s", stage, folder, seconds, over)
         return Output(stage, key, content, folder, cached=False)
 
     def find(self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]) -> Output | None:
@@ -113,6 +116,33 @@ def _make_room(folder: Path, partial: Path, resumes: bool) -> None:
     partial.mkdir(exist_ok=True)
     for path in partial.rglob(".*.tmp"):  # of write_atomic, when it was killed; they would count as members
         path.unlink()
+
+
+class Sessions:
+    """For how long an output has been in the making, also by runs that were stopped or killed: log/sessions.json.
+
+    Of one that could not say when it ended, the newest file it wrote tells.
+    """
+
+    def __init__(self, partial: Path) -> None:
+        self._path = partial / "log" / "sessions.json"
+        earlier: list[float] = []
+        if self._path.exists():
+            times = (p.stat().st_mtime for p in partial.rglob("*") if p.is_file() and p != self._path)
+            with suppress(ValueError, KeyError, TypeError):  # it is spoilt: nothing but a figure is lost
+                known = read_json(self._path)
+                earlier = [*known["earlier_s"], max(0.0, max(times, default=0.0) - known["began"])]
+        self._earlier, self._began = earlier, time.monotonic()
+        self.number = len(earlier) + 1
+        self._path.parent.mkdir(exist_ok=True)
+        write_json(self._path, {"earlier_s": earlier, "began": time.time()})
+
+    def finish(self) -> float:
+        """Seconds of all sessions."""
+        self._path.unlink()
+        with suppress(OSError):
+            self._path.parent.rmdir()  # if nothing else is in it
+        return sum(self._earlier) + time.monotonic() - self._began
 
 
 @dataclass(frozen=True)

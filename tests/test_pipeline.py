@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -210,6 +212,19 @@ def test_promoted_then_rolled_back_and_forth_by_hand(copy_of_two: Two) -> None:
         assert release.digest == (second.digest if reference == str(result.release) else first.digest)
     with pytest.raises(StoreError, match="0 releases match"):
         find_release(config, workspace, first.digest[:7])
+
+
+def test_a_training_that_is_there_is_found_at_once(micro: Micro, tmp_path: Path) -> None:
+    """Loading torch takes seconds: neither what is there nor who is making it is asked for with it."""
+    shutil.copytree(micro.workspace, workspace := tmp_path / "w")
+    script = f"""
+import sys
+from roadseg.config import load_config
+from roadseg.pipeline import run
+found = run(load_config({str(MICRO)!r}), "train", workspace={str(workspace)!r})
+assert found.outputs["train"].cached and "torch" not in sys.modules, sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 # ---- a champion that can't be compared with -------------------------------------------------

@@ -1,9 +1,11 @@
+import logging
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from roadseg.files import write_json
+from roadseg.files import read_json, write_json
 from roadseg.workspace import Workspace, leftovers, remove
 
 
@@ -55,6 +57,45 @@ def test_a_stage_that_resumes_finds_what_was_left(tmp_path: Path) -> None:
         w.make("s", 1, {}, {}, twice, resumes=True)
     output = w.make("s", 1, {}, {}, twice, resumes=True)
     assert (output.folder / "a").read_text() == "first"
+
+
+def test_its_seconds_are_those_of_all_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    w, clock = Workspace(tmp_path), [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def part(work: Path) -> None:
+        number = len(list(work.glob("part-*")))
+        (work / f"part-{number}").write_text("x")
+        clock[0] += 30
+        os.utime(work / f"part-{number}", (clock[0], clock[0]))
+        clock[0] += 3600  # a kill has no last words: what came after its last file is not known
+        if number < 2:
+            raise RuntimeError("killed")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            w.make("s", 1, {}, {}, part, resumes=True)
+    with caplog.at_level(logging.INFO, "roadseg"):
+        output = w.make("s", 1, {}, {}, part, resumes=True)
+    about = read_json(output.folder / "stage.json")
+    assert (about["seconds"], about["sessions"]) == (30 + 30 + 3630, 3)
+    assert "in 3690.0 s over 3 sessions" in caplog.text
+    assert sorted(os.listdir(output.folder)) == ["part-0", "part-1", "part-2", "stage.json"]
+
+
+def test_a_spoilt_record_of_sessions_is_started_anew(tmp_path: Path) -> None:
+    w = Workspace(tmp_path)
+
+    def spoils(work: Path) -> None:
+        (work / "log" / "sessions.json").write_text("{")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        w.make("s", 1, {}, {}, spoils, resumes=True)
+    assert read_json(w.make("s", 1, {}, {}, build, resumes=True).folder / "stage.json")["sessions"] == 1
 
 
 def test_clean_keeps_what_a_run_names(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from roadseg.data.shards import Shards
 from roadseg.errors import ConfigError
 from roadseg.release.archive import Release, load_release
 from roadseg.train.inputs import Inputs
+from roadseg.train.place import refuse_uneven
 from roadseg.train.ranks import Ranks, joined
 from roadseg.train.stage import choose_device, train_candidate
 from roadseg.train.words import Words
@@ -47,18 +48,6 @@ def do(ranks: Ranks, job: Job, words: Words | None = None) -> None:
 
 def _release(archive: tuple[str, str] | None) -> Release | None:
     return load_release(Path(archive[0]), archive[1]) if archive else None
-
-
-def refuse_uneven(t: Training, world: int) -> None:
-    """Raise ConfigError if `world` ranks can't share a step's batch evenly."""
-    if t.batch_size % (world * t.accumulate):
-        parts = f"{world} GPUs" + f" x {t.accumulate} micro-batches" * (t.accumulate > 1)
-        raise ConfigError(
-            f"{t.batch_size} samples can't be shared evenly by {parts}",
-            expected=f"a multiple of {world * t.accumulate}",
-            where="training.batch_size",
-            todo="it counts the samples of a step over all GPUs and micro-batches",
-        )
 
 
 def processes(t: Training) -> int:

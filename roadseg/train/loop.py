@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -39,8 +38,9 @@ from roadseg.train.objective import Objective
 from roadseg.train.optimizer import make_optimizer
 from roadseg.train.ranks import ALONE, Ranks
 from roadseg.train.schedule import lr_factor
+from roadseg.train.signals import stop_signals
 from roadseg.train.taken import Taken, mark, non_finite, on_its_way
-from roadseg.train.timing import Timing
+from roadseg.train.timing import Timing, spared
 from roadseg.train.validation import validate
 from roadseg.train.words import LOADER_DIED
 
@@ -92,24 +92,6 @@ class Stretch:
 @contextmanager
 def no_mirrors(step: int) -> Iterator[Mirrors]:
     yield Mirrors(())
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
-    """Inside, SIGTERM and SIGINT are only noted; the yielded function returns the signal, or 0.
-
-    Python lets only the main thread handle signals; elsewhere they stay as they are.
-    """
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: caught[0] if caught else 0
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def train(
@@ -203,7 +185,8 @@ def train(
             mirror.scalars(step, {f"{split}/miou": result["miou"]})
             log.info("step %d: %s mIoU %.4f", step, split, result["miou"] or 0.0)
         if draw and ranks.main:
-            draw(average.network, step)
+            with spared("a picture in log/pictures"):
+                draw(average.network, step)
         return True
 
     def steps(stopped: Callable[[], int]) -> Generator[tuple[int, Batch | None, Gradients, float], None, None]:

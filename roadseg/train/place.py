@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun or a SageMaker cluster says. Needs no torch."""
+"""Which of several processes this one is, as torchrun or a SageMaker cluster says, and its share. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from roadseg.errors import UsageError
+from roadseg.config_training import Training
+from roadseg.errors import ConfigError, UsageError
 
 RESOURCES = Path("/opt/ml/input/config/resourceconfig.json")  # SageMaker's, in every training container
 PORT = 29500  # where rank 0 is met when nobody says; torchrun's own default
@@ -73,3 +74,15 @@ def _of_host(resources: Path) -> Place:
         raise UsageError(
             f"it can't be understood ({e})", expected="hosts and current_host", where=str(resources)
         ) from e
+
+
+def refuse_uneven(t: Training, world: int) -> None:
+    """Raise ConfigError if `world` ranks can't share a step's batch evenly."""
+    if t.batch_size % (world * t.accumulate):
+        parts = f"{world} GPUs" + f" x {t.accumulate} micro-batches" * (t.accumulate > 1)
+        raise ConfigError(
+            f"{t.batch_size} samples can't be shared evenly by {parts}",
+            expected=f"a multiple of {world * t.accumulate}",
+            where="training.batch_size",
+            todo="it counts the samples of a step over all GPUs and micro-batches",
+        )

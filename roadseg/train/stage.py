@@ -40,9 +40,9 @@ from roadseg.train.objective import Objective
 from roadseg.train.pictures import Pictures, evenly
 from roadseg.train.ranks import ALONE, Ranks, plain_batch_norm, sync_batch_norm
 from roadseg.train.refusals import out_of_memory, ran_out, refuse_impossible, refuse_strides
+from roadseg.train.signals import stopped_at_once
 from roadseg.train.start import Start, starting_network
 
-VERSION = 4
 HOLDOUT = "holdout"
 COMPILED_FROM_STEPS = 2000  # compilation takes a minute or two
 log = logging.getLogger(__name__)
@@ -107,7 +107,8 @@ def train_candidate(
             trained["taught_by"] = f"release {teacher.digest}"
         terms = _terms(shards.label_set.terms, {"Started from": init, "Taught by": teacher})
         final = plain_batch_norm(average.inference_network().cpu())
-        write_candidate(config, shards, final, trained, shown, terms, work)
+        with stopped_at_once("while the archive was written"):
+            write_candidate(config, shards, final, trained, shown, terms, work)
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:

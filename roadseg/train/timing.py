@@ -6,6 +6,9 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from roadseg.files import write_json
 
 log = logging.getLogger(__name__)
 EVERY_S = 10.0
+SHOWN_EVERY_S = 2.0  # a short run has a loss to show too
 DATA_BOUND = 0.1  # share of the time spent waiting from which data is what to work on
 
 
@@ -29,7 +33,7 @@ class Timing:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._device = folder, device or torch.device("cpu")
         self._row, self._all = _Sum(), _Sum()
-        self._first = True
+        self._first, self._shown_s = True, 0.0
         self.begin()
 
     def begin(self) -> None:
@@ -41,8 +45,8 @@ class Timing:
     ) -> dict[str, float] | None:
         """After a step: for how long of the time since the last one its batch kept the device waiting.
 
-        Returns the row {step, loss (mean of its steps), images_per_s, waiting_share, memory_gb} when one was due;
-        `bar` then shows it too.
+        Returns the row {step, loss (mean of its steps), images_per_s, waiting_share, memory_gb} when one was due.
+        `bar` shows what there is of it every two seconds.
         """
         now_s = time.monotonic()
         took, self._since_s = now_s - self._since_s, now_s
@@ -51,13 +55,17 @@ class Timing:
             return None
         for total in (self._row, self._all):
             total.add(took, waited_s, images, loss)
-        if self._row.took_s < EVERY_S:
+        due = self._row.took_s >= EVERY_S
+        if not due and self._row.took_s < self._shown_s + SHOWN_EVERY_S:
             return None
         used, total_gb = memory_gb(self._device)
         row = {"step": step, **self._row.mean_loss(), **self._row.rates(), "memory_gb": round(used, 3)}
-        self._row = _Sum()
         bar.set_postfix_str(_spoken(row, total_gb), refresh=False)
-        with open(self._folder / "timing.jsonl", "a", encoding="utf-8") as f:
+        self._shown_s = self._row.took_s
+        if not due:
+            return None
+        self._row, self._shown_s = _Sum(), 0.0
+        with spared("log/timing.jsonl"), open(self._folder / "timing.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         return row
 
@@ -67,15 +75,28 @@ class Timing:
             return ""
         rates = self._all.rates()
         share, data = rates["waiting_share"], rates["waiting_share"] >= DATA_BOUND
-        write_json(
-            self._folder / "bottleneck.json",
-            {"bottleneck": "data" if data else "compute", "steps": self._all.steps, **rates},
-        )
+        said = {"bottleneck": "data" if data else "compute", "steps": self._all.steps, **rates}
+        with spared("log/bottleneck.json"):
+            write_json(self._folder / "bottleneck.json", said)
         text = f"{'data' if data else 'compute'} was the bottleneck: {share:.0%} of the time was spent waiting for data"
         if data:
             text += "; a larger training.batch_size, more training.workers or training.frames_on_gpu may help"
         log.info("%.1f images/s; %s", rates["images_per_s"], text)
         return text
+
+
+@contextmanager
+def spared(what: str) -> Iterator[None]:
+    """Around writing what a training can do without: a disk that is full is told, once, and no reason to end."""
+    try:
+        yield
+    except OSError as e:
+        _tell_once(f"{what} is not written ({e.strerror or e}); training goes on without it")
+
+
+@cache
+def _tell_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def memory_gb(device: torch.device) -> tuple[float, float]:

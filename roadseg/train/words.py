@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -47,9 +48,15 @@ def answered() -> Iterator[None]:
         if LOADER_DIED in str(e):
             raise
         raise PeerLost(
-            f"another rank no longer answers ({str(e).splitlines()[0]})",
+            f"another rank no longer answers ({_plain(e)})",
             todo="look at what it said last; run again to go on after the last checkpoint",
         ) from e
+
+
+def _plain(error: Exception) -> str:
+    """The first line of what gloo or NCCL says, without the place in their source, and up to the peer's address."""
+    text = re.sub(r"^\[[^]]*\.(cc|cpp|h):\d+\] *", "", str(error).splitlines()[0])
+    return re.sub(r"(\]:\d+)\b.*", r"\1", text)
 
 
 @dataclass(frozen=True)
@@ -164,15 +171,18 @@ def packed(error: BaseException, rank: int) -> dict[str, Any]:
     if isinstance(error, RoadsegError):
         row["parts"] = {name: getattr(error, name) for name in ("found", "expected", "where", "todo")}
         row["exit_code"] = error.exit_code
-    else:
+    elif isinstance(error, OSError) and error.errno:
+        row["system"] = [error.errno, error.strerror, str(error.filename) if error.filename else None]
+    if not isinstance(error, RoadsegError):
         row["traceback"] = "".join(traceback.format_exception(error))
     return row
 
 
 def unpacked(row: dict[str, Any]) -> Exception:
-    """The error that `packed` took; of one that is not ours a RuntimeError, with its traceback as a note."""
+    """The error that `packed` took; of one that is not ours an OSError or RuntimeError, its traceback as a note."""
     if "parts" not in row:
-        error = RuntimeError(f"{row['class']} in rank {row['rank']}: {row['text']}")
+        text = f"{row['class']} in rank {row['rank']}: {row['text']}"
+        error = OSError(*row["system"]) if "system" in row else RuntimeError(text)
         error.add_note(row["traceback"])
         return error
     parts, kind = row["parts"], getattr(errors, row["class"], RoadsegError)

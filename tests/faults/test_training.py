@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,6 +216,29 @@ def test_a_disk_that_fills_up_while_saving(driver: Driver, whole: Whole, small_d
     ballast.unlink()
     runs.to_the_end(lambda: driver.start(workspace, whole.shards.folder))
     assert_like(whole, workspace)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_disk_that_is_full_before_the_first_checkpoint(
+    driver: Driver, whole: Whole, small_disk: Path, gpus: int
+) -> None:
+    """Its first file is the one that can't be written, in the process that was started or in a rank of it."""
+    workspace, ballast = small_disk / "w", small_disk / "ballast"
+    flags = ("--training.checkpoint-every", "2", "--training.gpus", str(gpus), "--training.device", "cpu")
+    first = driver.start(workspace, whole.shards.folder, *flags, "--training.steps", "100000")
+    first.reaches(2)
+    first.kill(group=True)
+    with suppress(OSError), open(ballast, "wb") as f:
+        while True:
+            f.write(bytes(1 << 12))
+            f.flush()
+    again = driver.start(workspace, whole.shards.folder, *flags)
+    assert again.wait() == 1, again.text()
+    (error,) = [line for line in again.text().splitlines() if line.startswith("roadseg train:")]
+    assert re.search(r"/w/\S+: (No space left on device|no space left for .* MB); free .*, then run again", error), (
+        error
+    )
+    assert "unexpected" not in error and "Traceback" not in again.text()
 
 
 def test_a_read_only_folder_is_not_reported_as_saved(small_disk: Path) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 
 from roadseg.config_training import Training
 from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, RoadsegError, UsageError
-from roadseg.train.job import processes, refuse_uneven
+from roadseg.train.job import processes
 from roadseg.train.launch import _verdict, launch
-from roadseg.train.place import Place, place
+from roadseg.train.place import Place, place, refuse_uneven
 from roadseg.train.ranks import ALONE, Ranks, joined
 from roadseg.train.words import PeerLost, packed, unpacked
 

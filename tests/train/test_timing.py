@@ -78,7 +78,24 @@ def test_a_row_is_the_mean_of_its_steps_and_is_shown(tmp_path: Path, monkeypatch
     rows = read_json_lines(tmp_path / "log" / "timing.jsonl")
     assert [row["loss"] for row in rows] == [6.5, 16.5, 26.5]  # of steps 2-11, 12-21, 22-31
     assert {row["memory_gb"] for row in rows} == {3.21}
-    assert bar.texts[0] == "loss 6.5, 8.0 images/s, 25% waiting for data, 3.2 of 80 GB"
+    losses = [2.5, 3.5, 4.5, 5.5, 6.5, 12.5]  # every two seconds of what a row has so far
+    assert bar.texts[:6] == [f"loss {x}, 8.0 images/s, 25% waiting for data, 3.2 of 80 GB" for x in losses]
+
+
+@pytest.mark.fault
+def test_a_disk_without_room_for_statistics_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    (folder / "timing.jsonl").mkdir()  # what can't be written to
+    (folder / "bottleneck.json").mkdir()
+    assert "compute was the bottleneck" in run(folder, monkeypatch, 0.01).verdict()
+    said = [m for m in caplog.messages if "training goes on without it" in m]
+    assert said == [
+        f"log/{name} is not written (Is a directory); training goes on without it"
+        for name in ("timing.jsonl", "bottleneck.json")
+    ]  # each once, though three rows were due
 
 
 def test_rows_are_returned_when_due_and_need_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

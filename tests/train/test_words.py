@@ -1,5 +1,6 @@
 """What ranks tell one another, with the store of keys in this process and each rank's connection to it."""
 
+import json
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ import pytest
 from roadseg.errors import DataError, RoadsegError
 from roadseg.train import words as room
 from roadseg.train.place import Place
-from roadseg.train.words import PeerLost, Words, answered
+from roadseg.train.words import PeerLost, Words, answered, packed, unpacked
 
 
 @pytest.fixture
@@ -52,6 +53,29 @@ def test_a_failure_reaches_who_waits_and_rank_0_stays_until_it_has(two: tuple[Wo
     assert ended and asked < ended[0] < asked + 5
     other.fail(ValueError("a consequence"))
     assert isinstance(main.failure(), DataError)  # the first counts
+
+
+@pytest.mark.parametrize(
+    ("said", "plain"),
+    [
+        ("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:39287. Bye!",
+         "Connection closed by peer [127.0.0.1]:39287"),
+        ("NCCL communicator was aborted on rank 1.\nMore", "NCCL communicator was aborted on rank 1."),
+        ("[Rank 0] a message [1, 2] without an address", "[Rank 0] a message [1, 2] without an address"),
+    ],
+)  # fmt: skip
+def test_a_lost_peer_is_told_without_the_place_in_somebody_elses_source(said: str, plain: str) -> None:
+    with pytest.raises(PeerLost) as caught, answered():
+        raise RuntimeError(said)
+    assert caught.value.found == f"another rank no longer answers ({plain})"
+
+
+def test_a_systems_error_arrives_as_one() -> None:
+    error = unpacked(json.loads(json.dumps(packed(OSError(28, "No space left on device", "/w/x"), 1))))
+    assert isinstance(error, OSError) and (error.errno, error.filename) == (28, "/w/x")
+    assert "No space left on device" in error.__notes__[0]
+    other = unpacked(json.loads(json.dumps(packed(ValueError("no"), 1))))
+    assert isinstance(other, RuntimeError) and str(other) == "ValueError in rank 1: no"
 
 
 def test_rank_0_goes_once_all_have_heard(two: tuple[Words, Words]) -> None:

@@ -1,0 +1,3 @@
+"""VERSION of the train stage, apart from it: a key is made without loading torch."""
+
+VERSION = 4
