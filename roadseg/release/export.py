@@ -22,7 +22,7 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from roadseg.errors import ExportError
+from roadseg.errors import ExportError, NonFiniteLoss
 from roadseg.files import write_atomic
 
 INPUT, OUTPUT = "image", "logits"
@@ -133,7 +133,7 @@ def check_export(
 
     samples: RGB images uint8 [H, W, 3], sizes may differ. The class is the argmax after upsampling
     (bilinear, align_corners=False) to H x W. Raises ExportError below `minimum_agreement`, and on
-    logits that are not finite.
+    logits that are not finite; NonFiniteLoss if it is the network's own that are not.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -147,9 +147,15 @@ def check_export(
             ours = plain(torch.from_numpy(image_1CHW))
             theirs = torch.from_numpy(session.run([OUTPUT], {INPUT: image_1CHW})[0])
             size = image_HWC.shape[:2]
-            if ours.shape != theirs.shape or not (ours.isfinite().all() and theirs.isfinite().all()):
+            if not ours.isfinite().all():
+                raise NonFiniteLoss(
+                    f"the trained network's scores of an image of {size[1]}x{size[0]} are not finite numbers",
+                    expected="finite numbers, as the losses still were",
+                    todo="training diverged: a lower training.learning_rate or longer training.warmup_steps often help",
+                )
+            if ours.shape != theirs.shape or not theirs.isfinite().all():
                 raise ExportError(
-                    f"logits {list(theirs.shape)} from ONNX and {list(ours.shape)} from PyTorch, or values not finite",
+                    f"logits {list(theirs.shape)} from ONNX, {list(ours.shape)} from PyTorch, or ONNX's not finite",
                     expected="finite logits of equal shape",
                     where=f"{path}, image of {size[1]}x{size[0]}",
                 )

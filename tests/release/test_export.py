@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from roadseg.errors import ExportError
+from roadseg.errors import ExportError, NonFiniteLoss
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.model.sk_fusion import FUSIONS
 from roadseg.release.export import check_export, export_onnx
@@ -104,12 +104,15 @@ def test_another_network_is_refused_with_the_figure(exported: Exported) -> None:
         check_export(exported.path, other, [scene(35, 65), scene(35, 60)])
 
 
-def test_logits_that_are_not_finite_are_refused(exported: Exported) -> None:
-    broken = exported.network.inference_network()
+def test_logits_that_are_not_finite_are_refused(exported: Exported, tmp_path: Path) -> None:
+    sound, broken = exported.network.inference_network(), exported.network.inference_network()
     with torch.no_grad():
         broken.decoder.classifier.bias[0] = float("nan")
-    with pytest.raises(ExportError, match="not finite"):
-        check_export(exported.path, broken, [scene(32, 32)])
+    with pytest.raises(NonFiniteLoss, match="scores of an image of 40x32 are not finite numbers; .* diverged"):
+        check_export(exported.path, broken, [scene(32, 40)])
+    export_onnx(broken, tmp_path / "broken.onnx")
+    with pytest.raises(ExportError, match="ONNX's not finite"):
+        check_export(tmp_path / "broken.onnx", sound, [scene(32, 40)])
 
 
 def test_no_samples_prove_nothing(exported: Exported) -> None:
