@@ -26,9 +26,11 @@ MOST_CLASSES = 255  # then comes void
 
 
 def profile_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="1024x2048", metavar="HxW", help="height x width of an image, in px")
+    parser.add_argument("--size", metavar="HxW", help="of an image, in px; default: of the training's crops at its end")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images that are inferred at once")
-    parser.add_argument("--runs", type=int, default=30, metavar="N", help="inferences timed; 0: count only")
+    parser.add_argument(
+        "--runs", type=int, default=30, metavar="N", help="timed, fewer if they take over 20 s; 0: count only"
+    )
     parser.add_argument("--classes", type=int, metavar="K", help="default: those of data.source")
     parser.add_argument("--release", metavar="R", help="champion, a digest or a path: it instead of the config's model")
     parser.add_argument("--no-onnx", action="store_true", help="don't export and time the graph by onnxruntime")
@@ -36,7 +38,8 @@ def profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def profile(a: argparse.Namespace, config: Config) -> int:
-    image_BHW = (a.batch, *_size(a.size, config.data.max_image_pixels))
+    height, width = _phases(config.training, None)[-1][0]
+    image_BHW = (a.batch, *_size(a.size or f"{height}x{width}", config.data.max_image_pixels))
     for name, value, least in (("--batch", a.batch, 1), ("--runs", a.runs, 0)):
         if value < least:
             raise UsageError(f"{name} {value}", expected=f"{least} or more")
@@ -234,12 +237,11 @@ def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Tr
     if t.activation_checkpointing:
         notes.append("          training.activation_checkpointing keeps less of the backbone than is counted here")
     if measured:
-        speed = [["latency, image to logits", "threads", "p50 ms", "p90 ms", "p99 ms", "images/s"]]
-        speed += [
-            [m.runtime, str(m.threads), *(f"{v:.2f}" for v in (m.p50_ms, m.p90_ms, m.p99_ms)), f"{m.images_per_s:.2f}"]
-            for m in measured
-        ]
-        notes += ["", _columns(speed), f"          {measured[0].runs} runs on {figures['machine']}"]
+        speed = [["latency, image to logits", "threads", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"]]
+        for m in measured:
+            ms = [f"{v:.2f}" for v in (m.p50_ms, m.p90_ms, m.p99_ms)]
+            speed.append([m.runtime, str(m.threads), str(m.runs), *ms, f"{m.images_per_s:.2f}"])
+        notes += ["", _columns(speed), f"          on {figures['machine']}"]
         notes += [f"          at most {mega(m.peak_bytes)} MB beyond the weights" for m in measured if m.peak_bytes]
     model = ", ".join(f"{key} {value}" for key, value in figures["architecture"].items() if key != "auxiliary")
     return "\n".join([f"model     {model}", "", _columns(rows), "", *notes])

@@ -20,6 +20,7 @@ from roadseg.processes import cores
 from roadseg.progress import progress
 
 _WARM_UP = {"cuda": 10}  # runs; elsewhere 2
+ENOUGH_S, LEAST_RUNS = 20.0, 5
 PERCENTILES = (50, 90, 99)
 
 
@@ -87,17 +88,20 @@ def _images(image_BHW: tuple[int, int, int]) -> np.ndarray:
 
 
 def _times(once: Callable[[], Any], runs: int, warm_up: int, what: str) -> np.ndarray:
-    """Seconds of each of `runs` calls, after some that libraries use to choose their algorithms."""
+    """Seconds of each of `runs` calls, after some that libraries use to choose their algorithms.
+
+    Of LEAST_RUNS at least, then no more once they took ENOUGH_S.
+    """
     for _ in range(warm_up):
         once()
-    times = np.empty(runs)
+    times: list[float] = []
     with progress(runs, what, "run") as bar:
-        for i in range(runs):
+        while len(times) < runs and (len(times) < LEAST_RUNS or sum(times) < ENOUGH_S):
             began = time.perf_counter()
             once()
-            times[i] = time.perf_counter() - began
+            times.append(time.perf_counter() - began)
             bar.update()
-    return times
+    return np.array(times)
 
 
 def _latency(name: str, threads: int, times_s: np.ndarray, batch: int, peak: int | None = None) -> Latency:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import MICRO, Micro, channel_graph
 
+from roadseg import profile_speed
 from roadseg.cli import COMMANDS, Command, main
 from roadseg.cli_train import profile, profile_arguments
 from roadseg.config import load_config
@@ -46,6 +49,25 @@ def test_a_config_is_counted_and_measured(call, tmp_path: Path) -> None:
     assert 0 < m["p50_ms"] <= m["p90_ms"] <= m["p99_ms"] and m["runs"] == 3 and m["threads"] >= 1
     assert m["images_per_s"] == pytest.approx(2000 / m["p50_ms"]) and m["runtime"] in out
     assert figures["machine"] in out and figures["architecture"]["num_classes"] == 19
+
+
+def test_without_a_size_it_is_that_of_the_last_crops(call, tmp_path: Path) -> None:
+    text, later = MICRO.read_text(), "[48, 80]\n  phases: [{after: 0.5, crop_px: [32, 64]}]"
+    for crops, expected in (("[48, 80]", [1, 48, 80]), (later, [1, 32, 64])):
+        (tmp_path / "c.yaml").write_text(text.replace("crop_px: [48, 96]", f"crop_px: {crops}"))
+        assert call("--config", "c.yaml", "--runs", "0", "--json", "f.json")[0] == 0
+        assert read_json(tmp_path / "f.json")["image_BHW"] == expected
+
+
+def test_slow_inferences_are_timed_fewer_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(profile_speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def once(seconds: float) -> Callable[[], None]:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    counts = [len(profile_speed._times(once(seconds), 30, 0, "x")) for seconds in (0.1, 2.0, 60.0)]
+    assert counts == [30, 10, profile_speed.LEAST_RUNS]
 
 
 def test_a_release_brings_its_own_network_and_graph(call, micro: Micro, tmp_path: Path) -> None:

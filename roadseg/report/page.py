@@ -73,8 +73,8 @@ def points(value: object) -> str:
 
 
 def soft(text: str) -> Markup:
-    """Text, mostly a path, that may be broken into lines after / and _."""
-    return Markup("<wbr>").join(re.split(r"(?<=[/_])(?=.)", text))
+    """Text, mostly a path or a setting, that may be broken into lines after /, _, = and a dot between words."""
+    return Markup("<wbr>").join(re.split(r"(?<=[/_=])(?=.)|(?<=[a-z]\.)(?=[a-z])", text))
 
 
 def data_uri(picture: bytes) -> Markup:

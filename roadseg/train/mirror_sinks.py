@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -106,7 +107,8 @@ def how_to_open(name: str, folder: Path) -> str:
     if uri.startswith(("http://", "https://")):
         return uri
     allowed = "MLFLOW_ALLOW_FILE_STORE=true " if urlsplit(uri).scheme in ("", "file") else ""
-    return f"{allowed}mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    whole = "" if find_spec("sqlalchemy") else " (needs the whole mlflow: pip install mlflow, elsewhere if you like)"
+    return f"{allowed}mlflow ui --backend-store-uri {shlex.quote(uri)}{whole}"
 
 
 def without_password(text: str) -> str:

@@ -31,6 +31,7 @@ def test_counts_colours_and_pictures_as_text():
 
 def test_soft_breaks_escape_what_they_part():
     assert soft("a/<b>_c/") == "a/<wbr>&lt;b&gt;_<wbr>c/"
+    assert soft("training.learning_rate=0.002") == "training.<wbr>learning_<wbr>rate=<wbr>0.002"  # no number is broken
     assert soft("") == "" and Page(soft("train/<img src=x onerror=alert(1)>_1.png")).named("img") == []
 
 

@@ -86,7 +86,10 @@ def test_it_is_said_how_to_look_at_it(
     assert ends == [f"tensorboard --logdir {tmp_path / k}/log/tensorboard" for k in ("k.partial", "k")]
     clean(monkeypatch)
     store = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri '{tmp_path}/a b/mlruns'"
+    monkeypatch.setattr(mirror_sinks, "find_spec", lambda name: name)
     assert mirror_sinks.how_to_open("mlflow", tmp_path / "a b") == store
+    monkeypatch.setattr(mirror_sinks, "find_spec", lambda name: None)  # of mlflow-skinny, which has no pages
+    assert mirror_sinks.how_to_open("mlflow", tmp_path / "a b").startswith(f"{store} (needs the whole mlflow: ")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p@ss@server:5000/x")
     assert mirror_sinks.how_to_open("mlflow", tmp_path) == "https://server:5000/x"
 
