@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from roadseg.model.deeplab import DeepLabV3Plus
     from roadseg.profile_model import Cost
     from roadseg.profile_speed import Latency
+    from roadseg.release.archive import Release
 
 log = logging.getLogger(__name__)
 MOST_CLASSES = 255  # then comes void
 
 
 def profile_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", metavar="HxW", help="of an image, in px; default: of the training's crops at its end")
+    parser.add_argument("--size", metavar="HxW", help="of an image, in px; default: the recipe's own crop, its last")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images that are inferred at once")
     parser.add_argument(
         "--runs", type=int, default=30, metavar="N", help="timed, fewer if they take over 20 s; 0: count only"
@@ -38,11 +39,12 @@ def profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def profile(a: argparse.Namespace, config: Config) -> int:
-    height, width = _phases(config.training, None)[-1][0]
-    image_BHW = (a.batch, *_size(a.size or f"{height}x{width}", config.data.max_image_pixels))
     for name, value, least in (("--batch", a.batch, 1), ("--runs", a.runs, 0)):
         if value < least:
             raise UsageError(f"{name} {value}", expected=f"{least} or more")
+    if a.classes is not None and a.release is not None:
+        raise UsageError(f"--classes {a.classes} of a release", expected="--release or --classes")
+    asked = a.size and _size(a.size, config.data.max_image_pixels)
     from roadseg.profile_model import cost
     from roadseg.profile_speed import machine
     from roadseg.train.stage import choose_device
@@ -50,9 +52,12 @@ def profile(a: argparse.Namespace, config: Config) -> int:
     t = config.training
     device = choose_device(t.device)
     bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
-    network, graph = _network(a, config)
+    release = _release(a, config)
+    size, size_from = (asked, "--size") if asked else _recipe_size(config, release)
+    image_BHW = (a.batch, *size)
+    network, graph = _network(a, config, release)
     trained, crops_BHW = _costliest(
-        network, _phases(t, None if a.release is not None else config.model.output_stride), t, bf16
+        network, _phases(t, None if release else config.model.output_stride), t, bf16
     )
     moments = 2 if t.optimizer != "sgd" else int(t.momentum > 0)
     counted = cost(network, image_BHW, crops_BHW, bf16, moments, trained)
@@ -65,9 +70,11 @@ def profile(a: argparse.Namespace, config: Config) -> int:
         "precision": "bf16" if bf16 else "fp32",
         "architecture": network.architecture.to_json(),
         "image_BHW": image_BHW,
+        "size_from": size_from,
         "crops_BHW": crops_BHW,
         "training_output_stride": trained.architecture.output_stride,
         **counted.to_json(),
+        "cuda_bf16": _on_cuda(network, image_BHW, trained, crops_BHW) if t.precision == "auto" and not bf16 else None,
         "latency": [latency.to_json() for latency in measured],
     }
     print(_page(figures, counted, measured, t))
@@ -89,7 +96,29 @@ def _size(text: str, most_pixels: int) -> tuple[int, int]:
     return height, width
 
 
-def _network(a: argparse.Namespace, config: Config) -> tuple[DeepLabV3Plus, bytes]:
+def _release(a: argparse.Namespace, config: Config) -> Release | None:
+    if a.release is None:
+        return None
+    from roadseg.release.archive import load_release
+    from roadseg.release.find import find_release
+
+    return load_release(find_release(config, a.workspace, a.release))
+
+
+def _recipe_size(config: Config, release: Release | None) -> tuple[tuple[int, int], str]:
+    """Height and width of the last crops of the training, and where that is said; a release tells its own."""
+    own = release.model.get("config", {}).get("training", {}) if release else {}
+    crops = [place.get("crop_px") for place in (own, *own.get("phases", ()))]
+    if told := [crop for crop in crops if crop]:
+        height, width = told[-1]
+        return _size(f"{height}x{width}", config.data.max_image_pixels), "the release's training"
+    t = config.training
+    phased = any(phase.crop_px for phase in t.phases)
+    size = _phases(t, None)[-1][0]
+    return _size("x".join(map(str, size)), config.data.max_image_pixels), f"training.{'phases' if phased else 'crop_px'}"
+
+
+def _network(a: argparse.Namespace, config: Config, release: Release | None) -> tuple[DeepLabV3Plus, bytes]:
     """What ships, so after the last phase. Random weights cost what trained ones do.
 
     A release brings its graph, "" means that it is to be exported.
@@ -99,14 +128,9 @@ def _network(a: argparse.Namespace, config: Config) -> tuple[DeepLabV3Plus, byte
     from roadseg.model.deeplab import Architecture, build
     from roadseg.model.surgery import set_output_stride
 
-    if a.release is not None:
-        if a.classes is not None:
-            raise UsageError(f"--classes {a.classes} of a release", expected="--release or --classes")
-        from roadseg.release.archive import load_release
-        from roadseg.release.find import find_release
+    if release:
         from roadseg.release.network import load_network
 
-        release = load_release(find_release(config, a.workspace, a.release))
         return load_network(release), release.onnx
     given = config.model.model_dump()
     chosen = {f.name: given[f.name] for f in fields(Architecture) if f.name in given}
@@ -146,6 +170,18 @@ def _costliest(
     if len(forms) == 1:
         return forms[0]
     return max(forms, key=lambda form: sum(saved_by_part(form[0], form[1], bf16).values()))
+
+
+def _on_cuda(
+    network: DeepLabV3Plus, image_BHW: tuple[int, int, int], trained: DeepLabV3Plus, crops_BHW: tuple[int, int, int]
+) -> dict[str, int]:
+    """What the recipe's memory is where it is trained in bf16, as this machine's own precision is another."""
+    from roadseg.profile_model import peak_bytes, saved_by_part
+
+    return {
+        "inference_peak_bytes": peak_bytes(network, image_BHW, True),
+        "training_saved_bytes": sum(saved_by_part(trained, crops_BHW, True).values()),
+    }
 
 
 def _classes(config: Config) -> int:
@@ -214,7 +250,7 @@ def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Tr
             "",
             "parameters",
             f"GMAC, {batch} x {height}x{width}",
-            f"MB kept, {crops} x {crop_height}x{crop_width}{costliest}",
+            f"MB kept, {crops} x {crop_height}x{crop_width}{costliest}, {figures['precision']}",
         ]
     ]
     for p in counted.parts:
@@ -234,6 +270,11 @@ def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Tr
         f"{mega(counted.saved_bytes)} MB kept for backward + {mega(counted.state_bytes)} MB of weights, "
         f"gradients, {t.optimizer}'s state and average ({figures['precision']}; libraries' workspaces not counted)"
     ]
+    if cuda := figures["cuda_bf16"]:
+        notes.append(
+            "          on CUDA, where training.precision auto is bf16: inference "
+            f"{mega(cuda['inference_peak_bytes'])} MB; training {mega(cuda['training_saved_bytes'])} MB kept"
+        )
     if t.activation_checkpointing:
         notes.append("          training.activation_checkpointing keeps less of the backbone than is counted here")
     if measured:
@@ -244,7 +285,8 @@ def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Tr
         notes += ["", _columns(speed), f"          on {figures['machine']}"]
         notes += [f"          at most {mega(m.peak_bytes)} MB beyond the weights" for m in measured if m.peak_bytes]
     model = ", ".join(f"{key} {value}" for key, value in figures["architecture"].items() if key != "auxiliary")
-    return "\n".join([f"model     {model}", "", _columns(rows), "", *notes])
+    size = f"size      {height}x{width}, {'as given by' if figures['size_from'] == '--size' else 'of'} {figures['size_from']}"
+    return "\n".join([f"model     {model}", size, "", _columns(rows), "", *notes])
 
 
 def _columns(rows: list[list[str]]) -> str:

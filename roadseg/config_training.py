@@ -57,7 +57,7 @@ class Phase(Section):
 
     after: Fraction = Field(description="share of the run's steps after which it begins")
     crop_px: tuple[Positive, Positive] | None = Field(None, description="height and width of a training crop")
-    output_stride: Literal[8, 16, 32] | None = Field(None, description="of the backbone; the last one ships")
+    output_stride: Literal[8, 16, 32] | None = Field(None, description="of the backbone; the last one reached ships")
 
 
 class Training(Section):

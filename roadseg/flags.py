@@ -31,7 +31,8 @@ def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description:
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
     given = [flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
-    return validated(merge(raw, _picked(dataclasses.asdict(parsed), given)), str(path) if path else "the flags")
+    where = " and ".join([str(path)] * bool(path) + ["the flags"] * bool(given)) or "the flags"
+    return validated(merge(raw, _picked(dataclasses.asdict(parsed), given)), where)
 
 
 def _valid_part(raw: dict[str, Any]) -> Config:

@@ -1,7 +1,7 @@
 """What a network costs, counted: parameters, multiply-adds and memory, by part.
 
 Nothing is computed: the network runs on tensors that have shapes, types and storages but no data, so a
-2048x1024 batch of 64 is counted on a laptop, and the same for every machine.
+2048x1024 batch of 64 is counted on a laptop, and the same for every machine that computes in that precision.
 """
 
 from __future__ import annotations

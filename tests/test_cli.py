@@ -110,6 +110,8 @@ def test_an_unknown_key_of_the_file_is_named_with_its_path(roadseg_, tmp_path: P
     assert said.code == 2 and "2 wrong values in c.yaml" in said.err
     assert "training.lerning_rate: unknown key; perhaps you meant learning_rate" in said.err
     assert "sotre: unknown key; perhaps you meant store" in said.err
+    said = roadseg_("run", "--config", "c.yaml", "--training.loss.focal", "-1")
+    assert "3 wrong values in c.yaml and the flags" in said.err and "training.loss.focal: " in said.err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -113,10 +113,10 @@ def train(
     validation: splits scored every `s.validate_every` steps. mirrors(step): opens where losses and scores
     are shown besides history.jsonl, for a run that goes on after `step`. draw(average, step): called
     after each validation, for pictures. Checkpoints and history.jsonl lie in `work`, written by the main rank;
-    what is there is gone on from. The average has the last stretch's output stride, also when training
-    ended before it. Raises NonFiniteLoss at most a step after the loss that would spoil the weights,
-    nothing of it saved, Interrupted after a signal to any rank, with a checkpoint saved; a validation
-    that it cut short comes first when the run goes on.
+    what is there is gone on from. The average has the output stride that training ended at: the last
+    stretch's, or an earlier one's if early stopping came before it. Raises NonFiniteLoss at most a step after
+    the loss that would spoil the weights, nothing of it saved, Interrupted after a signal to any rank, with a
+    checkpoint saved; a validation that it cut short comes first when the run goes on.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -169,6 +169,9 @@ def train(
                 mirror.scalars(number, {k: row[k] for k in ("images_per_s", "waiting_share")})
         return taken.signalled
 
+    def stride_after(step: int) -> int:
+        return next(part.output_stride for part in stretches if step <= part.last)
+
     def validation_due(step: int) -> bool:
         return step > 0 and (step % s.validate_every == 0 or step == s.steps)
 
@@ -215,7 +218,7 @@ def train(
         closing(steps(stopped)) as source,
     ):
         if ranks.from_main(validation_due(start) and not history.validated(start)):
-            stride(next(part.output_stride for part in stretches if start <= part.last))
+            stride(stride_after(start))
             if not score(start, stopped, mirror):
                 raise _interrupted(stopped(), start)
             save(start)
@@ -259,7 +262,7 @@ def train(
                 break
     if ranks.sum_(torch.tensor(float(bool(stopped())), device=device)):  # it came after the last step's question
         raise _interrupted(stopped(), done)
-    stride(stretches[-1].output_stride)
+    stride(stride_after(done) if ended else stretches[-1].output_stride)
     if ended:
         log.info("ended after step %d: val mIoU stood still for %d validations", done, s.patience)
     timing.verdict()

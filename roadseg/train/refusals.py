@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from math import floor, sqrt
 
 import numpy as np
@@ -23,6 +24,7 @@ LEAST_IMAGE = 0.5  # of what crops show, over frames and drawn scales; the rest 
 STEERED_BY = "val"  # the split that early stopping looks at
 FILLED = 0.9  # of a GPU, by an estimate that may be off
 CROP_STEP_PX = 32
+_RAN_OUT = ("can't allocate memory", "out of memory", "Cannot allocate memory", "_STATUS_ALLOC_FAILED")
 
 
 def refuse_impossible(t: Training, architecture: Architecture, shards: Shards, frames: Split, world: int = 1) -> None:
@@ -35,6 +37,7 @@ def refuse_impossible(t: Training, architecture: Architecture, shards: Shards, f
     problems = [p for crop_px in dict.fromkeys(c for c, _ in crops) for p in _padding(t, frames, crop_px)]
     problems += [p for crop_px, stride in crops for p in _single_cell(crop_px, stride)]
     problems += [*_classes(shards), *_early_stopping(t, shards)]
+    problems += _empty_phases(t, len(frames))
     problems += [*_shares(t, world)] or [*_batch_norm(t, architecture, world)]
     if problems:
         count = f"{len(problems)} thing{'s' * (len(problems) > 1)} that can't be trained"
@@ -79,6 +82,20 @@ def _single_cell(crop_px: tuple[int, int], stride: int) -> Iterator[str]:
             f"training.crop_px: a crop of {_px(crop_px)} is one cell of the map at output stride {stride}; "
             f"set at least {4 * stride} {4 * stride}, or a smaller model.output_stride"
         )
+
+
+def _empty_phases(t: Training, frames: int) -> Iterator[str]:
+    steps = steps_of(t, frames)
+    starts = [0, *(round(phase.after * steps) for phase in t.phases), steps]
+    for number, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+        if first == last:
+            what = f"the phase after {t.phases[number - 1].after:g}" if number else "what comes before the first phase"
+            yield f"training.phases: {what} has none of the {steps} steps; set more training.steps or leave it out"
+
+
+def steps_of(t: Training, frames: int) -> int:
+    """Steps of the run over so many frames of train."""
+    return t.steps or -(-(t.epochs or 60) * frames // t.batch_size)
 
 
 def _shares(t: Training, world: int) -> Iterator[str]:
@@ -150,9 +167,7 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, RoadsegError):
         return False
     told = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in told for words in ("can't allocate memory", "out of memory", "Cannot allocate memory")
-    )
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in told for words in _RAN_OUT)
 
 
 def out_of_memory(
@@ -161,10 +176,15 @@ def out_of_memory(
     """The error to raise from `error`: what was tried, and which changes would fit by the estimate of memory.py."""
     rows, crop_px = t.batch_size // (world * t.accumulate), max((c for c, _ in _crops(t, architecture)), key=_area)
     there = _memory_bytes(device)
-    needs = [step_bytes(architecture, crop_px, n, bf16) for n in (0, rows)]
-    changes = what_fits(t, world, rows, crop_px, (needs[0], needs[1]), there, bf16)
+    stride = min(s for _, s in _crops(t, architecture))
+    costliest = replace(architecture, output_stride=stride)
+    needs = [step_bytes(costliest, crop_px, n, bf16) for n in (0, rows)]
+    halved = not bf16 and (not there or step_bytes(costliest, crop_px, rows, True) < FILLED * there)
+    changes = what_fits(t, world, rows, crop_px, (needs[0], needs[1]), there, halved)
     precision = "bf16" if bf16 else "fp32"
     estimate = f"; about {needs[1] / 2**30:.0f} GiB are needed, of {there / 2**30:.0f}" if there else ""
+    if there > needs[1]:
+        estimate += ", so frames, a teacher or other processes hold the rest"
     return RoadsegError(
         f"no memory for {rows} crops of {_px(crop_px)} at once in {precision} on {device}{estimate} "
         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
@@ -179,7 +199,7 @@ def what_fits(
     crop_px: tuple[int, int],
     needs_bytes: tuple[int, int],
     there_bytes: int,
-    bf16: bool,
+    bf16_fits: bool,
 ) -> list[str]:
     """Single changes that should fit, best first.
 
@@ -202,7 +222,7 @@ def what_fits(
     smaller = [floor(px * side / CROP_STEP_PX) * CROP_STEP_PX for px in crop_px]
     if min(smaller) > 0:
         changes.append(f"training.crop_px {smaller[0]} {smaller[1]}" + " (and those of phases)" * bool(t.phases))
-    if not bf16:
+    if bf16_fits:
         changes.append("training.precision bf16")
     return changes or ["a smaller model.backbone"]
 

@@ -39,9 +39,9 @@ from roadseg.train.mirrors import mirrors
 from roadseg.train.objective import Objective
 from roadseg.train.pictures import Pictures, evenly
 from roadseg.train.ranks import ALONE, Ranks, plain_batch_norm, sync_batch_norm
-from roadseg.train.refusals import out_of_memory, ran_out, refuse_impossible, refuse_strides
+from roadseg.train.refusals import out_of_memory, ran_out, refuse_impossible, refuse_strides, steps_of
 from roadseg.train.signals import stopped_at_once
-from roadseg.train.start import Start, starting_network
+from roadseg.train.start import Start, refuse_frozen_at_random, starting_network
 
 HOLDOUT = "holdout"
 COMPILED_FROM_STEPS = 2000  # compilation takes a minute or two
@@ -67,11 +67,12 @@ def train_candidate(
     frames = shards.split("train") if "train" in shards.shards else None
     if not frames or not len(frames):
         raise ConfigError("the data set has no train split", where="data", todo="evaluate a release on it instead")
-    steps = t.steps or -(-(t.epochs or 60) * len(frames) // t.batch_size)
+    steps = steps_of(t, len(frames))
     architecture = _architecture(config, shards)
     refuse_impossible(t, architecture, shards, frames, ranks.world)
     start = _start(config, architecture, shards, init)
     refuse_strides(start.network, t)
+    refuse_frozen_at_random(start, t.freeze)
     network = _prepared(start.network, t, ranks)
     settings = _settings(t, steps, device)
     validation = {name: shards.split(name) for name in shards.shards if name != "train"}

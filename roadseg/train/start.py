@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -23,16 +24,21 @@ from roadseg.release.archive import WEIGHTS, Release
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
 # of the model section, what tensors depend on
 _SHAPING = ("backbone", "fusion", "head", "channels", "low_levels")
+_ADVISED = (*_SHAPING, "atrous_rates", "output_stride")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Start:
-    """words: what it started from, for model.json. made_anew: the parts that keep their random start."""
+    """words: what it started from, for model.json. made_anew: the parts that keep their random start.
+
+    random: those of a network that started from no whole network's weights.
+    """
 
     network: DeepLabV3Plus
     words: str
     made_anew: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
 
 
 def starting_network(
@@ -56,12 +62,26 @@ def starting_network(
     if init is None and not weights_from:
         network = build(architecture, seed=seed, weights=weights, mean=mean, std=std)
         named = weights in ("none", "imagenet")
-        return Start(network, weights if named else f"backbone weights {sha256_file(Path(weights))}")
+        random = ("backbone", "aspp", "decoder") if weights == "none" else ("aspp", "decoder")
+        return Start(network, weights if named else f"backbone weights {sha256_file(Path(weights))}", random=random)
     network = build(architecture, seed=seed, mean=mean, std=std)
     if init is None:
         taken = load_foreign(network, Path(weights_from))
         return Start(network, f"{taken.project} weights {sha256_file(Path(weights_from))}", taken.made_anew)
     return Start(network, f"release {init.digest}", _from_release(network, init, label_set))
+
+
+def refuse_frozen_at_random(start: Start, frozen: Sequence[str]) -> None:
+    """Raises ConfigError where a part that a release or file did not fill would never learn; warns from scratch."""
+    if new := [part for part in start.made_anew if part.split(".")[0] in frozen]:
+        raise ConfigError(
+            f"{', '.join(sorted({part.split('.')[0] for part in new}))}, in which {', '.join(new)} is new and random",
+            expected="parts whose weights were learned",
+            where="training.freeze",
+            todo=f"leave it out: started from {start.words}, it has to be learned for these classes",
+        )
+    if random := [part for part in start.random if part in frozen]:
+        log.warning("training.freeze: %s keeps random weights, as nothing is given to start from", ", ".join(random))
 
 
 def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) -> tuple[str, ...]:
@@ -82,6 +102,7 @@ def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) ->
             todo=_advice(network.architecture.to_json(), init.model.get("architecture")),
         )
     network.load_state_dict(state, strict=False)
+    _warn_of_other_rates(network.architecture, init, name)
     if other_classes:
         theirs, ours = ", ".join(init.label_set.names), ", ".join(label_set.names)
         log.info("%s knows other classes (%s); made anew for %s: %s", name, theirs, ours, ", ".join(made_anew))
@@ -90,14 +111,31 @@ def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) ->
     return tuple(made_anew)
 
 
+def _warn_of_other_rates(ours: Architecture, init: Release, name: str) -> None:
+    """Tensors fit whatever the rates; what they learned to look at does not."""
+    theirs = init.model.get("architecture", {})
+    reach = [rate * theirs.get("output_stride", 0) for rate in theirs.get("atrous_rates", ())]
+    if reach and reach != [rate * ours.output_stride for rate in ours.atrous_rates]:
+        log.warning(
+            "%s was trained with --model.atrous-rates %s --model.output-stride %s; here they are %s and %s",
+            name, _flag(theirs["atrous_rates"]), theirs["output_stride"], _flag(ours.atrous_rates), ours.output_stride,
+        )  # fmt: skip
+
+
 def _advice(ours: Mapping[str, Any], theirs: Any) -> str:
     """The flags that make this network the release's, as far as they change its tensors."""
     theirs = theirs if isinstance(theirs, Mapping) else {}
-    flags = [f"--model.{key.replace('_', '-')} {_flag(theirs[key])}" for key in _SHAPING
-             if key in theirs and _flag(theirs[key]) != _flag(ours[key])]  # fmt: skip
-    if not flags:
+
+    def differing(keys: Sequence[str]) -> list[str]:
+        return [key for key in keys if key in theirs and _flag(theirs[key]) != _flag(ours[key])]
+
+    options = theirs.get("backbone_options", {})
+    in_yaml = f"backbone_options: {json.dumps(options)} in the YAML's model section"
+    parts = [in_yaml] * (options != ours["backbone_options"])
+    if not parts and not differing(_SHAPING):
         return "no value of the model section tells them apart: take a release that this version made"
-    return f"to go on with that release's: {' '.join(flags)}"
+    parts += [f"--model.{key.replace('_', '-')} {_flag(theirs[key])}" for key in differing(_ADVISED)]
+    return f"to go on with that release's: {' '.join(parts)}"
 
 
 def _flag(value: Any) -> str:

@@ -17,7 +17,7 @@ from roadseg.errors import ConfigError
 from roadseg.model.deeplab import Architecture, build
 from roadseg.train import refusals
 from roadseg.train.memory import CONTEXT_BYTES, activation_bytes, step_bytes
-from roadseg.train.refusals import image_share, out_of_memory, refuse_impossible, what_fits
+from roadseg.train.refusals import image_share, out_of_memory, ran_out, refuse_impossible, what_fits
 
 SMALL = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2))
 FITS = Training(crop_px=(48, 96), batch_size=4)  # frames are 48x96
@@ -59,6 +59,21 @@ def test_crops_of_later_phases_are_looked_at_too(shards: Shards) -> None:
     text = refused(shards, change(phases=phases))
     assert "crops of 256x256 show would be padding" in text
     assert "a crop of 32x20 is one cell of the map at output stride 32; set at least 128 128" in text
+
+
+def test_phases_without_a_step_are_refused(shards: Shards) -> None:
+    phases = (Phase(after=0.1, crop_px=(32, 64)), Phase(after=0.8, crop_px=(48, 96)))
+    said = refused(shards, change(steps=2, phases=phases))
+    assert "what comes before the first phase has none of the 2 steps" in said
+    assert "the phase after 0.8 has none of the 2 steps" in said and "phase after 0.1" not in said
+    refuse_impossible(change(steps=10, phases=phases), SMALL, shards, shards.split("train"))
+
+
+@pytest.mark.parametrize(
+    "status", ["CUBLAS_STATUS_ALLOC_FAILED when calling `x`", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"]
+)
+def test_libraries_that_got_no_memory_ran_out_too(status: str) -> None:
+    assert ran_out(RuntimeError(f"CUDA error: {status}")) and not ran_out(RuntimeError("CUBLAS_STATUS_INTERNAL_ERROR"))
 
 
 def test_frames_that_are_always_enlarged_may_be_smaller_than_the_crop(shards: Shards) -> None:
@@ -166,7 +181,7 @@ def test_the_default_network_s_estimate_is_near_its_peak_on_an_h100() -> None:
 
 def test_what_fits_is_estimated_to_fit() -> None:
     t, gib = change(crop_px=(768, 768), batch_size=32, accumulate=2), 2**30
-    changes = what_fits(t, 1, 16, (768, 768), (2 * gib, 34 * gib), 24 * gib, bf16=False)
+    changes = what_fits(t, 1, 16, (768, 768), (2 * gib, 34 * gib), 24 * gib, bf16_fits=True)
     assert changes == [
         "training.accumulate 4 (the same batch in parts)",  # 9.8 of 16 fit; 8 divide the batch
         "training.batch_size 18",
@@ -174,19 +189,23 @@ def test_what_fits_is_estimated_to_fit() -> None:
         "training.crop_px 576 576",
         "training.precision bf16",
     ]
-    fewer = what_fits(t, 2, 8, (768, 768), (2 * gib, 34 * gib), 24 * gib, bf16=True)
+    fewer = what_fits(t, 2, 8, (768, 768), (2 * gib, 34 * gib), 24 * gib, bf16_fits=False)
     assert fewer[:2] == ["training.accumulate 4 (the same batch in parts)", "training.batch_size 16"]
 
 
 def test_what_failed_is_never_advised() -> None:
     """Also where the estimate says that it fits, and where not even one crop does."""
     t, gib = change(crop_px=(768, 768), batch_size=8), 2**30
-    changes = what_fits(t, 1, 8, (768, 768), (2 * gib, 10 * gib), 80 * gib, bf16=True)
+    changes = what_fits(t, 1, 8, (768, 768), (2 * gib, 10 * gib), 80 * gib, bf16_fits=False)
     assert changes[:2] == ["training.accumulate 2 (the same batch in parts)", "training.batch_size 7"]
     assert "training.crop_px 704 704" in changes
     one = change(crop_px=(768, 768), batch_size=1, activation_checkpointing=True)
-    assert what_fits(one, 1, 1, (768, 768), (2 * gib, 90 * gib), 24 * gib, bf16=True) == ["training.crop_px 352 352"]
-    assert what_fits(one, 1, 1, (768, 768), (30 * gib, 90 * gib), 24 * gib, bf16=True) == ["a smaller model.backbone"]
+    assert what_fits(one, 1, 1, (768, 768), (2 * gib, 90 * gib), 24 * gib, bf16_fits=False) == [
+        "training.crop_px 352 352"
+    ]
+    assert what_fits(one, 1, 1, (768, 768), (30 * gib, 90 * gib), 24 * gib, bf16_fits=False) == [
+        "a smaller model.backbone"
+    ]
 
 
 def test_the_message_names_batch_crop_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:

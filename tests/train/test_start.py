@@ -18,7 +18,7 @@ from roadseg.flags import parse_flags
 from roadseg.labels import LabelSet
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.release.archive import Release, load_release
-from roadseg.train.start import Start, starting_network
+from roadseg.train.start import Start, _advice, refuse_frozen_at_random, starting_network
 
 A = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2), low_levels=(4,))
 MEAN, STD = (10.0, 20.0, 30.0), (1.0, 2.0, 3.0)
@@ -120,9 +120,51 @@ def test_another_architecture_is_refused(change: dict[str, Any], labels: LabelSe
     assert given == getattr(A, name)
 
 
-def test_a_release_may_go_on_at_another_stride(trained: DeepLabV3Plus, release: Release) -> None:
-    made = start(replace(A, output_stride=8, atrous_rates=(2, 4)), release)
+def test_a_release_may_go_on_at_another_stride(
+    trained: DeepLabV3Plus, release: Release, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert A.output_stride == 16
+    made = start(replace(A, output_stride=8, atrous_rates=tuple(2 * rate for rate in A.atrous_rates)), release)
     assert equal(made.network, trained) == set(trained.state_dict())
+    assert caplog.messages == []  # as many pixels of the image apart as before
+
+
+def test_other_rates_than_the_releases_are_warned_of(release: Release, caplog: pytest.LogCaptureFixture) -> None:
+    theirs = " ".join(map(str, A.atrous_rates))
+    start(replace(A, atrous_rates=(5, 7)), release)
+    (line,) = caplog.messages
+    assert f"was trained with --model.atrous-rates {theirs} --model.output-stride 16; here they are 5 7 and 16" in line
+    with pytest.raises(ConfigError) as caught:  # who makes the tensors fit is told the rates too
+        start(replace(A, channels=16, atrous_rates=(5, 7)), release)
+    assert caught.value.todo.endswith(f"--model.channels 8 --model.atrous-rates {theirs}")
+
+
+def test_other_backbone_options_are_told_as_what_differs() -> None:
+    made = tell_apart({"backbone_options": {"channels": [8, 16, 24, 32]}, "head": "dense"}, {"head": "dense"})
+    assert made == "to go on with that release's: backbone_options: {} in the YAML's model section"
+    made = tell_apart({}, {"backbone_options": {"drop_path_rate": 0.1}, "channels": 16})
+    assert made.endswith('options: {"drop_path_rate": 0.1} in the YAML\'s model section --model.channels 16')
+
+
+def tell_apart(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    return _advice(replace(A, **ours).to_json(), replace(A, **theirs).to_json())
+
+
+@pytest.mark.parametrize("frozen", [["decoder"], ["decoder", "batch_norm"]])
+def test_what_is_new_may_not_be_frozen(release: Release, frozen: list[str]) -> None:
+    made = start(replace(A, num_classes=4), release, FOUR)
+    with pytest.raises(ConfigError, match=r"decoder, in which decoder\.classifier is new and random") as caught:
+        refuse_frozen_at_random(made, frozen)
+    assert caught.value.where == "training.freeze"
+    refuse_frozen_at_random(made, ["backbone", "aspp", "batch_norm"])
+    refuse_frozen_at_random(start(init=release), frozen)  # of its own classes
+
+
+def test_parts_frozen_at_random_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    refuse_frozen_at_random(start(), ["backbone", "aspp"])
+    assert caplog.messages == [
+        "training.freeze: backbone, aspp keeps random weights, as nothing is given to start from"
+    ]
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
