@@ -42,9 +42,9 @@ def profile(a: argparse.Namespace, config: Config) -> int:
     for name, value, least in (("--batch", a.batch, 1), ("--runs", a.runs, 0)):
         if value < least:
             raise UsageError(f"{name} {value}", expected=f"{least} or more")
-    if a.classes is not None and a.release is not None:
-        raise UsageError(f"--classes {a.classes} of a release", expected="--release or --classes")
-    asked = a.size and _size(a.size, config.data.max_image_pixels)
+    release = _release(a, config)
+    (height, width), size_from = _size(a.size, config, release)
+    image_BHW = (a.batch, height, width)
     from roadseg.profile_model import cost
     from roadseg.profile_speed import machine
     from roadseg.train.stage import choose_device
@@ -52,13 +52,8 @@ def profile(a: argparse.Namespace, config: Config) -> int:
     t = config.training
     device = choose_device(t.device)
     bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
-    release = _release(a, config)
-    size, size_from = (asked, "--size") if asked else _recipe_size(config, release)
-    image_BHW = (a.batch, *size)
     network, graph = _network(a, config, release)
-    trained, crops_BHW = _costliest(
-        network, _phases(t, None if release else config.model.output_stride), t, bf16
-    )
+    trained, crops_BHW = _costliest(network, _phases(t, None if release else config.model.output_stride), t, bf16)
     moments = 2 if t.optimizer != "sgd" else int(t.momentum > 0)
     counted = cost(network, image_BHW, crops_BHW, bf16, moments, trained)
     _require_memory(counted, device)
@@ -84,7 +79,31 @@ def profile(a: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _size(text: str, most_pixels: int) -> tuple[int, int]:
+def _release(a: argparse.Namespace, config: Config) -> Release | None:
+    if a.release is None:
+        return None
+    if a.classes is not None:
+        raise UsageError(f"--classes {a.classes} of a release", expected="--release or --classes")
+    from roadseg.release.archive import load_release
+    from roadseg.release.find import find_release
+
+    return load_release(find_release(config, a.workspace, a.release))
+
+
+def _size(given: str | None, config: Config, release: Release | None) -> tuple[tuple[int, int], str]:
+    """Height and width, and what says so: --size, else the last crops of the release's or the config's training."""
+    if given is not None:
+        return _parsed(given, config.data.max_image_pixels), "--size"
+    own = release.model.get("config", {}).get("training", {}) if release else {}
+    crops = [crop for place in (own, *own.get("phases", ())) if (crop := place.get("crop_px"))]
+    source = "the release's training"
+    if not crops:
+        crops = [_phases(config.training, None)[-1][0]]
+        source = "training.phases" if any(p.crop_px for p in config.training.phases) else "training.crop_px"
+    return _parsed("x".join(map(str, crops[-1])), config.data.max_image_pixels), source
+
+
+def _parsed(text: str, most_pixels: int) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text)
     if not found:
         raise UsageError(f"--size {text!r}", expected="height x width in px, such as 1024x2048")
@@ -94,28 +113,6 @@ def _size(text: str, most_pixels: int) -> tuple[int, int]:
             f"--size {text}: {height * width:,} pixels", expected=f"at most {most_pixels:,} (data.max_image_pixels)"
         )
     return height, width
-
-
-def _release(a: argparse.Namespace, config: Config) -> Release | None:
-    if a.release is None:
-        return None
-    from roadseg.release.archive import load_release
-    from roadseg.release.find import find_release
-
-    return load_release(find_release(config, a.workspace, a.release))
-
-
-def _recipe_size(config: Config, release: Release | None) -> tuple[tuple[int, int], str]:
-    """Height and width of the last crops of the training, and where that is said; a release tells its own."""
-    own = release.model.get("config", {}).get("training", {}) if release else {}
-    crops = [place.get("crop_px") for place in (own, *own.get("phases", ()))]
-    if told := [crop for crop in crops if crop]:
-        height, width = told[-1]
-        return _size(f"{height}x{width}", config.data.max_image_pixels), "the release's training"
-    t = config.training
-    phased = any(phase.crop_px for phase in t.phases)
-    size = _phases(t, None)[-1][0]
-    return _size("x".join(map(str, size)), config.data.max_image_pixels), f"training.{'phases' if phased else 'crop_px'}"
 
 
 def _network(a: argparse.Namespace, config: Config, release: Release | None) -> tuple[DeepLabV3Plus, bytes]:
@@ -234,13 +231,7 @@ def _measure(
 
 
 def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Training) -> str:
-    from roadseg.profile_model import AUXILIARY, LOSS, three_digits
-
-    def mega(count: int) -> str:
-        return three_digits(count / 1e6)
-
-    def giga(count: int) -> str:
-        return three_digits(count / 1e9)
+    from roadseg.profile_model import AUXILIARY, LOSS
 
     batch, height, width = figures["image_BHW"]
     crops, crop_height, crop_width = figures["crops_BHW"]
@@ -257,36 +248,52 @@ def _page(figures: dict[str, Any], counted: Cost, measured: list[Latency], t: Tr
         if p.name == AUXILIARY:
             continue
         parameters = f"{p.parameters:,}" if p.name != LOSS else ""
-        rows.append([p.name, parameters, giga(p.macs) if p.macs else "", mega(p.saved_bytes)])
-    rows.append(["inference", f"{counted.parameters:,}", giga(counted.macs), ""])
+        rows.append([p.name, parameters, _giga(p.macs) if p.macs else "", _mega(p.saved_bytes)])
+    rows.append(["inference", f"{counted.parameters:,}", _giga(counted.macs), ""])
     rows += [
-        [f"+ {AUXILIARY}", f"{p.parameters:,}", giga(p.macs), mega(p.saved_bytes)]
+        [f"+ {AUXILIARY}", f"{p.parameters:,}", _giga(p.macs), _mega(p.saved_bytes)]
         for p in counted.parts
         if p.name == AUXILIARY
     ]
-    rows.append(["training step", "", "", mega(counted.saved_bytes)])
-    notes = [
-        f"memory    inference {mega(counted.peak_bytes)} MB of maps at its peak; training "
-        f"{mega(counted.saved_bytes)} MB kept for backward + {mega(counted.state_bytes)} MB of weights, "
-        f"gradients, {t.optimizer}'s state and average ({figures['precision']}; libraries' workspaces not counted)"
-    ]
-    if cuda := figures["cuda_bf16"]:
-        notes.append(
-            "          on CUDA, where training.precision auto is bf16: inference "
-            f"{mega(cuda['inference_peak_bytes'])} MB; training {mega(cuda['training_saved_bytes'])} MB kept"
-        )
-    if t.activation_checkpointing:
-        notes.append("          training.activation_checkpointing keeps less of the backbone than is counted here")
+    rows.append(["training step", "", "", _mega(counted.saved_bytes)])
+    notes = _memory(figures, counted, t)
     if measured:
         speed = [["latency, image to logits", "threads", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"]]
         for m in measured:
             ms = [f"{v:.2f}" for v in (m.p50_ms, m.p90_ms, m.p99_ms)]
             speed.append([m.runtime, str(m.threads), str(m.runs), *ms, f"{m.images_per_s:.2f}"])
         notes += ["", _columns(speed), f"          on {figures['machine']}"]
-        notes += [f"          at most {mega(m.peak_bytes)} MB beyond the weights" for m in measured if m.peak_bytes]
+        notes += [f"          at most {_mega(m.peak_bytes)} MB beyond the weights" for m in measured if m.peak_bytes]
     model = ", ".join(f"{key} {value}" for key, value in figures["architecture"].items() if key != "auxiliary")
-    size = f"size      {height}x{width}, {'as given by' if figures['size_from'] == '--size' else 'of'} {figures['size_from']}"
+    another = "" if figures["size_from"] == "--size" else "; --size HxW takes another"
+    size = f"size      {height}x{width}, from {figures['size_from']}{another}"
     return "\n".join([f"model     {model}", size, "", _columns(rows), "", *notes])
+
+
+def _memory(figures: dict[str, Any], counted: Cost, t: Training) -> list[str]:
+    notes = [
+        f"memory    inference {_mega(counted.peak_bytes)} MB of maps at its peak; training "
+        f"{_mega(counted.saved_bytes)} MB kept for backward + {_mega(counted.state_bytes)} MB of weights, "
+        f"gradients, {t.optimizer}'s state and average ({figures['precision']}; libraries' workspaces not counted)"
+    ]
+    if cuda := figures["cuda_bf16"]:
+        notes.append(
+            "          on CUDA, where training.precision auto is bf16: inference "
+            f"{_mega(cuda['inference_peak_bytes'])} MB; training {_mega(cuda['training_saved_bytes'])} MB kept"
+        )
+    if t.activation_checkpointing:
+        notes.append("          training.activation_checkpointing keeps less of the backbone than is counted here")
+    return notes
+
+
+def _mega(count: float) -> str:
+    from roadseg.profile_model import three_digits
+
+    return three_digits(count / 1e6)
+
+
+def _giga(count: float) -> str:
+    return _mega(count / 1000)
 
 
 def _columns(rows: list[list[str]]) -> str:

@@ -19,7 +19,7 @@ from roadseg.report.page import fill, percent, points
 CONFIDENCE = 0.95
 BETTER, WORSE, UNCLEAR = "better", "worse", "too small to tell"
 BASE, SAME, ONE_SEED, OTHER_DATA, FAILED = "base", "the same training", "one seed: no interval", "other data", "failed"
-MOVED = 3  # classes named a row
+MOVED, MOVED_MOST = 3, "moved most"  # classes named a row, and the column of them
 _TEMPLATE = Path(__file__).parent / "report" / "sweep.html"
 
 
@@ -243,22 +243,28 @@ def splits_of(table: Sequence[Row], by: str) -> list[str]:
     return sorted(dict.fromkeys(s for row in table for s in row.miou), key=lambda s: (s != by, s))
 
 
-def _cells(row: Row, splits: Sequence[str], by: str) -> list[str]:
+def _cells(row: Row, splits: Sequence[str], by: str, moved: bool) -> list[str]:
     seconds, rate = row.train_seconds, row.images_per_s
     return [
         *(spread_text(row.miou.get(split)) for split in splits),
         difference_text(row.difference.get(by)),
         row.verdict,
-        ", ".join(f"{name} {points(gain)}" for name, gain in row.moved),
+        *([", ".join(f"{name} {points(gain)}" for name, gain in row.moved)] if moved else ()),
         f"{seconds.mean:,.0f}" if seconds else "–",
         f"{rate.mean:,.0f}" if rate else "–",
         f"{row.parameters:,}" if row.parameters is not None else "–",
     ]
 
 
-def _heads(splits: Sequence[str], by: str) -> list[str]:
+def _heads(splits: Sequence[str], by: str, moved: bool) -> list[str]:
     mious = [f"mIoU of {split} (%)" for split in splits]
-    return [*mious, f"to the base on {by} (points)", "verdict", "moved most", "train s", "images/s", "parameters"]
+    columns = [f"to the base on {by} (points)", "verdict", *([MOVED_MOST] if moved else ())]
+    return [*mious, *columns, "train s", "images/s", "parameters"]
+
+
+def _any_moved(table: Sequence[Row]) -> bool:
+    """Scores of training alone are not by class."""
+    return any(row.moved for row in table)
 
 
 METHOD = (
@@ -270,11 +276,13 @@ METHOD = (
 
 def markdown(title: str, table: Sequence[Row], by: str, scored: str, note: str = "") -> str:
     """A Markdown table of the rows with what failed below it. scored: which scores they are; note: what is missing."""
-    splits = splits_of(table, by)
-    heads = ["setting", *_heads(splits, by)]
+    splits, moved = splits_of(table, by), _any_moved(table)
+    heads = ["setting", *_heads(splits, by, moved)]
     lines = [f"# {title}", "", *([note, ""] if note else []), scored + " " + METHOD, ""]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(_plain(c) for c in [row.setting, *_cells(row, splits, by)]) + " |" for row in table]
+    lines += [
+        "| " + " | ".join(_plain(c) for c in [row.setting, *_cells(row, splits, by, moved)]) + " |" for row in table
+    ]
     failed = [run for row in table for run in row.runs if run.error]
     if failed:
         lines += ["", "Failed:", ""]
@@ -288,14 +296,14 @@ def _plain(text: str) -> str:
 
 def page(title: str, table: Sequence[Row], by: str, scored: str, note: str = "", *, reports: bool = True) -> str:
     """The same as one offline HTML page, with every run and its scores. reports: whether each run has its own."""
-    splits = splits_of(table, by)
+    splits, moved = splits_of(table, by), _any_moved(table)
     gains = [abs(d.mean) for row in table if (d := row.difference.get(by))]
     limit = max(gains, default=0.0) or 1.0
     shown = [
         {
             "setting": row.setting,
             "kind": {BETTER: "up", WORSE: "down"}.get(row.verdict, ""),
-            "cells": _cells(row, splits, by),
+            "cells": _cells(row, splits, by, moved),
             "bar": charts.difference_bar(d.mean, limit) if (d := row.difference.get(by)) else Markup(""),
         }
         for row in table
@@ -308,8 +316,9 @@ def page(title: str, table: Sequence[Row], by: str, scored: str, note: str = "",
         note=note,
         scored=scored,
         method=METHOD,
-        heads=_heads(splits, by),
+        heads=_heads(splits, by, moved),
         verdict_at=len(splits) + 1,
+        texts=["Setting", "verdict", MOVED_MOST],
         rows=shown,
         splits=splits,
         runs=[(run, [percent(run.miou.get(split), 2) for split in splits]) for run in runs],

@@ -53,10 +53,33 @@ def test_a_config_is_counted_and_measured(call, tmp_path: Path) -> None:
 
 def test_without_a_size_it_is_that_of_the_last_crops(call, tmp_path: Path) -> None:
     text, later = MICRO.read_text(), "[48, 80]\n  phases: [{after: 0.5, crop_px: [32, 64]}]"
-    for crops, expected in (("[48, 80]", [1, 48, 80]), (later, [1, 32, 64])):
+    for crops, expected, source in (("[48, 80]", "48x80", "crop_px"), (later, "32x64", "phases")):
         (tmp_path / "c.yaml").write_text(text.replace("crop_px: [48, 96]", f"crop_px: {crops}"))
-        assert call("--config", "c.yaml", "--runs", "0", "--json", "f.json")[0] == 0
-        assert read_json(tmp_path / "f.json")["image_BHW"] == expected
+        code, out, _ = call("--config", "c.yaml", "--runs", "0", "--json", "f.json")
+        assert code == 0 and f"size      {expected}, from training.{source}; --size HxW takes another" in out
+        assert "x".join(map(str, read_json(tmp_path / "f.json")["image_BHW"])) == f"1x{expected}"
+
+
+def test_a_release_brings_the_size_of_its_training(call, micro: Micro, tmp_path: Path) -> None:
+    archive = micro.result.outputs["train"].folder / "model.tar.gz"
+    code, out, _ = call("--release", archive, "--runs", "0", "--json", "f.json")
+    assert code == 0 and "size      48x96, from the release's training; " in out
+    assert read_json(tmp_path / "f.json")["image_BHW"] == [1, 48, 96]
+
+
+def test_what_bf16_takes_on_cuda_is_said_where_the_machine_computes_in_fp32(call, tmp_path: Path) -> None:
+    def figures(precision: str) -> tuple[str, dict]:
+        code, out, _ = call("--config", MICRO, "--runs", "0", "--json", "f.json", "--training.precision", precision)
+        assert code == 0
+        return out, read_json(tmp_path / "f.json")
+
+    (said, auto), (other, half), (_, plain) = (figures(precision) for precision in ("auto", "bf16", "fp32"))
+    for key in ("inference_peak_bytes", "training_saved_bytes"):
+        assert auto["cuda_bf16"][key] == half[key] < auto[key] == plain[key]
+    assert half["cuda_bf16"] is None and plain["cuda_bf16"] is None
+    assert "2 x 48x96, fp32" in said and "2 x 48x96, bf16" in other
+    (line,) = [line for line in said.splitlines() if "on CUDA" in line]
+    assert f"{half['training_saved_bytes'] / 1e6:.3g} MB" in line and "on CUDA" not in other
 
 
 def test_slow_inferences_are_timed_fewer_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -233,9 +234,25 @@ def test_the_page_is_inert_and_the_table_whole() -> None:
     assert "better" in page.text and "loss nan" in page.text and "still to come" in page.text
     text = sweep_table.markdown("t", table, "val", "Scores of a test.")
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 3 and {line.replace("\\|", "").count("|") for line in lines} == {9}
+    assert len(lines) == 2 + 3 and {line.replace("\\|", "").count("|") for line in lines} == {8}
     assert "a\\|<b>" in lines[2] and "60.50 ± 0.71 (60.0 to 61.0, n 2)" in lines[2] and "+9.95" in lines[2]
     assert "- s-9 (<script>, seed 0): loss nan \\| at step 3" in text
+
+
+def test_what_moved_most_is_a_column_only_where_something_did() -> None:
+    def heads(**rest: Any) -> tuple[list[str], list[str]]:
+        results = [gave(name, 0, miou, **rest) for name, miou in (("base", 0.5), ("x", 0.6))]
+        table = rows(results, "base", "val")
+        text, html = sweep_table.markdown("t", table, "val", ""), sweep_table.page("t", table, "val", "")
+        lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+        cells = [row.count("<td") for row in html.partition("</section>")[0].split("<tr>")[2:]]
+        assert {len(line) for line in lines} == {len(lines[0])} and set(cells) == {len(lines[0])}
+        return [head.strip() for head in lines[0]], re.findall(r'<th scope="col"[^>]*>([^<]*)', html)
+
+    for shown in heads(class_iou={"val": {"road": 0.9, "pole": 0.1}}):
+        assert "moved most" in shown
+    for shown in heads():  # training alone tells no classes
+        assert "moved most" not in shown and shown[2:4] == ["to the base on val (points)", "verdict"]
 
 
 @pytest.mark.parametrize(("miou", "kind"), [((0.6, 0.61), "bars"), ((0.52, 0.49), "bars unclear")])

@@ -18,6 +18,7 @@ from roadseg.files import read_json, write_json
 RUN = "mlflow_run.json"  # in the log folder: which run is gone on with
 EXPERIMENT = "roadseg"  # unless MLFLOW_EXPERIMENT_NAME says another
 _PARAMETERS_AT_ONCE, _METRICS_AT_ONCE, _PARAMETER_CHARACTERS = 100, 1000, 500  # what every MLflow server takes
+_NEEDS = "; the page needs the whole mlflow, not mlflow-skinny: pip install mlflow, in an environment of its own"
 # Set unless the user has set them, before the package is imported:
 _MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # it would report its use to its makers
@@ -99,16 +100,23 @@ def mlflow(folder: Path, run_name: str, fields: Mapping[str, str]) -> Callable[[
     return lambda: _Mlflow(client, _run(client, folder / RUN, uri, run_name, fields))
 
 
-def how_to_open(name: str, folder: Path) -> str:
-    """The command, or the server's address without its password. folder: the run's log folder."""
+def how_to_open(name: str, folder: Path, until_done: Path) -> str:
+    """The command, or the server's address without its password.
+
+    folder: the run's log folder when its stage is done; until_done: the one that it has before.
+    """
+    address = os.environ.get("MLFLOW_TRACKING_URI") if name == "mlflow" else None
+    if address and address.startswith(("http://", "https://")):
+        return without_password(address)
+    below = {"mlflow": "mlruns"}.get(name, name)
+    place, before = (
+        shlex.quote(without_password(address or str((log / below).resolve()))) for log in (folder, until_done)
+    )
+    until = f" (until training is done: {before})" if before != place else ""
     if name == "tensorboard":
-        return f"tensorboard --logdir {shlex.quote(str((folder / name).resolve()))}"
-    uri = without_password(os.environ.get("MLFLOW_TRACKING_URI") or str((folder / "mlruns").resolve()))
-    if uri.startswith(("http://", "https://")):
-        return uri
-    allowed = "MLFLOW_ALLOW_FILE_STORE=true " if urlsplit(uri).scheme in ("", "file") else ""
-    whole = "" if find_spec("sqlalchemy") else " (needs the whole mlflow: pip install mlflow, elsewhere if you like)"
-    return f"{allowed}mlflow ui --backend-store-uri {shlex.quote(uri)}{whole}"
+        return f"tensorboard --logdir {place}{until}"
+    allowed = "MLFLOW_ALLOW_FILE_STORE=true " if not address or urlsplit(address).scheme in ("", "file") else ""
+    return f"{allowed}mlflow ui --backend-store-uri {place}{until}{'' if find_spec('sqlalchemy') else _NEEDS}"
 
 
 def without_password(text: str) -> str:

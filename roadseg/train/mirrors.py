@@ -72,7 +72,7 @@ class _Mirror(threading.Thread):
 
     def __init__(self, name: str, opens: Callable[[], Sink]) -> None:
         super().__init__(name=f"mirror {name}", daemon=True)  # one that hangs must not keep the process
-        self._what, self._opens = name, opens
+        self.what, self._opens = name, opens
         self._rows: queue.Queue[Row] = queue.Queue(WAITING_ROWS)
         self._status = ""  # set when no row follows
         self._sink: Sink | None = None
@@ -90,12 +90,7 @@ class _Mirror(threading.Thread):
         self._status = status
         self.join(within_s)
         if lost := self._told - self._written:
-            log.warning("%s: %d of %d rows were dropped", self._what, lost, self._told)
-
-    def say_how(self, folder: Path) -> None:
-        """How to look at what `folder` holds, unless this mirror fails."""
-        if not self._said:
-            log.info("%s: to look at this run: %s", self._what, mirror_sinks.how_to_open(self._what, folder))
+            log.warning("%s: %d of %d rows were dropped", self.what, lost, self._told)
 
     def run(self) -> None:
         while True:
@@ -129,7 +124,7 @@ class _Mirror(threading.Thread):
             if not self._said:
                 self._said = True
                 log.warning(
-                    "%s does not take the figures of this run, which goes on without it: %s", self._what, _plain(e)
+                    "%s does not take the figures of this run, which goes on without it: %s", self.what, _plain(e)
                 )
             return False
 
@@ -154,7 +149,8 @@ def mirrors(
     running = [_Mirror(name, open_sink) for name, open_sink in opens.items()]
     for mirror in running:
         mirror.start()
-        mirror.say_how(folder)
+        how = mirror_sinks.how_to_open(mirror.what, _finished(folder), folder)
+        log.info("%s: to look at this run: %s", mirror.what, how)
     told, status = Mirrors(running), "FAILED"
     try:
         if start == 0:
@@ -169,8 +165,6 @@ def mirrors(
         until = time.monotonic() + CLOSE_S
         for mirror in running:
             mirror.end(status, max(0.0, until - time.monotonic()))
-            if status == "FINISHED" and (finished := _finished(folder)) != folder:
-                mirror.say_how(finished)
 
 
 def _finished(folder: Path) -> Path:
