@@ -22,7 +22,7 @@ from roadseg.metrics.confusion import confusion
 from roadseg.metrics.iou import scores
 from roadseg.progress import progress
 
-VERSION = 2
+VERSION = 3
 SCHEMA_VERSION = 1
 METRICS, SCENES = "metrics.json", "scenes"
 PANELS = ("image", "truth", "prediction", "error")
