@@ -29,7 +29,7 @@ class Result:
 
     train_key: names the training. miou: by split. class_iou: by split and class, None for an absent class; {} when
     nothing was evaluated. fingerprints: of the scored data, by split. train_seconds: making train's output, export
-    included, of the last start only when it was stopped in between. images_per_s: of the training steps. parameters:
+    included, over all starts. images_per_s: of the training steps. parameters:
     of the network that ships.
     """
 
