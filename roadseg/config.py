@@ -133,6 +133,9 @@ class Model(Section):
     backbone_weights: str = Field(
         "imagenet", description="'imagenet' (timm's own), 'none', or a .safetensors file", json_schema_extra=OUT
     )
+    early_strides: tuple[Literal[1, 2], Literal[1, 2]] = Field(
+        (2, 2), description="of what first halves the image in the backbone; 1 leaves it out: finer, and slower"
+    )
     output_stride: Literal[8, 16, 32] = Field(16, description="stride of the backbone's last feature")
     fusion: Literal["skfusion", "mean", "sknet", "dense", "concat"] = Field(
         "skfusion", description="how branches are joined in the ASPP and the decoder"

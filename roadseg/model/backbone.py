@@ -5,9 +5,11 @@ Weights come only as safetensors: a torch pickle can run code when it is read.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,25 @@ NOT_OPTIONS = frozenset(
 )  # fmt: skip
 
 
-def create_backbone(name: str, output_stride: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+# As timm's models are: the stem halves the image, and so does the first stage or the pooling before it.
+EARLY_STRIDES = (2, 2)
+_STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def create_backbone(
+    name: str,
+    output_stride: int,
+    arguments: Mapping[str, Any] | None = None,
+    early_strides: tuple[int, int] = EARLY_STRIDES,
+) -> nn.Module:
     """timm's `name` without its classifier: image [B, 3, H, W] to a list of maps, fine to coarse.
 
-    arguments: further ones of timm's model, such as widths and depths of its stages.
-    `feature_info.reduction()` and `.channels()` tell the maps' strides and widths. Randomly
-    initialised from torch's generator. Raises ConfigError if timm has no such model, or it offers
-    no feature maps, or not at this output stride, or only for images of one size, or takes no such arguments.
+    arguments: further ones of timm's model, such as widths and depths of its stages. early_strides: of the two layers
+    (or groups of layers side by side) that first halve the image; 1 leaves that halving out, so that every later
+    map is twice as fine, for the same weights. `feature_info.reduction()` and `.channels()` tell the maps' strides
+    and widths. Randomly initialised from torch's generator. Raises ConfigError if timm has no such model, or it
+    offers no feature maps, or not at this output stride or with these early strides, or only for images of one
+    size, or takes no such arguments.
     """
     if refused := sorted(NOT_OPTIONS & set(arguments or {})):
         raise ConfigError(
@@ -55,7 +69,7 @@ def create_backbone(name: str, output_stride: int, arguments: Mapping[str, Any] 
             where="model.backbone",
         )
     try:
-        backbone = _made(name, output_stride, arguments or {})
+        backbone = _made(name, output_stride, arguments or {}, early_strides)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError) as e:
         if arguments:
             raise ConfigError(
@@ -73,25 +87,80 @@ def create_backbone(name: str, output_stride: int, arguments: Mapping[str, Any] 
         raise _unfit(name, output_stride, "its maps are not channels-first")
     if backbone.pretrained_cfg.get("fixed_input_size"):  # type: ignore[union-attr,operator]
         raise _unfit(name, output_stride, "it takes images of one size only")
-    if not _takes_any_size(name, output_stride, json.dumps(dict(arguments or {}), sort_keys=True)):
+    if not _takes_any_size(name, output_stride, json.dumps(dict(arguments or {}), sort_keys=True), early_strides):
         raise _unfit(name, output_stride, "it takes only images whose sides are multiples of its stride")
     speed_up_dilated(backbone)
     share_draws(backbone)
     return backbone
 
 
-def _made(name: str, output_stride: int, arguments: Mapping[str, Any]) -> nn.Module:
+def _made(name: str, output_stride: int, arguments: Mapping[str, Any], early_strides: tuple[int, int]) -> nn.Module:
+    wanted = output_stride * math.prod(EARLY_STRIDES) // math.prod(early_strides)  # in timm's count
+    if wanted > 32:
+        raise ConfigError(
+            f"{_spaced(early_strides)}: the coarsest map of {name} would then be finer than output stride "
+            f"{output_stride}",
+            expected="early_strides 2 2, or a smaller model.output_stride",
+            where="model.early_strides",
+        )
     # Every timm model stands at its own stride unless told; not passing 32 admits those that take no stride.
-    stride: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
+    stride: dict[str, Any] = {} if wanted == 32 else {"output_stride": wanted}
     made: nn.Module = timm.create_model(name, features_only=True, pretrained=False, **stride, **arguments)
+    if early_strides != EARLY_STRIDES:
+        _leave_out_halvings(made, name, early_strides)
     return made
 
 
+def _leave_out_halvings(backbone: nn.Module, name: str, early_strides: tuple[int, int]) -> None:
+    """Take the stride, in place, from the layers that halve the image first or second, where early_strides says 1.
+
+    They are found by their input's size. Raises ConfigError where none does, or the maps don't become finer by it.
+    """
+    strides = backbone.feature_info.reduction()  # type: ignore[union-attr,operator]
+    side_px = 2 * math.lcm(*strides)
+    trial = copy.deepcopy(backbone).to("meta").eval()
+    input_px: dict[str, int] = {}
+
+    def note(key: str, given: tuple[Tensor, ...]) -> None:
+        input_px[key] = given[0].shape[-1]
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, key=key: note(key, given))  # type: ignore[misc]
+        for key, module in trial.named_modules()
+        if isinstance(module, _STRIDED) and module.stride in (2, (2, 2))
+    ]
+    image = torch.empty(1, 3, side_px, side_px, device="meta")
+    with torch.no_grad():
+        trial(image)
+        for hook in hooks:
+            hook.remove()
+        for halving, wanted in enumerate(early_strides):
+            for key in [key for key, px in input_px.items() if wanted == 1 and px == side_px >> halving]:
+                for network in (backbone, trial):
+                    layer: Any = network.get_submodule(key)
+                    layer.stride = (1, 1) if isinstance(layer.stride, tuple) else 1
+        sizes_px = [m.shape[-1] for m in trial(image)]
+    finer = [math.prod(EARLY_STRIDES[: stride.bit_length() - 1]) for stride in strides]
+    ours = [
+        stride // times * math.prod(early_strides[: stride.bit_length() - 1])
+        for stride, times in zip(strides, finer, strict=True)
+    ]
+    if sizes_px != [side_px // stride for stride in ours]:
+        raise ConfigError(
+            f"{_spaced(early_strides)} can't be had of {name}: its early halvings are not made by convolutions or "
+            f"pooling of stride 2 alone",
+            expected="2 2 for this backbone",
+            where="model.early_strides",
+        )
+    for info in backbone.feature_info.info:  # type: ignore[union-attr]
+        info["reduction"] = dict(zip(strides, ours, strict=True)).get(info["reduction"], info["reduction"])
+
+
 @cache
-def _takes_any_size(name: str, output_stride: int, arguments: str) -> bool:
+def _takes_any_size(name: str, output_stride: int, arguments: str, early_strides: tuple[int, int]) -> bool:
     """Tried without computing anything: branches of some models round sizes differently and don't meet again."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        backbone = _made(name, output_stride, json.loads(arguments)).eval()
+        backbone = _made(name, output_stride, json.loads(arguments), early_strides).eval()
         side = max(backbone.feature_info.reduction()) + 1  # type: ignore[union-attr,operator]
         try:
             backbone(torch.empty(1, 3, side, side))
@@ -100,6 +169,10 @@ def _takes_any_size(name: str, output_stride: int, arguments: str) -> bool:
         except RuntimeError:
             return False
     return True
+
+
+def _spaced(values: Sequence[int]) -> str:
+    return " ".join(map(str, values))
 
 
 def _spoken(arguments: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ Shapes: B images, K classes, H x W pixels of the image, h x w pixels at the deco
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from roadseg.errors import ConfigError
 from roadseg.model.aspp import ASPP
-from roadseg.model.backbone import create_backbone, level, load_backbone_weights
+from roadseg.model.backbone import EARLY_STRIDES, create_backbone, level, load_backbone_weights
 from roadseg.model.decoder import Decoder
 from roadseg.model.dropout import Dropout
 from roadseg.model.sk_fusion import FUSIONS, HEADS, SelectionGate, conv_bn_relu
@@ -25,7 +26,10 @@ from roadseg.model.sk_fusion import FUSIONS, HEADS, SelectionGate, conv_bn_relu
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
+# Of the finer auxiliary head, where the backbone halves the image as it is made to: its third level.
 AUXILIARY_STRIDE = 8
+# What archives of an earlier version lack: it was as the default is.
+_CAME_LATER = frozenset({"backbone_options", "early_strides"})
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,10 @@ class Architecture:
 
     low_levels: strides of the backbone's maps that the decoder takes up, coarse to fine; the last
     one is the stride of the logits. atrous_rates: in pixels of the map at output_stride.
-    auxiliary: two more heads, for training only. backbone_options: arguments of timm's model. Raises
-    ConfigError on values that make no network; what only the backbone can tell is checked when it is
-    built.
+    auxiliary: two more heads, for training only. backbone_options: arguments of timm's model.
+    early_strides: 1 for what halves the image first or second leaves that out, see create_backbone.
+    All strides are in pixels of the image, whatever early_strides says. Raises ConfigError on values that make no
+    network; what only the backbone can tell is checked when it is built.
     """
 
     num_classes: int
@@ -50,10 +55,13 @@ class Architecture:
     auxiliary: bool = False
     dropout: float = 0.1
     backbone_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    early_strides: tuple[int, int] = EARLY_STRIDES
 
     def __post_init__(self) -> None:
         _require(1 <= self.num_classes <= 255, "num_classes", self.num_classes, "1 to 255 (255 is void)")
         _require(self.output_stride in (8, 16, 32), "output_stride", self.output_stride, "8, 16 or 32")
+        early = self.early_strides
+        _require(len(early) == 2 and set(early) <= {1, 2}, "early_strides", early, "two of 1 or 2")
         _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {', '.join(FUSIONS)}")
         _require(self.head in HEADS, "head", self.head, f"one of {', '.join(HEADS)}")
         _require(1 <= self.channels <= 4096, "channels", self.channels, "1 to 4096")
@@ -76,6 +84,11 @@ class Architecture:
     def logit_stride(self) -> int:
         return self.low_levels[-1]
 
+    @property
+    def auxiliary_strides(self) -> tuple[int, int]:
+        """Of the auxiliary heads' logits."""
+        return AUXILIARY_STRIDE * math.prod(self.early_strides) // math.prod(EARLY_STRIDES), self.output_stride
+
     def to_json(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
@@ -83,7 +96,7 @@ class Architecture:
     def from_json(data: dict[str, Any]) -> Architecture:
         """The inverse of to_json. Raises ConfigError on keys or types that it does not write."""
         known = {f.name for f in fields(Architecture)}
-        if not known - {"backbone_options"} <= set(data) <= known:  # that one came later
+        if not known - _CAME_LATER <= set(data) <= known:
             raise ConfigError(
                 f"architecture with keys {', '.join(sorted(data))}", expected=", ".join(sorted(known)), where="model"
             )
@@ -103,7 +116,7 @@ class TrainingOutput(NamedTuple):
     """What the network returns in training when it has auxiliary heads."""
 
     logits: Tensor  # [B, K, h, w] at Architecture.logit_stride
-    auxiliary: tuple[Tensor, ...]  # [B, K, ., .] at stride 8 and at output_stride
+    auxiliary: tuple[Tensor, ...]  # [B, K, ., .] at Architecture.auxiliary_strides
 
 
 class DeepLabV3Plus(nn.Module):
@@ -128,14 +141,14 @@ class DeepLabV3Plus(nn.Module):
         a = self.architecture = architecture
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
-        self.backbone = create_backbone(a.backbone, a.output_stride, a.backbone_options)
+        self.backbone = create_backbone(a.backbone, a.output_stride, a.backbone_options, a.early_strides)
         widths = self.backbone.feature_info.channels()  # type: ignore[union-attr,operator]
         self.low_indices = [level(self.backbone, stride, a.backbone) for stride in a.low_levels]
         self.aspp = ASPP(widths[-1], a.channels, a.atrous_rates, a.fusion, a.head)
         # On the coarse map: at the logits' stride it would cost a pass over the largest map there is.
         self.dropout = Dropout(a.dropout)
         self.decoder = Decoder([widths[i] for i in self.low_indices], a.channels, a.num_classes, a.fusion, a.head)
-        self.auxiliary_indices = [level(self.backbone, AUXILIARY_STRIDE, a.backbone), -1] if a.auxiliary else []
+        self.auxiliary_indices = [level(self.backbone, a.auxiliary_strides[0], a.backbone), -1] if a.auxiliary else []
         self.auxiliary_heads = nn.ModuleList(
             nn.Sequential(
                 conv_bn_relu(widths[i], max(a.channels // 2, 1), 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from roadseg.release.archive import TERMS, Release
@@ -22,7 +23,7 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
         f"# roadseg release {release.digest[:12]}",
         "",
         f"Semantic segmentation of road scenes into {len(evaluation['classes'])} classes: "
-        f"DeepLabv3+ with a {a['backbone']} backbone at output stride {a['output_stride']}, "
+        f"DeepLabv3+ with a {a['backbone']} backbone at output stride {a['output_stride']}{_early(a)}, "
         f"fusion {a['fusion']}, {model['parameters'] / 1e6:.2f} M parameters.",
         "",
         f"- SHA-256 of the archive: `{release.digest}`",
@@ -52,6 +53,12 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _early(architecture: Mapping[str, Any]) -> str:
+    """Named where the backbone is not as its name says."""
+    early = architecture.get("early_strides", [2, 2])
+    return "" if early == [2, 2] else f" (early strides {early[0]} and {early[1]})"
 
 
 def _percent(value: float | None) -> str:

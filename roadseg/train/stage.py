@@ -149,6 +149,7 @@ def _architecture(config: Config, shards: Shards) -> Architecture:
         config.training.auxiliary_weight > 0,
         m.dropout,
         m.backbone_options,
+        m.early_strides,
     )
 
 

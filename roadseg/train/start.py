@@ -17,6 +17,7 @@ from torch import Tensor
 from roadseg.errors import ArchiveError, ConfigError
 from roadseg.files import sha256_file
 from roadseg.labels import LabelSet
+from roadseg.model.backbone import EARLY_STRIDES
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.model.foreign import load_foreign
 from roadseg.release.archive import WEIGHTS, Release
@@ -24,7 +25,9 @@ from roadseg.release.archive import WEIGHTS, Release
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
 # of the model section, what tensors depend on
 _SHAPING = ("backbone", "fusion", "head", "channels", "low_levels")
-_ADVISED = (*_SHAPING, "atrous_rates", "output_stride")
+_ADVISED = (*_SHAPING, "atrous_rates", "output_stride", "early_strides")
+# what releases say nothing of that were made before there was a choice
+_AS_BEFORE: dict[str, Any] = {"early_strides": list(EARLY_STRIDES), "backbone_options": {}}
 log = logging.getLogger(__name__)
 
 
@@ -112,24 +115,29 @@ def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) ->
 
 
 def _warn_of_other_rates(ours: Architecture, init: Release, name: str) -> None:
-    """Tensors fit whatever the rates; what they learned to look at does not."""
-    theirs = init.model.get("architecture", {})
+    """Tensors fit whatever the rates and strides; what they learned to look at does not."""
+    theirs = _AS_BEFORE | init.model.get("architecture", {})
+    form = ours.to_json()
     reach = [rate * theirs.get("output_stride", 0) for rate in theirs.get("atrous_rates", ())]
-    if reach and reach != [rate * ours.output_stride for rate in ours.atrous_rates]:
+    if not reach:
+        return
+    rates_differ = reach != [rate * ours.output_stride for rate in ours.atrous_rates]
+    if rates_differ or theirs["early_strides"] != form["early_strides"]:
+        keys = ("atrous_rates", "output_stride", "early_strides")
+        flags = " ".join(f"--model.{key.replace('_', '-')} {_flag(theirs[key])}" for key in keys)
         log.warning(
-            "%s was trained with --model.atrous-rates %s --model.output-stride %s; here they are %s and %s",
-            name, _flag(theirs["atrous_rates"]), theirs["output_stride"], _flag(ours.atrous_rates), ours.output_stride,
-        )  # fmt: skip
+            "%s was trained with %s; here they are %s", name, flags, ", ".join(_flag(form[key]) for key in keys)
+        )
 
 
 def _advice(ours: Mapping[str, Any], theirs: Any) -> str:
     """The flags that make this network the release's, as far as they change its tensors."""
-    theirs = theirs if isinstance(theirs, Mapping) else {}
+    theirs = _AS_BEFORE | (dict(theirs) if isinstance(theirs, Mapping) else {})
 
     def differing(keys: Sequence[str]) -> list[str]:
         return [key for key in keys if key in theirs and _flag(theirs[key]) != _flag(ours[key])]
 
-    options = theirs.get("backbone_options", {})
+    options = theirs["backbone_options"]
     in_yaml = f"backbone_options: {json.dumps(options)} in the YAML's model section"
     parts = [in_yaml] * (options != ours["backbone_options"])
     if not parts and not differing(_SHAPING):

@@ -23,6 +23,8 @@ from roadseg.model import Architecture, build
         ("low_levels", (32, 4)),
         ("low_levels", (4, 8)),
         ("low_levels", (4, 4)),
+        ("early_strides", (2,)),
+        ("early_strides", (2, 3)),
         ("dropout", 1.0),
     ],
 )
@@ -52,11 +54,19 @@ def test_json_round_trip() -> None:
     a = Architecture(11, "resnet18", 32, "sknet", "separable", 64, (3, 6, 9), (16, 4), True, 0.0)
     assert Architecture.from_json(json.loads(json.dumps(a.to_json()))) == a
     of_before = a.to_json()
-    del of_before["backbone_options"]
+    del of_before["backbone_options"], of_before["early_strides"]
     assert Architecture.from_json(of_before) == a
     with_options = replace(a, backbone_options={"channels": [8, 16, 24, 32], "drop_path_rate": 0.1})
     assert Architecture.from_json(json.loads(json.dumps(with_options.to_json()))) == with_options != a
     assert hash(with_options) == hash(a)
+
+
+def test_auxiliary_heads_stay_at_their_layers() -> None:
+    assert [Architecture(3, output_stride=8, early_strides=e).auxiliary_strides for e in ((2, 2), (2, 1), (1, 1))] == [
+        (8, 8),
+        (4, 8),
+        (2, 8),
+    ]
 
 
 @pytest.mark.parametrize("change", [{"num_classes": "19"}, {"extra": 1}, {"low_levels": 4}, {"channels": None}])

@@ -59,6 +59,50 @@ def test_missing_level_is_named() -> None:
         level(create_backbone("convnext_atto", 32), 2, "convnext_atto")
 
 
+@pytest.mark.parametrize(
+    ("name", "early_strides", "changed"),
+    [
+        ("mobilenetv2_035", (1, 2), ["conv_stem"]),
+        ("mobilenetv2_035", (2, 1), ["blocks.1.0.conv_dw"]),
+        ("mobilenetv2_035", (1, 1), ["conv_stem", "blocks.1.0.conv_dw"]),
+        ("resnet18", (2, 1), ["maxpool"]),
+        ("regnety_002", (2, 1), ["s1.b1.conv2.conv", "s1.b1.downsample.conv"]),
+        ("hgnetv2_b0", (2, 1), ["stem.stem3.conv"]),  # its first map is of stride 4: nothing lies between the two
+    ],
+)
+def test_an_early_halving_left_out_makes_every_later_map_finer(
+    name: str, early_strides: tuple[int, int], changed: list[str]
+) -> None:
+    """The same layers and weights; only those that halved don't any more."""
+    finer = 4 // (early_strides[0] * early_strides[1])
+    usual, fine = create_backbone(name, 32).eval(), create_backbone(name, 32 // finer, None, early_strides).eval()
+    assert [
+        k for k, m in fine.named_modules() if getattr(m, "stride", 0) != getattr(usual.get_submodule(k), "stride", 0)
+    ] == (changed)
+    fine.load_state_dict(usual.state_dict())
+    strides, expected = fine.feature_info.reduction(), usual.feature_info.reduction()
+    assert strides == [s // (2 // early_strides[0] if s == 2 else finer) for s in expected]
+    assert fine.feature_info.channels() == usual.feature_info.channels()
+    with torch.inference_mode():
+        for side in (64, 75):
+            maps = fine(torch.zeros(1, 3, side, side))
+            assert [m.shape[-1] for m in maps] == [-(-side // s) for s in strides]
+    assert [level(fine, s, name) for s in strides[1:]] == [level(usual, s, name) for s in expected[1:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "output_stride", "words"),
+    [
+        ("convnext_atto", 16, "2 1 can't be had of convnext_atto: its early halvings are not made by convolutions"),
+        ("mobilenetv2_035", 32, "2 1: the coarsest map of mobilenetv2_035 would then be finer than output stride 32"),
+    ],
+)
+def test_early_strides_that_a_backbone_can_not_have(name: str, output_stride: int, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_backbone(name, output_stride, None, (2, 1))
+    assert caught.value.where == "model.early_strides" and words in str(caught.value)
+
+
 def test_only_feature_layers_are_built(whole_model: torch.nn.Module) -> None:
     names = set(create_backbone(NAME, 16).state_dict())
     assert names < set(whole_model.state_dict())

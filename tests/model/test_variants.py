@@ -18,6 +18,9 @@ VARIANTS |= {
     "stride32": replace(TINY, output_stride=32, low_levels=(16, 8, 4)),
     "one-low-level": replace(TINY, low_levels=(4,)),
     "to-stride2": replace(TINY, low_levels=(8, 4, 2)),
+    "full-size-stem": replace(TINY, output_stride=8, early_strides=(1, 2), low_levels=(4, 2, 1)),
+    "fine": replace(TINY, output_stride=8, early_strides=(2, 1), low_levels=(4,), backbone="resnet18", channels=16),
+    "finest": replace(TINY, output_stride=8, early_strides=(1, 1), low_levels=(2,), atrous_rates=(2, 4)),
     "no-auxiliary": replace(TINY, auxiliary=False),
     "resnet18": replace(TINY, backbone="resnet18", channels=16),
     "regnety_002": replace(TINY, backbone="regnety_002", fusion="concat"),
@@ -57,7 +60,7 @@ def test_gradients_reach_every_parameter(network: DeepLabV3Plus) -> None:
         assert isinstance(output, TrainingOutput)
         every = [output.logits, *output.auxiliary]
         assert len(output.auxiliary) == 2
-        strides = [network.architecture.logit_stride, 8, network.architecture.output_stride]
+        strides = [network.architecture.logit_stride, *network.architecture.auxiliary_strides]
         assert [x.shape[1:] for x in every] == [(5, -(-97 // s), -(-129 // s)) for s in strides]
     target = torch.arange(5)
     loss = sum(nn.functional.cross_entropy(x, target[images(2, *x.shape[-2:])[:, 0].long() % 5]) for x in every)

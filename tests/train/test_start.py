@@ -133,10 +133,19 @@ def test_other_rates_than_the_releases_are_warned_of(release: Release, caplog: p
     theirs = " ".join(map(str, A.atrous_rates))
     start(replace(A, atrous_rates=(5, 7)), release)
     (line,) = caplog.messages
-    assert f"was trained with --model.atrous-rates {theirs} --model.output-stride 16; here they are 5 7 and 16" in line
+    flags = f"--model.atrous-rates {theirs} --model.output-stride 16 --model.early-strides 2 2"
+    assert line.endswith(f"was trained with {flags}; here they are 5 7, 16, 2 2")
     with pytest.raises(ConfigError) as caught:  # who makes the tensors fit is told the rates too
         start(replace(A, channels=16, atrous_rates=(5, 7)), release)
     assert caught.value.todo.endswith(f"--model.channels 8 --model.atrous-rates {theirs}")
+
+
+def test_other_early_strides_than_the_releases_are_warned_of(
+    release: Release, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(replace(A, early_strides=(2, 1), low_levels=(2,)), release)
+    (line,) = caplog.messages
+    assert line.endswith(f"--model.early-strides 2 2; here they are {' '.join(map(str, A.atrous_rates))}, 16, 2 1")
 
 
 def test_other_backbone_options_are_told_as_what_differs() -> None:
