@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save as save_tensors
 
 import roadseg
@@ -34,11 +36,12 @@ def write_candidate(
     split: Split,
     terms: str,
     work: Path,
+    device: torch.device,
 ) -> None:
     """Export the averaged network, prove the graph equal to it on frames of `split`, and write model.tar.gz.
 
-    network: for inference, on the CPU. trained: how, for model.json. terms: of the data. Raises
-    ExportError if the exported graph is not the network.
+    network: for inference, on the CPU. trained: how, for model.json. terms: of the data. device: where the data's
+    profile is made, the longest part of it on a CPU. Raises ExportError if the exported graph is not the network.
     """
     chosen = np.linspace(0, len(split) - 1, min(CHECKED_FRAMES, len(split))).astype(int)
     samples = [split.read(int(i))[0].copy() for i in chosen]
@@ -61,7 +64,7 @@ def write_candidate(
         "config": {k: config.key_fields()[k] for k in ("model", "training")},
         "training": {"source": shards.source, "data_fingerprints": shards.fingerprints, **trained},
         "train_class_pixels": shards.class_pixels["train"],
-        "data_profile": _profile(network, shards).to_json(),
+        "data_profile": _profile(copy.deepcopy(network).to(device), shards).to_json(),
         "export_agreement": agreement,
         "package_version": roadseg.__version__,
         "code_commit": _commit(),

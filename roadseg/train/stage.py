@@ -109,7 +109,7 @@ def train_candidate(
         terms = _terms(shards.label_set.terms, {"Started from": init, "Taught by": teacher})
         final = plain_batch_norm(average.inference_network().cpu())
         with stopped_at_once("while the archive was written"):
-            write_candidate(config, shards, final, trained, shown, terms, work)
+            write_candidate(config, shards, final, trained, shown, terms, work, device)
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
