@@ -238,10 +238,19 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def describe(error: ValidationError, where: str) -> str:
     """One line an error: the key's path, what was found, what was expected, a near name if unknown."""
     lines = []
-    for e in error.errors():
-        key = ".".join(str(part) for part in e["loc"])
-        if e["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(e["loc"][-1]), _names_at(e["loc"][:-1]), n=1)
+    errors = error.errors()
+    # Of a tuple that is too short every lacking place is an error; the last tells how many values are wanted.
+    short = {e["loc"][:-1]: e["loc"][-1] for e in errors if e["type"] == "missing" and isinstance(e["loc"][-1], int)}
+    for e in errors:
+        *parents, last = e["loc"]
+        key = ".".join(map(str, e["loc"]))
+        if e["type"] == "missing" and isinstance(last, int):
+            if last == short[tuple(parents)]:
+                lines.append(
+                    f"  {'.'.join(map(str, parents))}: {last + 1} values are wanted (found {e['input']!r:.80})"
+                )
+        elif e["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(last), _names_at(parents), n=1)
             hint = f"; perhaps you meant {near[0]}" if near else ""
             lines.append(f"  {key}: unknown key{hint}")
         else:

@@ -48,6 +48,14 @@ def test_all_errors_of_file_and_flags_are_told_at_once_by_path(tmp_path: Path) -
     assert text.startswith("6 wrong values")
 
 
+def test_too_few_values_are_told_once_with_how_many_are_wanted(tmp_path: Path) -> None:
+    text = wrong(tmp_path, "model: {atrous_rates: [2], early_strides: [3]}\ntraining: {crop_px: []}\n")
+    assert text.startswith("4 wrong values")
+    assert "model.atrous_rates: 3 values are wanted (found [2])" in text
+    assert "model.early_strides.0: " in text and "model.early_strides: 2 values are wanted (found [3])" in text
+    assert "training.crop_px: 2 values are wanted (found [])" in text
+
+
 def test_flags_override_the_file_with_dashes_and_underscores(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("training: {batch_size: 3, epochs: 2}\n")

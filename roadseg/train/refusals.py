@@ -36,7 +36,7 @@ def refuse_impossible(t: Training, architecture: Architecture, shards: Shards, f
     crops = list(dict.fromkeys(_crops(t, architecture)))
     problems = [p for crop_px in dict.fromkeys(c for c, _ in crops) for p in _padding(t, frames, crop_px)]
     problems += [p for crop_px, stride in crops for p in _single_cell(crop_px, stride)]
-    problems += [*_classes(shards), *_early_stopping(t, shards)]
+    problems += [*_classes(shards), *_early_stopping(t, shards, steps_of(t, len(frames)))]
     problems += _empty_phases(t, len(frames))
     problems += [*_shares(t, world)] or [*_batch_norm(t, architecture, world)]
     if problems:
@@ -119,13 +119,24 @@ def _classes(shards: Shards) -> Iterator[str]:
         log.warning("no pixel of train is %s: that can't be learned", " or ".join(absent))
 
 
-def _early_stopping(t: Training, shards: Shards) -> Iterator[str]:
+def _early_stopping(t: Training, shards: Shards, steps: int) -> Iterator[str]:
     if t.patience and STEERED_BY not in shards.shards:
         there = ", ".join(name for name in shards.shards if name != "train") or "none"
         yield (
             f"training.patience: it looks at the split {STEERED_BY}, which is not there (besides train: {there}); "
             "set it to 0, or make such a split"
         )
+    # The first validation sets the mark, and what the last one says changes nothing any more.
+    elif t.patience and (every := validation_steps(t, steps)) * (t.patience + 1) >= steps:
+        yield (
+            f"training.patience: {t.patience} validations after the first, {every} steps apart, never end a run of "
+            f"{steps} steps early; set {max((steps - 1) // every - 1, 0)} at most, or validate more often"
+        )
+
+
+def validation_steps(t: Training, steps: int) -> int:
+    """Steps between validations."""
+    return t.validate_every or max(1, -(-steps // 10))
 
 
 def _batch_norm(t: Training, architecture: Architecture, world: int) -> Iterator[str]:

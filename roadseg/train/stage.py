@@ -39,7 +39,14 @@ from roadseg.train.mirrors import mirrors
 from roadseg.train.objective import Objective
 from roadseg.train.pictures import Pictures, evenly
 from roadseg.train.ranks import ALONE, Ranks, plain_batch_norm, sync_batch_norm
-from roadseg.train.refusals import out_of_memory, ran_out, refuse_impossible, refuse_strides, steps_of
+from roadseg.train.refusals import (
+    out_of_memory,
+    ran_out,
+    refuse_impossible,
+    refuse_strides,
+    steps_of,
+    validation_steps,
+)
 from roadseg.train.signals import stopped_at_once
 from roadseg.train.start import Start, refuse_frozen_at_random, starting_network
 
@@ -172,7 +179,7 @@ def _prepared(network: DeepLabV3Plus, t: Training, ranks: Ranks) -> DeepLabV3Plu
 def _settings(t: Training, steps: int, device: torch.device) -> Settings:
     same = {k: getattr(t, k) for k in Settings.__dataclass_fields__ if k in Training.model_fields}
     bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
-    every = t.validate_every or max(1, -(-steps // 10))
+    every = validation_steps(t, steps)
     worth = device.type == "cuda" and steps >= COMPILED_FROM_STEPS and not t.deterministic
     compiled = t.compile == "always" or (t.compile == "auto" and worth)
     return Settings(**{**same, "steps": steps, "bf16": bf16, "validate_every": every, "compiled": compiled})

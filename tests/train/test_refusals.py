@@ -54,6 +54,16 @@ def test_all_problems_are_told_in_one_error(shards: Shards) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("values", "most"),
+    [({"steps": 100, "patience": 9}, 8), ({"steps": 20, "validate_every": 500, "patience": 3}, 0)],
+)
+def test_patience_that_never_acts_is_refused(shards: Shards, values: dict[str, int], most: int) -> None:
+    text = refused(shards, change(epochs=None, **values))
+    assert f"never end a run of {values['steps']} steps early; set {most} at most, or validate more often" in text
+    refuse_impossible(change(epochs=None, **{**values, "patience": most}), SMALL, shards, shards.split("train"))
+
+
 def test_crops_of_later_phases_are_looked_at_too(shards: Shards) -> None:
     phases = (Phase(after=0.5, crop_px=(256, 256)), Phase(after=0.8, output_stride=32, crop_px=(32, 20)))
     text = refused(shards, change(phases=phases))
