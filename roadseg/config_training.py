@@ -116,7 +116,8 @@ class Training(Section):
     )
     weights_from: str = Field(
         "",
-        description="start from a .safetensors of segmentation_models.pytorch, mmsegmentation or VainF instead",
+        description="start from a .safetensors of segmentation_models.pytorch, mmsegmentation or VainF, or from a "
+        "checkpoint of a training, instead",
         json_schema_extra=OUT,
     )
     validate_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: ten a run")

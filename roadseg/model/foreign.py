@@ -106,6 +106,10 @@ def _unknown_encoder(found: Translation, path: Path, how: str) -> ConfigError:
 def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder", expected=KNOWN, where=WHERE, todo="name the file in it")
+    if path.name.endswith(".tar.gz"):
+        raise ConfigError(
+            f"{path} is an archive", expected=KNOWN, where=WHERE, todo="give a release as training.init_from"
+        )
     if path.suffix != ".safetensors":
         raise ConfigError(
             f"{path} is no .safetensors",

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from roadseg.errors import RoadsegError
+from roadseg.errors import ConfigError, RoadsegError
 from roadseg.files import json_bytes, read_json, sha256_bytes, write_atomic
 
 log = logging.getLogger(__name__)
 KEPT = 2
+NETWORK, AVERAGE = "network.", "average."  # begin the names of tensors
 WITH_STATE = "optimizer.parameters"  # how many parameters the optimizer had state of
 NAMED = 5  # tensors that an error names
 
@@ -73,6 +74,28 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     return None
 
 
+def averaged_weights(path: Path) -> dict[str, Tensor] | None:
+    """The averaged network's tensors of a checkpoint, by that network's names; None if `path` is no checkpoint.
+
+    path: its .safetensors, with the .json beside it. Raises ConfigError if it is not as it was saved.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            if not any(name.startswith(AVERAGE) for name in file.keys()):  # noqa: SIM118
+                return None
+    except (OSError, SafetensorError):
+        return None
+    try:
+        _, tensors = _read(path.with_suffix(".json"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+        raise ConfigError(
+            f"the checkpoint {path} is damaged or lacks its .json ({e})",
+            where="training.weights_from",
+            todo="name the one before, or copy the .json along with it",
+        ) from e
+    return {k.removeprefix(AVERAGE): v for k, v in tensors.items() if k.startswith(AVERAGE)}
+
+
 def restore(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, optimizer: Optimizer) -> None:
     """Put a checkpoint's tensors where they came from, bit for bit, in each parameter's memory layout.
 
@@ -86,7 +109,7 @@ def restore(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, 
             todo="go on with the version of roadseg and of timm that saved it, or remove the folder checkpoints "
             "to train from the first step",
         )
-    for prefix, module in (("network.", network), ("average.", average)):
+    for prefix, module in ((NETWORK, network), (AVERAGE, average)):
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     parameters = _parameters(optimizer)
     states: dict[int, dict[str, Tensor]] = {}
@@ -117,8 +140,8 @@ def not_saved(error: OSError, path: Path, size_bytes: int, folder: Path) -> Road
 
 
 def _state(network: nn.Module, average: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {f"network.{k}": v for k, v in network.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
+    tensors: dict[str, Tensor] = {f"{NETWORK}{k}": v for k, v in network.state_dict().items()}
+    tensors |= {f"{AVERAGE}{k}": v for k, v in average.state_dict().items()}
     states = optimizer.state_dict()["state"]
     for i, state in states.items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
@@ -176,8 +199,8 @@ def _optimizer_state(tensors: Mapping[str, Tensor]) -> list[tuple[int, str, Tens
 
 def _misfits(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, optimizer: Optimizer) -> list[str]:
     """What is missing, unknown or of another shape, in words."""
-    expected = {f"network.{k}": v for k, v in network.state_dict().items()}
-    expected |= {f"average.{k}": v for k, v in average.state_dict().items()}
+    expected = {f"{NETWORK}{k}": v for k, v in network.state_dict().items()}
+    expected |= {f"{AVERAGE}{k}": v for k, v in average.state_dict().items()}
     wrong = [f"{key} is missing" for key in expected if key not in tensors]
     for key, value in sorted(tensors.items()):
         if key.startswith("optimizer."):

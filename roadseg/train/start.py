@@ -21,6 +21,7 @@ from roadseg.model.backbone import EARLY_STRIDES
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.model.foreign import load_foreign
 from roadseg.release.archive import WEIGHTS, Release
+from roadseg.train.checkpoint import averaged_weights
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
 # of the model section, what tensors depend on
@@ -58,9 +59,10 @@ def starting_network(
 
     weights: of the backbone, see load_backbone_weights; mean and std go with them. In their place
     `init`, a release whose normalisation is taken too, or `weights_from`, a file of another project
-    (see load_foreign). Classes that are not the release's, by name and order, get a new classifier:
-    none of its rows is kept, for none is known to mean the same. Raises ConfigError where the weights
-    are of another architecture, ArchiveError if the release's can't be read.
+    (see load_foreign) or a checkpoint of a training, whose averaged network is taken as a release's is.
+    Classes that are not the release's, by name and order, get a new classifier: none of its rows is kept,
+    for none is known to mean the same. Raises ConfigError where the weights are of another architecture,
+    ArchiveError if the release's can't be read.
     """
     if init is None and not weights_from:
         network = build(architecture, seed=seed, weights=weights, mean=mean, std=std)
@@ -69,6 +71,9 @@ def starting_network(
         return Start(network, weights if named else f"backbone weights {sha256_file(Path(weights))}", random=random)
     network = build(architecture, seed=seed, mean=mean, std=std)
     if init is None:
+        if (average := averaged_weights(Path(weights_from))) is not None:
+            made_anew = _from_checkpoint(network, average, weights_from)
+            return Start(network, f"checkpoint {sha256_file(Path(weights_from))}", made_anew)
         taken = load_foreign(network, Path(weights_from))
         return Start(network, f"{taken.project} weights {sha256_file(Path(weights_from))}", taken.made_anew)
     return Start(network, f"release {init.digest}", _from_release(network, init, label_set))
@@ -111,6 +116,27 @@ def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) ->
         log.info("%s knows other classes (%s); made anew for %s: %s", name, theirs, ours, ", ".join(made_anew))
     elif made_anew:
         log.info("%s has no auxiliary heads: they are new", name)
+    return tuple(made_anew)
+
+
+def _from_checkpoint(network: DeepLabV3Plus, state: dict[str, Tensor], name: str) -> tuple[str, ...]:
+    """As _from_release; but a checkpoint holds auxiliary heads, and neither the names of its classes nor its rates."""
+    own = network.state_dict()
+    fits = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
+    made_anew = [p for p in (CLASSIFIER, AUXILIARY) if any(_within(key, p) and key not in fits for key in own)]
+    left_out = [*made_anew, AUXILIARY] if AUXILIARY not in {key.split(".")[0] for key in own} else made_anew
+    state = {key: value for key, value in state.items() if not any(_within(key, part) for part in left_out)}
+    if wrong := _differing(own, state, made_anew):
+        raise ConfigError(
+            f"the checkpoint {name} is of another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
+            where="training.weights_from",
+            todo="set the model section as it was when that was trained: run.json of that run holds it",
+        )
+    network.load_state_dict(state, strict=False)
+    log.info(
+        "%s: the averaged weights of a checkpoint, made anew: %s; it does not tell classes, their order, strides and "
+        "rates: they must be as they were", name, ", ".join(made_anew) or "nothing",
+    )  # fmt: skip
     return tuple(made_anew)
 
 

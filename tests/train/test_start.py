@@ -18,6 +18,7 @@ from roadseg.flags import parse_flags
 from roadseg.labels import LabelSet
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.release.archive import Release, load_release
+from roadseg.train import checkpoint
 from roadseg.train.start import Start, _advice, refuse_frozen_at_random, starting_network
 
 A = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2), low_levels=(4,))
@@ -174,6 +175,70 @@ def test_parts_frozen_at_random_are_warned_of(caplog: pytest.LogCaptureFixture) 
     assert caplog.messages == [
         "training.freeze: backbone, aspp keeps random weights, as nothing is given to start from"
     ]
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DeepLabV3Plus]:
+    """A checkpoint of a training with auxiliary heads, and its averaged network."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    net, average = (build(replace(A, auxiliary=True), seed=s, mean=(7, 8, 9)) for s in (1, 2))
+    checkpoint.save(folder, 12, net, average, torch.optim.AdamW(net.parameters()))
+    return folder / "step-00000012.safetensors", average
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        ({"auxiliary": True}, ()),
+        ({}, ()),
+        ({"num_classes": 4, "auxiliary": True}, ("decoder.classifier", "auxiliary_heads")),
+        ({"num_classes": 4}, ("decoder.classifier",)),
+    ],
+)
+def test_a_checkpoints_average_is_taken(
+    checkpointed: tuple[Path, DeepLabV3Plus], change: dict[str, Any], anew: tuple[str, ...],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    path, average = checkpointed
+    with caplog.at_level(logging.INFO, "roadseg"):
+        made = start(replace(A, **change), weights_from=str(path))
+    assert made.words == f"checkpoint {sha256_file(path)}" and made.made_anew == anew and not made.random
+    state = made.network.state_dict()
+    new = {k for k in state if k.startswith(tuple(part + "." for part in anew))}
+    assert set(state) - equal(made.network, average) <= new
+    assert new <= equal(made.network, build(replace(A, **change), seed=5))
+    assert made.network.mean.flatten().tolist() == [7, 8, 9]
+    (line,) = caplog.messages
+    assert f"made anew: {', '.join(anew) or 'nothing'};" in line
+
+
+def test_a_checkpoint_of_another_network_or_a_damaged_one_is_refused(
+    checkpointed: tuple[Path, DeepLabV3Plus], tmp_path: Path
+) -> None:
+    path, _ = checkpointed
+    with pytest.raises(ConfigError, match="is of another architecture .*run.json of that run holds it"):
+        start(replace(A, channels=16), weights_from=str(path))
+    alone = tmp_path / path.name
+    alone.write_bytes(path.read_bytes())
+    with pytest.raises(ConfigError, match="is damaged or lacks its .json"):
+        start(weights_from=str(alone))
+    alone.with_suffix(".json").write_bytes(path.with_suffix(".json").read_bytes())
+    assert start(weights_from=str(alone)).words.startswith("checkpoint ")
+    with alone.open("r+b") as f:
+        f.seek(-1, 2)
+        last = f.read(1)
+        f.seek(-1, 2)
+        f.write(bytes([last[0] ^ 1]))
+    with pytest.raises(ConfigError, match="its SHA-256 differs from what was saved") as caught:
+        start(weights_from=str(alone))
+    assert caught.value.where == "training.weights_from" and "name the one before" in caught.value.todo
+
+
+def test_an_archive_as_weights_is_told_where_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "model.tar.gz"
+    path.write_bytes(b"\x1f\x8b")
+    with pytest.raises(ConfigError, match="is an archive.*give a release as training.init_from"):
+        start(weights_from=str(path))
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
