@@ -27,7 +27,7 @@ from roadseg.model.foreign_names import (
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
 WHOLE = "fetch it again; of a part of a network alone nothing can be taken"
-KNOWN = f"a DeepLabv3+ of {SMP}, {MMSEG} or {VAINF} as .safetensors"
+KNOWN = f"a DeepLabv3+ of {SMP}, {MMSEG} or {VAINF} as .safetensors, or a checkpoint of roadseg"
 log = logging.getLogger(__name__)
 
 
