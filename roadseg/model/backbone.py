@@ -95,13 +95,15 @@ def create_backbone(
 
 
 def _made(name: str, output_stride: int, arguments: Mapping[str, Any], early_strides: tuple[int, int]) -> nn.Module:
-    wanted = output_stride * math.prod(EARLY_STRIDES) // math.prod(early_strides)  # in timm's count
+    finer = math.prod(EARLY_STRIDES) // math.prod(early_strides)
+    wanted = output_stride * finer  # in timm's count
     if wanted > 32:
         raise ConfigError(
             f"{_spaced(early_strides)}: the coarsest map of {name} would then be finer than output stride "
             f"{output_stride}",
-            expected="early_strides 2 2, or a smaller model.output_stride",
+            expected=f"an output stride of {32 // finer} at most with these",
             where="model.early_strides",
+            todo="set a smaller output_stride, of the model or of the phase that asks for it, or leave out less",
         )
     # Every timm model stands at its own stride unless told; not passing 32 admits those that take no stride.
     stride: dict[str, Any] = {} if wanted == 32 else {"output_stride": wanted}
@@ -120,12 +122,8 @@ def _leave_out_halvings(backbone: nn.Module, name: str, early_strides: tuple[int
     side_px = 2 * math.lcm(*strides)
     trial = copy.deepcopy(backbone).to("meta").eval()
     input_px: dict[str, int] = {}
-
-    def note(key: str, given: tuple[Tensor, ...]) -> None:
-        input_px[key] = given[0].shape[-1]
-
     hooks = [
-        module.register_forward_pre_hook(lambda _, given, key=key: note(key, given))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda _, given, key=key: input_px.update({key: given[0].shape[-1]}))  # type: ignore[misc]
         for key, module in trial.named_modules()
         if isinstance(module, _STRIDED) and module.stride in (2, (2, 2))
     ]
@@ -134,21 +132,20 @@ def _leave_out_halvings(backbone: nn.Module, name: str, early_strides: tuple[int
         trial(image)
         for hook in hooks:
             hook.remove()
-        for halving, wanted in enumerate(early_strides):
-            for key in [key for key, px in input_px.items() if wanted == 1 and px == side_px >> halving]:
-                for network in (backbone, trial):
-                    layer: Any = network.get_submodule(key)
-                    layer.stride = (1, 1) if isinstance(layer.stride, tuple) else 1
-        sizes_px = [m.shape[-1] for m in trial(image)]
-    finer = [math.prod(EARLY_STRIDES[: stride.bit_length() - 1]) for stride in strides]
-    ours = [
-        stride // times * math.prod(early_strides[: stride.bit_length() - 1])
-        for stride, times in zip(strides, finer, strict=True)
-    ]
+        left_out = [side_px >> halving for halving, stride in enumerate(early_strides) if stride == 1]
+        for key in [key for key, px in input_px.items() if px in left_out]:
+            for network in (backbone, trial):
+                layer: Any = network.get_submodule(key)
+                layer.stride = (1, 1) if isinstance(layer.stride, tuple) else 1
+        try:
+            sizes_px = [m.shape[-1] for m in trial(image)]
+        except RuntimeError:  # branches that don't meet again
+            sizes_px = []
+    ours = [s // math.prod(2 // early for early in early_strides[: s.bit_length() - 1]) for s in strides]
     if sizes_px != [side_px // stride for stride in ours]:
         raise ConfigError(
-            f"{_spaced(early_strides)} can't be had of {name}: its early halvings are not made by convolutions or "
-            f"pooling of stride 2 alone",
+            f"{_spaced(early_strides)} can't be had of {name}: what halves the image there is more than convolutions "
+            f"and poolings of stride 2 that keep the size without it",
             expected="2 2 for this backbone",
             where="model.early_strides",
         )
@@ -184,7 +181,8 @@ def _unfit(name: str, output_stride: int, why: str) -> ConfigError:
         f"{name} gives no feature maps at output stride {output_stride} ({why})",
         expected="a convolutional model of timm with features_only, such as mobilenetv2_100, resnet18 or regnety_002",
         where="model.backbone",
-        todo="choose another backbone, or another model.output_stride (8, 16 or 32)",
+        todo="choose another backbone or another model.output_stride (8, 16 or 32); one that timm makes at 32 alone "
+        "stands at 16 with model.early_strides 1 2 or 2 1, at 8 with 1 1",
     )
 
 

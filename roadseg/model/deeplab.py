@@ -28,8 +28,8 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 # Of the finer auxiliary head, where the backbone halves the image as it is made to: its third level.
 AUXILIARY_STRIDE = 8
-# What archives of an earlier version lack: it was as the default is.
-_CAME_LATER = frozenset({"backbone_options", "early_strides"})
+# Of the JSON form, what archives lack that were made before there was a choice.
+AS_BEFORE: Mapping[str, Any] = {"backbone_options": {}, "early_strides": list(EARLY_STRIDES)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Architecture:
         _require(1 <= self.num_classes <= 255, "num_classes", self.num_classes, "1 to 255 (255 is void)")
         _require(self.output_stride in (8, 16, 32), "output_stride", self.output_stride, "8, 16 or 32")
         early = self.early_strides
-        _require(len(early) == 2 and set(early) <= {1, 2}, "early_strides", early, "two of 1 or 2")
+        two = len(early) == 2 and all(type(stride) is int and stride in (1, 2) for stride in early)
+        _require(two, "early_strides", early, "two of 1 or 2")
         _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {', '.join(FUSIONS)}")
         _require(self.head in HEADS, "head", self.head, f"one of {', '.join(HEADS)}")
         _require(1 <= self.channels <= 4096, "channels", self.channels, "1 to 4096")
@@ -96,7 +97,7 @@ class Architecture:
     def from_json(data: dict[str, Any]) -> Architecture:
         """The inverse of to_json. Raises ConfigError on keys or types that it does not write."""
         known = {f.name for f in fields(Architecture)}
-        if not known - _CAME_LATER <= set(data) <= known:
+        if not known - AS_BEFORE.keys() <= set(data) <= known:
             raise ConfigError(
                 f"architecture with keys {', '.join(sorted(data))}", expected=", ".join(sorted(known)), where="model"
             )

@@ -8,14 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from roadseg.model.backbone import EARLY_STRIDES
 from roadseg.model.deeplab import DeepLabV3Plus
 
 DIMENSIONS = 32
 
 
 def backbone_digest(network: DeepLabV3Plus) -> str:
-    """SHA-256 over the backbone's weights and the normalisation before it."""
+    """SHA-256 over the backbone's weights, the normalisation before it, and strides that are not timm's own."""
     digest = hashlib.sha256()
+    a = network.architecture
+    if a.early_strides != EARLY_STRIDES:
+        digest.update(repr((a.early_strides, a.output_stride)).encode())
     for name, tensor in sorted(network.state_dict().items()):
         if name.startswith("backbone.") or name in ("mean", "std"):
             digest.update(name.encode())

@@ -57,8 +57,9 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
 
 def _early(architecture: Mapping[str, Any]) -> str:
     """Named where the backbone is not as its name says."""
-    early = architecture.get("early_strides", [2, 2])
-    return "" if early == [2, 2] else f" (early strides {early[0]} and {early[1]})"
+    usual = [2, 2]  # also of archives made before there was a choice
+    early = architecture.get("early_strides", usual)
+    return "" if early == usual else f" (early strides {early[0]} and {early[1]})"
 
 
 def _percent(value: float | None) -> str:

@@ -41,7 +41,7 @@ def write_candidate(
     """Export the averaged network, prove the graph equal to it on frames of `split`, and write model.tar.gz.
 
     network: for inference, on the CPU. trained: how, for model.json. terms: of the data. device: where the data's
-    profile is made, the longest part of it on a CPU. Raises ExportError if the exported graph is not the network.
+    profile is made, which takes longest on a CPU. Raises ExportError if the exported graph is not the network.
     """
     chosen = np.linspace(0, len(split) - 1, min(CHECKED_FRAMES, len(split))).astype(int)
     samples = [split.read(int(i))[0].copy() for i in chosen]
@@ -64,7 +64,7 @@ def write_candidate(
         "config": {k: config.key_fields()[k] for k in ("model", "training")},
         "training": {"source": shards.source, "data_fingerprints": shards.fingerprints, **trained},
         "train_class_pixels": shards.class_pixels["train"],
-        "data_profile": _profile(copy.deepcopy(network).to(device), shards).to_json(),
+        "data_profile": _profile(network, shards, device).to_json(),
         "export_agreement": agreement,
         "package_version": roadseg.__version__,
         "code_commit": _commit(),
@@ -76,15 +76,17 @@ def write_candidate(
     log.info("exported graph agrees with the network on %.4f %% of pixels", 100 * agreement)
 
 
-def _profile(network: DeepLabV3Plus, shards: Shards) -> Profile:
+def _profile(network: DeepLabV3Plus, shards: Shards, device: torch.device) -> Profile:
     """Of what was trained on, as this network sees it: what `roadseg data diff` compares other data with."""
+    there = copy.deepcopy(network).to(device)
     frames = shards.split("train")
     images = (frames.read(i)[0] for i in chosen_frames(len(frames)))
     title = f"{shards.source} train, {len(frames):,} images"
     pixels = shards.class_pixels["train"]
-    return make_profile(
-        title, images, len(frames), pixels, shards.label_set, embedder(network), backbone_digest(network)
-    )
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        return make_profile(
+            title, images, len(frames), pixels, shards.label_set, embedder(there), backbone_digest(network)
+        )
 
 
 def _commit() -> str:

@@ -116,7 +116,8 @@ def train_candidate(
         terms = _terms(shards.label_set.terms, {"Started from": init, "Taught by": teacher})
         final = plain_batch_norm(average.inference_network().cpu())
         with stopped_at_once("while the archive was written"):
-            write_candidate(config, shards, final, trained, shown, terms, work, device)
+            profiled_on = torch.device("cpu") if t.deterministic else device
+            write_candidate(config, shards, final, trained, shown, terms, work, profiled_on)
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:

@@ -17,18 +17,15 @@ from torch import Tensor
 from roadseg.errors import ArchiveError, ConfigError
 from roadseg.files import sha256_file
 from roadseg.labels import LabelSet
-from roadseg.model.backbone import EARLY_STRIDES
-from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
+from roadseg.model.deeplab import AS_BEFORE, Architecture, DeepLabV3Plus, build
 from roadseg.model.foreign import load_foreign
 from roadseg.release.archive import WEIGHTS, Release
 from roadseg.train.checkpoint import averaged_weights
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
 # of the model section, what tensors depend on
-_SHAPING = ("backbone", "fusion", "head", "channels", "low_levels")
-_ADVISED = (*_SHAPING, "atrous_rates", "output_stride", "early_strides")
-# what releases say nothing of that were made before there was a choice
-_AS_BEFORE: dict[str, Any] = {"early_strides": list(EARLY_STRIDES), "backbone_options": {}}
+_SHAPING = ("backbone", "fusion", "head", "channels", "low_levels", "early_strides")
+_ADVISED = (*_SHAPING, "atrous_rates", "output_stride")
 log = logging.getLogger(__name__)
 
 
@@ -130,7 +127,7 @@ def _from_checkpoint(network: DeepLabV3Plus, state: dict[str, Tensor], name: str
         raise ConfigError(
             f"the checkpoint {name} is of another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
             where="training.weights_from",
-            todo="set the model section as it was when that was trained: run.json of that run holds it",
+            todo="set the model section as it was when that was trained",
         )
     network.load_state_dict(state, strict=False)
     log.info(
@@ -142,7 +139,7 @@ def _from_checkpoint(network: DeepLabV3Plus, state: dict[str, Tensor], name: str
 
 def _warn_of_other_rates(ours: Architecture, init: Release, name: str) -> None:
     """Tensors fit whatever the rates and strides; what they learned to look at does not."""
-    theirs = _AS_BEFORE | init.model.get("architecture", {})
+    theirs = {**AS_BEFORE, **init.model.get("architecture", {})}
     form = ours.to_json()
     reach = [rate * theirs.get("output_stride", 0) for rate in theirs.get("atrous_rates", ())]
     if not reach:
@@ -158,7 +155,7 @@ def _warn_of_other_rates(ours: Architecture, init: Release, name: str) -> None:
 
 def _advice(ours: Mapping[str, Any], theirs: Any) -> str:
     """The flags that make this network the release's, as far as they change its tensors."""
-    theirs = _AS_BEFORE | (dict(theirs) if isinstance(theirs, Mapping) else {})
+    theirs = {**AS_BEFORE, **(theirs if isinstance(theirs, Mapping) else {})}
 
     def differing(keys: Sequence[str]) -> list[str]:
         return [key for key in keys if key in theirs and _flag(theirs[key]) != _flag(ours[key])]

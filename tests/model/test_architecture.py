@@ -25,6 +25,8 @@ from roadseg.model import Architecture, build
         ("low_levels", (4, 4)),
         ("early_strides", (2,)),
         ("early_strides", (2, 3)),
+        ("early_strides", (True, 2)),
+        ("early_strides", (1.0, 2.0)),
         ("dropout", 1.0),
     ],
 )

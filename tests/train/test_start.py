@@ -106,13 +106,22 @@ def test_other_classes_get_a_classifier_of_their_own(
     assert line.endswith(f"{', '.join(labels.names)}: decoder.classifier, auxiliary_heads")
 
 
-@pytest.mark.parametrize("change", [{"channels": 16}, {"fusion": "concat"}, {"head": "dense"}, {"low_levels": (8, 4)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 16},
+        {"fusion": "concat"},
+        {"head": "dense"},
+        {"low_levels": (8, 4)},
+        {"early_strides": (2, 1)},  # the map at stride 4 is another then
+    ],
+)
 @pytest.mark.parametrize("labels", [THREE, FOUR])
 def test_another_architecture_is_refused(change: dict[str, Any], labels: LabelSet, release: Release) -> None:
     with pytest.raises(ConfigError, match=f"release {release.digest[:12]} has another architecture") as caught:
         start(replace(A, num_classes=labels.num_classes, **change), release, labels)
     assert caught.value.where == "training.init_from"
-    flags = {"channels": "8", "fusion": "skfusion", "head": "separable", "low-levels": "4"}
+    flags = {"channels": "8", "fusion": "skfusion", "head": "separable", "low-levels": "4", "early-strides": "2 2"}
     (key,) = (name.replace("_", "-") for name in change)
     advice = caught.value.todo.split(": ", 1)[1]
     assert advice == f"--model.{key} {flags[key]}"  # what differs, and nothing that is no key of the config
@@ -216,7 +225,7 @@ def test_a_checkpoint_of_another_network_or_a_damaged_one_is_refused(
     checkpointed: tuple[Path, DeepLabV3Plus], tmp_path: Path
 ) -> None:
     path, _ = checkpointed
-    with pytest.raises(ConfigError, match="is of another architecture .*run.json of that run holds it"):
+    with pytest.raises(ConfigError, match="is of another architecture .*set the model section as it was"):
         start(replace(A, channels=16), weights_from=str(path))
     alone = tmp_path / path.name
     alone.write_bytes(path.read_bytes())
