@@ -182,7 +182,7 @@ def _unfit(name: str, output_stride: int, why: str) -> ConfigError:
         expected="a convolutional model of timm with features_only, such as mobilenetv2_100, resnet18 or regnety_002",
         where="model.backbone",
         todo="choose another backbone or another model.output_stride (8, 16 or 32); one that timm makes at 32 alone "
-        "stands at 16 with model.early_strides 1 2 or 2 1, at 8 with 1 1",
+        "may stand at 16 with model.early_strides 1 2 or 2 1, at 8 with 1 1",
     )
 
 

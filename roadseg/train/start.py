@@ -121,7 +121,7 @@ def _from_checkpoint(network: DeepLabV3Plus, state: dict[str, Tensor], name: str
     own = network.state_dict()
     fits = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
     made_anew = [p for p in (CLASSIFIER, AUXILIARY) if any(_within(key, p) and key not in fits for key in own)]
-    left_out = [*made_anew, AUXILIARY] if AUXILIARY not in {key.split(".")[0] for key in own} else made_anew
+    left_out = made_anew if network.architecture.auxiliary else [*made_anew, AUXILIARY]
     state = {key: value for key, value in state.items() if not any(_within(key, part) for part in left_out)}
     if wrong := _differing(own, state, made_anew):
         raise ConfigError(
