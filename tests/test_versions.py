@@ -23,8 +23,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "ingest": ("ingest/**/*.py", *READING),
     "transform": ("transform/*.py", "data/shard*.py", *READING),
     "train": (
-        "train/*.py", "model/*.py", "data/*augment.py", "data/gpu_kernel.py", "data/loader.py", "data/sampler.py",
-        "data/feed.py", "data/resident.py", "data/class_mix.py", "data/shard*.py", "data/profile.py",
+        "train/*.py", "model/*.py", "data/*augment.py", "data/gpu_kernel.py", "data/loader.py", "data/workers.py",
+        "data/sampler.py", "data/feed.py", "data/resident.py", "data/class_mix.py", "data/shard*.py", "data/profile.py",
         "metrics/*.py", "release/archive.py", "release/export.py", "labels.py",
     ),
     "evaluate": ("evaluate/*", "report/*", "metrics/*.py", "inference/predictor.py", "inference/upsample.py", *READING),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,14 +26,12 @@ from roadseg.data.augment import Augmentation, Draw, apply, draw
 from roadseg.data.gpu_augment import Sheet, crops, sheet
 from roadseg.data.sampler import Batches, Sample
 from roadseg.data.shards import Split
+from roadseg.data.workers import ASK_EVERY_S, as_it_is, items_of, start_worker
 from roadseg.errors import RoadsegError
-from roadseg.processes import keep_freed_memory
 
 log = logging.getLogger(__name__)
 PREFETCH = 2  # batches that a worker is ahead
 HELD = 2  # slots of batches that left the workers: one on its way to the device, one in use
-ASK_EVERY_S = 1.0  # whether to stop, while waiting for a batch
-LOCK_HELD_S = 5.0  # by a worker, for microseconds; longer: by one that was killed
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_TAKEN = 0.8  # of what is free there
 
@@ -193,7 +190,7 @@ def batches_from_workers(
 
     stopped: asked while workers keep it waiting; once true, no more batches come. On CUDA the next batch
     is copied, and augmented if asked for, while the last one is used. Raises RoadsegError
-    when shared memory is too small, and whatever a worker raised; RuntimeError, from PyTorch, when one dies.
+    when shared memory is too small, when a worker dies, and whatever one raised.
     """
     # OpenCV's pool of threads does not survive a fork, neither here nor in the workers.
     cv2.setNumThreads(0)
@@ -238,62 +235,6 @@ def batches_from_workers(
                 torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
 
 
-def items_of(loader: DataLoader, stopped: Callable[[], object] = bool) -> Generator[Any, None, None]:
-    """What the loader's processes make, until its end or until `stopped` while they keep it waiting.
-
-    An item that is a RoadsegError is raised. No process outlives this generator, also when it is left by
-    an exception whose traceback is kept: they ignore the SIGTERM that PyTorch would end them with at exit.
-    """
-    source = iter(loader)
-    if processes := getattr(source, "_workers", []):
-        source._workers_done_event = _End(source._workers_done_event, processes)  # type: ignore[attr-defined]
-    try:
-        while True:
-            try:
-                item = next(source)
-            except StopIteration:
-                return
-            except RuntimeError as e:
-                if not str(e).startswith("DataLoader timed out"):
-                    raise
-                if stopped():
-                    return
-                continue
-            if isinstance(item, RoadsegError):
-                raise item
-            yield item
-    finally:
-        if processes:
-            source._shutdown_workers()  # type: ignore[attr-defined]  # else only its finaliser calls it
-            for process in processes:
-                if process.is_alive():  # held up in a read
-                    process.kill()
-                    process.join()
-
-
-class _End:
-    """PyTorch's event that ends the workers, as their parent sees it.
-
-    They look at it under a lock that all share: one that is killed just then holds it for ever, and
-    the parent would wait for it for ever (seen once in some 300 kills on a busy machine).
-    """
-
-    def __init__(self, event: Any, processes: list[Any]) -> None:
-        self._event, self._processes, self._ended = event, processes, False
-
-    def is_set(self) -> bool:
-        return self._ended
-
-    def set(self) -> None:
-        self._ended = True
-        if self._event._cond.acquire(True, LOCK_HELD_S):
-            self._event._cond.release()
-            self._event.set()
-        else:
-            for process in self._processes:
-                process.kill()
-
-
 def one_ahead(
     source: Iterator[Any], launch: Callable[[Any], Batch], device: torch.device
 ) -> Generator[Batch, None, None]:
@@ -327,17 +268,3 @@ def _pin(slots: torch.Tensor) -> bool:
     if int(status):
         log.warning("shared memory could not be pinned (%s); copies to the GPU are slower", status)
     return not int(status)
-
-
-def as_it_is(filled: Filled) -> Filled:
-    return filled
-
-
-def start_worker(worker: int) -> None:
-    cv2.setNumThreads(0)
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    # Signals often reach the whole group; only the loop may answer them, with a checkpoint first. A
-    # worker ends when the loader says so, or when it finds its parent gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

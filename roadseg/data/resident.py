@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from roadseg.data.gpu_augment import Sheet, crops, sheet
-from roadseg.data.loader import Batch, Crops, as_it_is, items_of, one_ahead, start_worker
+from roadseg.data.loader import Batch, Crops, one_ahead
 from roadseg.data.sampler import Batches, Sample
 from roadseg.data.shards import Split
+from roadseg.data.workers import ASK_EVERY_S, as_it_is, items_of, start_worker
 from roadseg.errors import RoadsegError
 from roadseg.progress import progress
 
@@ -95,8 +96,7 @@ def batches_from_memory(
 
     process: whether one of its own makes the draws, None: on CUDA. There it does so some batches ahead: a
     thread here held the interpreter just when the loop wanted to launch its next step, and cost 13 % of
-    a step of 30 ms. Raises RuntimeError,
-    from PyTorch, when that process dies.
+    a step of 30 ms. Raises RoadsegError when that process dies.
     """
     device = resident.flat.device
     cuda = device.type == "cuda"
@@ -113,6 +113,7 @@ def batches_from_memory(
             num_workers=int(process),
             collate_fn=as_it_is,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
             prefetch_factor=DRAWN_AHEAD if process else None,
+            timeout=ASK_EVERY_S if process else 0,
             worker_init_fn=start_worker,
         )
     )

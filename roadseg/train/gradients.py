@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from roadseg.data.loader import Batch
 from roadseg.train.objective import Objective
 from roadseg.train.ranks import ALONE, Ranks
-from roadseg.train.words import LOADER_DIED
 
 log = logging.getLogger(__name__)
 EAGER_STEPS = 11  # before capture: libraries choose algorithms, allocators settle
@@ -104,7 +103,7 @@ class Gradients:
         try:
             loss = self._forward_and_backward(image_BHWC, label_BHW, counts)
         except (RuntimeError, ImportError, OSError) as e:  # no compiler, or a layer that it can't compile
-            if isinstance(e, torch.OutOfMemoryError) or LOADER_DIED in str(e):
+            if isinstance(e, torch.OutOfMemoryError):
                 raise
             log.warning("the network is not compiled (%s: %.200s)", type(e).__name__, " ".join(str(e).split()))
             self._forward = self._network

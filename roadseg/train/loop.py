@@ -22,7 +22,7 @@ from torch import nn
 from roadseg.data.augment import generator
 from roadseg.data.loader import Batch
 from roadseg.data.shards import Split
-from roadseg.errors import Interrupted, RoadsegError
+from roadseg.errors import Interrupted
 from roadseg.labels import LabelSet
 from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import DeepLabV3Plus
@@ -42,7 +42,6 @@ from roadseg.train.signals import stop_signals
 from roadseg.train.taken import Taken, mark, non_finite, on_its_way
 from roadseg.train.timing import Timing, spared
 from roadseg.train.validation import validate
-from roadseg.train.words import LOADER_DIED
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY_S = 60.0
@@ -214,7 +213,6 @@ def train(
         stop_signals() as stopped,
         mirrors(start) as mirror,
         progress(s.steps, "train", "step", initial=start) as bar,
-        _loader_failures(),
         closing(steps(stopped)) as source,
     ):
         if ranks.from_main(validation_due(start) and not history.validated(start)):
@@ -282,18 +280,3 @@ def _interrupted(number: int, step: int) -> Interrupted:
     name = signal.Signals(number).name if number else "another rank's signal"
     text = f"stopped by {name} after step {step}; run again to go on"
     return Interrupted(text, signal_number=number or signal.SIGTERM)
-
-
-@contextmanager
-def _loader_failures() -> Iterator[None]:
-    """PyTorch raises wherever the loop is when a loader process dies, not only where it waits for a batch."""
-    try:
-        yield
-    except RuntimeError as e:
-        if LOADER_DIED not in str(e):
-            raise
-        raise RoadsegError(
-            "a loader process died",
-            todo="memory or /dev/shm may be full: lower training.workers or training.batch_size; "
-            "or a shard was shortened while it was read; run again to go on",
-        ) from e

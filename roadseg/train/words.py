@@ -30,7 +30,6 @@ MEET_WITHIN = timedelta(minutes=15)  # machines of a cluster start minutes apart
 HEARD_WITHIN_S, FAILURE_HEARD_WITHIN_S = 5.0, 30.0  # of a failure others may learn late: they make data first
 ASK_EVERY_S = 0.2
 FAILED = "failed"
-LOADER_DIED = "DataLoader worker (pid"  # PyTorch raises it wherever the process is, so also in a message
 
 
 class PeerLost(RoadsegError):
@@ -45,8 +44,6 @@ def answered() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:  # gloo has no class of its own; NCCL's derive from it
-        if LOADER_DIED in str(e):
-            raise
         raise PeerLost(
             f"another rank no longer answers ({_plain(e)})",
             todo="look at what it said last; run again to go on after the last checkpoint",

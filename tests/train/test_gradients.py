@@ -84,13 +84,12 @@ def test_what_can_not_be_compiled_is_computed_plainly(
     assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=False) if p.grad is not None)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("DataLoader worker (pid 7)")])
-def test_other_troubles_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_lack_of_memory_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(image: Tensor) -> Tensor:
-        raise error
+        raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(torch, "compile", lambda net, **_: forward)
-    with pytest.raises(type(error), match=str(error).split("(")[0]):
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         Gradients(network(), objective(), CPU, False, False, compiled=True)(batch())
 
 

@@ -190,14 +190,8 @@ def test_norms_and_biases_are_not_decayed_and_the_backbone_has_its_own_rate() ->
     assert {round(g["peak_lr"], 6) for g in groups} == {0.003, 0.0003}
 
 
-# PyTorch raises from a signal handler, so also inside safetensors, which then takes a way that warns, and in
-# hypothesis's hook of the garbage collector; what was swallowed there is raised again at the next batch.
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <function gc_cumulative_time:pytest.PytestUnraisableExceptionWarning"
-)
 @pytest.mark.fault
-def test_a_killed_loader_process_is_a_clear_failure_wherever_the_loop_is(shards: Shards, tmp_path: Path) -> None:
+def test_a_killed_loader_process_is_a_clear_failure(shards: Shards, tmp_path: Path) -> None:
     def murderous(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
         before = {p.pid for p in multiprocessing.active_children()}
         for number, batch in enumerate(source(shards, 10_000, workers=2)(step), step):
