@@ -165,7 +165,7 @@ def checkpoint_activations(backbone: nn.Module) -> int:
     mode, without gradients and in deep copies nothing is changed. Raises ConfigError if no block is
     found that repeats nothing but its own layers.
     """
-    units = list(_units(backbone))
+    units = list(blocks(backbone))
     if not units:
         raise ConfigError(
             f"no blocks are known in {type(backbone).__name__}",
@@ -179,8 +179,9 @@ def checkpoint_activations(backbone: nn.Module) -> int:
     return len(units)
 
 
-def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """Blocks: modules below `module` with several layers, of which one or more are their own and not a block's.
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """What checkpoint_activations computes again: modules below `module` with several layers, of which one or more
+    are their own and not a block's.
 
     In a MobileNetV2 that is the inverted residual: its input has few channels and what is in it many.
     Forward hooks inside a block would be called twice, so that such a block is left as it is; a
@@ -192,7 +193,7 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
         parts = list(child.children())
         row = isinstance(child, nn.Sequential) and not any(isinstance(part, LAYERS) for part in parts)
         if row or not any(_layers(part) == 1 for part in parts):
-            yield from _units(child)
+            yield from blocks(child)
         elif not any(m._forward_hooks or m._forward_pre_hooks for m in child.modules() if m is not child):
             yield child
 

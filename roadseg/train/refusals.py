@@ -16,7 +16,7 @@ from roadseg.config_training import Training
 from roadseg.data.shards import Shards, Split
 from roadseg.errors import ConfigError, RoadsegError
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
-from roadseg.model.surgery import set_output_stride
+from roadseg.model.surgery import blocks, set_output_stride
 from roadseg.train.memory import step_bytes
 
 log = logging.getLogger(__name__)
@@ -31,14 +31,14 @@ def refuse_impossible(t: Training, architecture: Architecture, shards: Shards, f
     """Raises one ConfigError that lists all that can't be trained, each with what to change.
 
     architecture: of the first phase. frames: of train. world: processes that share a batch. Warns of
-    classes without a pixel in train, which can't be learned, and of batch norm over single images.
+    classes without a pixel in train, which can't be learned.
     """
     crops = list(dict.fromkeys(_crops(t, architecture)))
     problems = [p for crop_px in dict.fromkeys(c for c, _ in crops) for p in _padding(t, frames, crop_px)]
     problems += [p for crop_px, stride in crops for p in _single_cell(crop_px, stride)]
     problems += [*_classes(shards), *_early_stopping(t, shards, steps_of(t, len(frames)))]
     problems += _empty_phases(t, len(frames))
-    problems += [*_shares(t, world)] or [*_batch_norm(t, architecture, world)]
+    problems += [*_shares(t, world)] or [*_batch_norm(t, world)]
     if problems:
         count = f"{len(problems)} thing{'s' * (len(problems) > 1)} that can't be trained"
         raise ConfigError(f"{count}:\n" + "\n".join(f"  {p}" for p in problems))
@@ -139,30 +139,20 @@ def validation_steps(t: Training, steps: int) -> int:
     return t.validate_every or max(1, -(-steps // 10))
 
 
-def _batch_norm(t: Training, architecture: Architecture, world: int) -> Iterator[str]:
-    """One image a forward is little to take statistics from; where a layer has one value of it, none at all."""
-    together = world if t.sync_batch_norm else 1
-    if t.batch_size // (world * t.accumulate) * together > 1 or "batch_norm" in t.freeze:
-        return
-    change = "set a larger training.batch_size, a smaller training.accumulate, or training.freeze batch_norm"
-    refused = False
-    for crop_px, stride in dict.fromkeys(_crops(t, architecture)):
-        network = build(architecture, seed=0).train()
-        side = [min(side, 4 * stride) for side in crop_px]  # maps of one cell don't depend on it: _single_cell
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                network(torch.zeros((1, 3, *side), dtype=torch.uint8))
-        except ValueError as e:
-            if "more than 1 value per channel" not in str(e):
-                raise
-            refused = True
-    if refused:
+def _batch_norm(t: Training, world: int) -> Iterator[str]:
+    """Statistics of one image are no other image's: what is learned with them does not hold once they are averaged."""
+    if t.batch_size // (world * t.accumulate) < _least_rows(t, world):
         yield (
-            f"training.batch_size: {architecture.backbone} takes batch norm of single values where a forward is of "
-            f"one image ({t.batch_size} a step, over {world} processes and {t.accumulate} micro-batches); {change}"
+            f"training.batch_size: batch norm would take its statistics from one image at a time ({t.batch_size} a "
+            f"step, over {world} process{'es' * (world > 1)} in {t.accumulate} micro-batch{'es' * (t.accumulate > 1)} "
+            "each); set a larger training.batch_size, a smaller training.accumulate, or training.freeze batch_norm"
         )
-    else:
-        log.warning("batch norm takes its statistics from one image at a time; better %s", change)
+
+
+def _least_rows(t: Training, world: int) -> int:
+    """Images that a forward of one process needs, for its batch norm."""
+    together = world if t.sync_batch_norm else 1
+    return 1 if together > 1 or "batch_norm" in t.freeze else 2
 
 
 def refuse_strides(network: DeepLabV3Plus, t: Training) -> None:
@@ -189,9 +179,17 @@ def out_of_memory(
     there = _memory_bytes(device)
     stride = min(s for _, s in _crops(t, architecture))
     costliest = replace(architecture, output_stride=stride)
-    needs = [step_bytes(costliest, crop_px, n, bf16) for n in (0, rows)]
-    halved = not bf16 and (not there or step_bytes(costliest, crop_px, rows, True) < FILLED * there)
-    changes = what_fits(t, world, rows, crop_px, (needs[0], needs[1]), there, halved)
+    again = t.activation_checkpointing
+    needs = [step_bytes(costliest, crop_px, n, bf16, again) for n in (0, rows)]
+    forms = {"training.precision bf16": (True, again)} if not bf16 else {}
+    if not again and any(blocks(build(architecture, seed=0).backbone)):
+        forms["training.activation_checkpointing True"] = (bf16, True)
+    fitting = [
+        change
+        for change, form in forms.items()
+        if not there or step_bytes(costliest, crop_px, rows, *form) < FILLED * there
+    ]
+    changes = what_fits(t, world, rows, crop_px, (needs[0], needs[1]), there) + fitting
     precision = "bf16" if bf16 else "fp32"
     estimate = f"; about {needs[1] / 2**30:.0f} GiB are needed, of {there / 2**30:.0f}" if there else ""
     if there > needs[1]:
@@ -199,7 +197,7 @@ def out_of_memory(
     return RoadsegError(
         f"no memory for {rows} crops of {_px(crop_px)} at once in {precision} on {device}{estimate} "
         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-        todo=f"set one of: {'; '.join(changes)}",
+        todo=f"set one of: {'; '.join(changes or ['a smaller model.backbone'])}",
     )
 
 
@@ -210,9 +208,8 @@ def what_fits(
     crop_px: tuple[int, int],
     needs_bytes: tuple[int, int],
     there_bytes: int,
-    bf16_fits: bool,
 ) -> list[str]:
-    """Single changes that should fit, best first.
+    """Single changes of batch or crop that should fit, best first.
 
     rows: crops a forward, that did not fit. needs_bytes: of a step without crops, and with `rows`.
     there_bytes: of the GPU; 0 where that is not known, and half of it all is advised.
@@ -222,20 +219,16 @@ def what_fits(
     a_row = max(with_rows - without, there_bytes - without, 1) / rows
     fit = (FILLED * there_bytes - without) / a_row if there_bytes else rows / 2
     changes = []
-    if fit >= 1 and rows > 1:
-        share, most = t.batch_size // world, min(floor(fit), rows - 1)
-        accumulate = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
-        changes.append(f"training.accumulate {accumulate} (the same batch in parts)")
+    share, most, least = t.batch_size // world, min(floor(fit), rows - 1), _least_rows(t, world)
+    if most >= least:
+        parts = [n for n in range(1, share + 1) if share % n == 0 and least <= share // n <= most]
+        changes += [f"training.accumulate {n} (the same batch in parts)" for n in parts[:1]]
         changes.append(f"training.batch_size {most * world * t.accumulate}")
-    if not t.activation_checkpointing:
-        changes.append("training.activation_checkpointing True")
     side = sqrt(min(max(fit, 0) / rows, FILLED))
     smaller = [floor(px * side / CROP_STEP_PX) * CROP_STEP_PX for px in crop_px]
     if min(smaller) > 0:
         changes.append(f"training.crop_px {smaller[0]} {smaller[1]}" + " (and those of phases)" * bool(t.phases))
-    if bf16_fits:
-        changes.append("training.precision bf16")
-    return changes or ["a smaller model.backbone"]
+    return changes
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from roadseg.data.augment import Augmentation, draw, generator
 from roadseg.data.shards import Shards
 from roadseg.errors import ConfigError
 from roadseg.model.deeplab import Architecture, build
+from roadseg.model.surgery import blocks, checkpoint_activations
 from roadseg.train import refusals
 from roadseg.train.memory import CONTEXT_BYTES, activation_bytes, step_bytes
 from roadseg.train.refusals import image_share, out_of_memory, ran_out, refuse_impossible, what_fits
@@ -115,44 +116,22 @@ def test_absent_classes_are_named_and_trained_without(shards: Shards, caplog: py
 # ── one image a forward ─────────────────────────────────────────────────────────────────────────
 
 
-def forward_of_one(architecture: Architecture, crop_px: tuple[int, int]) -> bool:
-    """Does PyTorch train on it?"""
-    try:
-        build(architecture, seed=0).train()(torch.zeros(1, 3, *crop_px))
-        return True
-    except ValueError:
-        return False
-
-
-# resnest's attention has a batch norm behind its global pooling
-@pytest.mark.parametrize(("backbone", "trains"), [("test_efficientnet", True), ("resnest14d", False)])
-def test_one_image_is_refused_just_where_pytorch_refuses_it(
-    shards: Shards, backbone: str, trains: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    architecture = replace(SMALL, backbone=backbone)
-    assert forward_of_one(architecture, (48, 96)) == trains
-    one = change(batch_size=2, accumulate=2)
-    if trains:
-        refuse_impossible(one, architecture, shards, shards.split("train"))
-        assert "batch norm takes its statistics from one image at a time" in caplog.text
-    else:
-        text = refused(shards, one, architecture=architecture)
-        assert f"{backbone} takes batch norm of single values where a forward is of one image (2 a step" in text
-        assert "training.freeze batch_norm" in text
-    caplog.clear()
+def test_batch_norm_of_single_images_is_refused(shards: Shards) -> None:
+    text = refused(shards, change(batch_size=2, accumulate=2))
+    assert "batch norm would take its statistics from one image at a time (2 a step, over 1 process in 2" in text
+    assert text.endswith("a larger training.batch_size, a smaller training.accumulate, or training.freeze batch_norm")
+    alone = refused(shards, change(batch_size=2, sync_batch_norm=False), world=2)
+    assert "(2 a step, over 2 processes in 1 micro-batch each)" in alone
     for t, world in (
         (change(batch_size=2), 1),
-        (change(batch_size=2), 2),
+        (change(batch_size=2), 2),  # one each, but their statistics are shared
         (change(batch_size=1, freeze=["batch_norm"]), 1),
     ):
-        refuse_impossible(t, architecture, shards, shards.split("train"), world)
-    assert not caplog.records
+        refuse_impossible(t, SMALL, shards, shards.split("train"), world)
 
 
 def test_one_cell_of_one_image(shards: Shards) -> None:
-    one = change(batch_size=1, crop_px=(16, 16))
-    assert not forward_of_one(SMALL, (16, 16))
-    assert refused(shards, one).startswith("2 things that can't be trained")
+    assert refused(shards, change(batch_size=1, crop_px=(16, 16))).startswith("2 things that can't be trained")
 
 
 # ── out of memory ───────────────────────────────────────────────────────────────────────────────
@@ -163,6 +142,29 @@ def test_activations_grow_with_pixels_and_images_and_halve_in_bf16() -> None:
     assert activation_bytes(SMALL, (512, 512), 4, bf16=False) == pytest.approx(2 * whole, rel=0.02)
     assert activation_bytes(SMALL, (256, 512), 8, bf16=False) == pytest.approx(2 * whole, rel=0.02)
     assert 0.4 * whole < activation_bytes(SMALL, (256, 512), 4, bf16=True) < 0.65 * whole
+
+
+def test_activations_that_are_computed_again_are_kept_for_one_block_at_a_time() -> None:
+    """What autograd holds after a forward, and the largest block beside it."""
+    network = build(replace(SMALL, backbone="mobilenetv2_035"), seed=0).train()
+    units = list(blocks(network.backbone))
+    assert len(units) == 17
+    checkpoint_activations(network.backbone)
+    held: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    inputs: list[torch.Tensor] = []
+    for unit in units:
+        unit.register_forward_pre_hook(lambda _, given: inputs.extend(given))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        network(torch.zeros(1, 3, 256, 256))
+    for t in inputs:
+        keep(t)
+    whole, again = (activation_bytes(network.architecture, (256, 256), 1, False, again) for again in (False, True))
+    assert sum(held.values()) < again < 0.8 * whole
 
 
 def test_activations_are_what_autograd_keeps() -> None:
@@ -191,31 +193,40 @@ def test_the_default_network_s_estimate_is_near_its_peak_on_an_h100() -> None:
 
 def test_what_fits_is_estimated_to_fit() -> None:
     t, gib = change(crop_px=(768, 768), batch_size=32, accumulate=2), 2**30
-    changes = what_fits(t, 1, 16, (768, 768), (2 * gib, 34 * gib), 24 * gib, bf16_fits=True)
+    changes = what_fits(t, 1, 16, (768, 768), (2 * gib, 34 * gib), 24 * gib)
     assert changes == [
         "training.accumulate 4 (the same batch in parts)",  # 9.8 of 16 fit; 8 divide the batch
         "training.batch_size 18",
-        "training.activation_checkpointing True",
         "training.crop_px 576 576",
-        "training.precision bf16",
     ]
-    fewer = what_fits(t, 2, 8, (768, 768), (2 * gib, 34 * gib), 24 * gib, bf16_fits=False)
+    fewer = what_fits(t, 2, 8, (768, 768), (2 * gib, 34 * gib), 24 * gib)
     assert fewer[:2] == ["training.accumulate 4 (the same batch in parts)", "training.batch_size 16"]
 
 
 def test_what_failed_is_never_advised() -> None:
     """Also where the estimate says that it fits, and where not even one crop does."""
     t, gib = change(crop_px=(768, 768), batch_size=8), 2**30
-    changes = what_fits(t, 1, 8, (768, 768), (2 * gib, 10 * gib), 80 * gib, bf16_fits=False)
+    changes = what_fits(t, 1, 8, (768, 768), (2 * gib, 10 * gib), 80 * gib)
     assert changes[:2] == ["training.accumulate 2 (the same batch in parts)", "training.batch_size 7"]
     assert "training.crop_px 704 704" in changes
-    one = change(crop_px=(768, 768), batch_size=1, activation_checkpointing=True)
-    assert what_fits(one, 1, 1, (768, 768), (2 * gib, 90 * gib), 24 * gib, bf16_fits=False) == [
-        "training.crop_px 352 352"
-    ]
-    assert what_fits(one, 1, 1, (768, 768), (30 * gib, 90 * gib), 24 * gib, bf16_fits=False) == [
-        "a smaller model.backbone"
-    ]
+    one = change(crop_px=(768, 768), batch_size=1, freeze=["batch_norm"])
+    assert what_fits(one, 1, 1, (768, 768), (2 * gib, 90 * gib), 24 * gib) == ["training.crop_px 352 352"]
+    assert what_fits(one, 1, 1, (768, 768), (30 * gib, 90 * gib), 24 * gib) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "frozen", "advised"),
+    [
+        (1, [], []),  # one image would fit, and batch norm needs two
+        (1, ["batch_norm"], ["training.accumulate 8 (the same batch in parts)", "training.batch_size 1"]),
+        (2, [], ["training.accumulate 4 (the same batch in parts)", "training.batch_size 2"]),
+    ],
+)
+def test_what_batch_norm_can_not_take_is_never_advised(world: int, frozen: list[str], advised: list[str]) -> None:
+    t, gib = change(crop_px=(768, 768), batch_size=8, freeze=frozen), 2**30
+    rows = 8 // world
+    changes = what_fits(t, world, rows, (768, 768), (2 * gib, (2 + 12 * rows) * gib), 24 * gib)
+    assert [c for c in changes if "crop" not in c] == advised
 
 
 def test_the_message_names_batch_crop_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
