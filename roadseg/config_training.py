@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -112,7 +112,9 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of initial weights, order and draws")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
     init_from: str = Field(
-        "", description="start from this release (digest, path or s3://) instead", json_schema_extra=OUT
+        "",
+        description="start from this release (digest, path or s3://) instead; a .safetensors counts as weights_from",
+        json_schema_extra=OUT,
     )
     weights_from: str = Field(
         "",
@@ -160,6 +162,15 @@ class Training(Section):
     workers: Annotated[int, Field(ge=-1)] = Field(
         -1, description="loader processes; 0: none, -1: chosen by the machine", json_schema_extra=OUT
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_suffix(cls, values: Any) -> Any:
+        """A training can start from a checkpoint too, and who has one need not know under which key."""
+        if not isinstance(values, dict) or values.get("weights_from"):
+            return values
+        given = values.get("init_from")
+        return {**values, "init_from": "", "weights_from": given} if str(given).endswith(".safetensors") else values
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:

@@ -69,6 +69,17 @@ def test_length_is_epochs_or_steps_not_both(tmp_path: Path) -> None:
     assert "epochs (2) and steps (3) are both set" in wrong(tmp_path, "training: {epochs: 2, steps: 3}")
 
 
+def test_a_checkpoint_may_be_given_where_a_release_is(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("training: {init_from: runs/step-00000012.safetensors}\n")
+    training = parse_flags(path, [], "roadseg run", "").training
+    assert (training.init_from, training.weights_from) == ("", "runs/step-00000012.safetensors")
+    training = parse_flags(path, ["--training.init-from", "champion"], "roadseg run", "").training
+    assert (training.init_from, training.weights_from) == ("champion", "")
+    text = wrong(tmp_path, "training: {init_from: a.safetensors, weights_from: b.safetensors}")
+    assert "init_from and weights_from are both set" in text
+
+
 def test_folder_needs_its_labels(tmp_path: Path) -> None:
     assert "data.labels" in wrong(tmp_path, "data: {source: folder}")
 
