@@ -1,6 +1,7 @@
 """The ablation on CamVid: single changes to a base config, planned as `roadseg sweep` does, and one table of them.
 
     python benchmarks/ablation.py --data CAMVID [--steps 2000] [--seeds 3] [--budget-s 560] [--only fusion loss]
+    python benchmarks/ablation.py --data CAMVID --recipe --only base     the config as it is, at full length, its seeds
     python benchmarks/ablation.py --cpu-latency | --gpu-latency | --table | --list
 
 Start it again and again: results lie in STATE/ablation.json (small, to be carried between machines), and a run
@@ -9,10 +10,11 @@ every change with the first, then more seeds for changes within --close points o
 config, so a changed base starts anew; changed code does not: take another --state for that. On several GPUs
 start it once for each, with one --state and --workspace: they share the runs out (CUDA_VISIBLE_DEVICES=0 ... & ...).
 
-The base is --config with what suits a short run (PROXY). Nothing is exported: that would take a fifth of the time.
-Scores are the training loop's own at its last step (history.jsonl): the averaged network on whole frames, single
-scale, bf16 on CUDA, val and the held-out drive. Latency is that of the network from uint8 image to logits, batch 1,
-random weights: on the GPU in fp16, channels last; on the CPU by onnxruntime with one thread.
+The base is --config with what suits a short run (PROXY), or as it is (--recipe). Nothing is exported: that would take
+a fifth of a short run's time. Scores are the training loop's own at its last step (history.jsonl): the averaged
+network on whole frames, single scale, bf16 on CUDA, val and the held-out drive. Latency is that of the network from
+uint8 image to logits, batch 1, random weights: on the GPU in fp16, channels last; on the CPU by onnxruntime with one
+thread.
 """
 
 from __future__ import annotations
@@ -114,9 +116,11 @@ def changes(base: Config) -> list[Setting]:
 
 
 def base_config(a: argparse.Namespace) -> Config:
-    training = {"steps": a.steps, "epochs": None, "validate_every": a.steps, "pictures": 0, "compile": a.compile}
-    data = {"root": a.data, "holdout_sequences": [a.holdout]}
-    return load_config(a.config, merge(PROXY, {"data": data, "training": training}))
+    training: dict[str, Any] = {"pictures": 0, "compile": a.compile}
+    if not a.recipe:
+        training |= {"steps": a.steps, "epochs": None, "validate_every": a.steps}
+    given = {"data": {"root": a.data, "holdout_sequences": [a.holdout]}, "training": training}
+    return load_config(a.config, given if a.recipe else merge(PROXY, given))
 
 
 # ---- what was found so far ------------------------------------------------------------------
@@ -383,7 +387,7 @@ def keep_medians(
 # ---- the table ------------------------------------------------------------------------------
 
 
-def table(made: Plan, state: State, steps: int) -> str:
+def table(made: Plan, state: State) -> str:
     points = {(point.setting, point.seed): point for point in made.points}
     known = {row.setting: row for row in rows(state.results(points), made.base, HOLDOUT)}
     order = [*known, *(s.label for s in made.settings if s.label not in known)]
@@ -391,8 +395,9 @@ def table(made: Plan, state: State, steps: int) -> str:
     heads += [f"mIoU of {HOLDOUT}", "to the base (points)", "verdict", "mIoU of val", "images/s in training", "seeds"]
     machines = sorted({str(n[k]) for n in state.networks.values() for k in ("gpu", "cpu") if k in n})
     lines = [
-        f"{steps} steps a run. Scores: the training loop's at the last step (history.jsonl): averaged network, whole "
-        f"frames, single scale. Latency: {', '.join(machines) or 'not measured'}; batch 1, GPU fp16, CPU one thread.\n",
+        f"{made.points[0].config.training.steps} steps a run. Scores: the training loop's at the last step "
+        "(history.jsonl): averaged network, whole frames, single scale. Latency: "
+        f"{', '.join(machines) or 'not measured'}; batch 1, GPU fp16, CPU one thread.\n",
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
     ]
@@ -425,20 +430,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("camvid"), help="CamVid: train/, trainannot/, val/, ...")
     parser.add_argument("--config", type=Path, default=Path("configs/camvid.yaml"))
     parser.add_argument("--holdout", default="0006R0", help="sequence taken out of train")
-    parser.add_argument("--steps", type=int, default=2000, help="length of the proxy run")
+    parser.add_argument("--steps", type=int, default=2000, help="length of a short run")
+    parser.add_argument("--recipe", action="store_true", help="the config as it is and as long; compiles if not told")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget-s", type=float, default=560.0, help="stop after so many seconds")
     parser.add_argument("--whole", action="store_true", help="start no run that the budget would cut short")
     parser.add_argument("--close", type=float, default=1.0, help="points within which a change gets every seed")
     parser.add_argument("--every-seed", action="store_true", help="every seed for every change")
     parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="changes whose name holds one of these")
-    parser.add_argument("--compile", default="never", help="training.compile: it takes longer than a proxy run gains")
+    parser.add_argument("--compile", help="training.compile; never for short runs: it takes longer than they gain")
     parser.add_argument("--state", type=Path, default=Path("workspace/ablation"), help="folder of ablation.json")
     parser.add_argument("--out", type=Path, help="a second folder to write ablation.json and ablation.md into")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"))
     for name in ("cpu-latency", "gpu-latency", "table", "list"):
         parser.add_argument(f"--{name}", action="store_true")
-    return parser.parse_args()
+    a = parser.parse_args()
+    a.compile = a.compile or ("auto" if a.recipe else "never")
+    return a
 
 
 def main() -> None:
@@ -462,7 +470,7 @@ def main() -> None:
     if not (a.cpu_latency or a.gpu_latency or a.table):
         train_all(made, a, state, began_s)
     state.save()
-    text = table(made, state, a.steps)
+    text = table(made, state)
     for folder in (a.state, *([a.out] if a.out else [])):
         write_atomic(folder / "ablation.md", text.encode())
     print("\n" + text)

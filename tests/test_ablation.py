@@ -64,3 +64,20 @@ def test_a_row_is_measured_for_what_the_change_ships(ablation: ModuleType) -> No
     assert ablation.architecture_of(phased) == Architecture(
         11, "test_efficientnet", 8, channels=8, head="separable", atrous_rates=(4, 8, 12), dropout=phased.model.dropout
     )
+
+
+@pytest.mark.parametrize("recipe", [False, True])
+def test_the_base_is_short_or_the_recipe_itself(
+    ablation: ModuleType, recipe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = BENCHMARKS.parent / "configs" / "camvid.yaml"
+    monkeypatch.setattr(sys, "argv", ["ablation", "--config", str(path), *(["--recipe"] if recipe else [])])
+    made, shipped = ablation.base_config(ablation.arguments()), load_config(path)
+    assert made.data.holdout_sequences == ("0006R0",) and made.training.pictures == 0
+    t = made.training
+    if recipe:
+        expected = shipped.training.model_copy(update={"pictures": 0})
+        assert (made.model, t) == (shipped.model, expected)
+    else:
+        assert (t.steps, t.validate_every, t.compile, made.model.early_strides) == (2000, 2000, "never", (2, 2))
+        assert (t.loss.cross_entropy, t.augment.class_mix, t.augment.rotate_deg) == (1, 0, 5)
