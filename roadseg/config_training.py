@@ -135,7 +135,8 @@ class Training(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=OUT)
     gpus: Annotated[int, Field(ge=0)] = Field(
         1,
-        description="processes of this machine that train together, one a GPU; 0: as many as GPUs",
+        description="processes of this machine, and of each of a SageMaker cluster's, that train together, one a GPU; "
+        "0: as many as GPUs",
         json_schema_extra=OUT,
     )
     sync_batch_norm: bool = Field(True, description="of several GPUs: batch norm's statistics over all of them")

@@ -74,14 +74,15 @@ def run(
 def _run_in_cluster(config: Config, until: Stage, workspace: Path, folder: Path, here: Place) -> RunResult:
     """As one of the processes that a launcher started: rank 0 runs, the others make its data and train with it.
 
-    Locks are always waited for: mostly it is a sibling that holds one.
+    On a cluster's machine it starts as many to train as training.gpus says. Locks are always waited for:
+    mostly it is a sibling that holds one.
     """
-    if config.training.gpus != 1:
+    if config.training.gpus != 1 and not here.host:
         raise ConfigError(
             f"{config.training.gpus} in one of {here.world} processes that were started together",
             expected="1",
             where="training.gpus",
-            todo="leave it out: torchrun or the cluster says how many there are",
+            todo="leave it out: torchrun says how many there are",
         )
     this = Stages(config, Workspace(workspace), folder if here.main else None)
     if not here.main:

@@ -124,18 +124,16 @@ class Stages:
         together = False
 
         def build(work: Path) -> None:
-            from roadseg.train.job import do, job_of, processes
-            from roadseg.train.launch import launch
-            from roadseg.train.ranks import outside
+            from roadseg.train.job import processes
             from roadseg.train.stage import train_candidate
 
             nonlocal together
+            world = processes(self.config.training, self.words.here.world if self.words else 1)
             if self.words:
-                self.words.tell("training")
+                self.words.tell("training", str(world))
                 together = True
-                do(outside(), job_of(self.config, shards(), inputs, work), self.words)
-            elif (world := processes(self.config.training)) > 1:
-                launch(do, (job_of(self.config, shards(), inputs, work),), world)
+            if self.words or world > 1:
+                self._train_together(inputs, shards(), work, world)
             else:
                 init, teacher = (g.release if g else None for g in (inputs.init, inputs.teacher))
                 train_candidate(self.config, shards(), work, init, teacher)
@@ -150,18 +148,47 @@ class Stages:
 
         Returns when rank 0 has finished training; at once if its output is there. Raises what rank 0 failed with.
         """
-        from roadseg.train.job import do, job_of
-        from roadseg.train.ranks import outside
+        from roadseg.train.job import processes
 
         inputs, shards, key = self._training()
         assert self.words is not None
         if self.workspace.find("train", *key):
             return
         if self.words.wait("training", "trained") == "training":
+            world = processes(self.config.training, self.words.here.world)
+            if world != int(theirs := self.words.told("training")):
+                raise ConfigError(
+                    f"{world} processes would train on machine {self.words.here.rank}, and {theirs} on the first",
+                    expected="as many on each",
+                    where="training.gpus",
+                    todo="say how many, or take machines of one kind",
+                )
             with tempfile.TemporaryDirectory(prefix="roadseg-rank-") as work:  # it writes nothing there
-                do(outside(), job_of(self.config, shards(), inputs, work), self.words)
+                self._train_together(inputs, shards(), Path(work), world)
             self.words.wait("trained")
         self.words.heard()
+
+    def _train_together(self, inputs: Inputs, shards: Shards, work: Path, world: int) -> None:
+        """This process's part of the training, or that of the `world` processes that it starts here."""
+        from roadseg.train.job import do, job_of
+        from roadseg.train.launch import launch
+        from roadseg.train.ranks import HEARD_WITHIN_S, outside
+        from roadseg.train.words import PeerLost
+
+        job = job_of(self.config, shards, inputs, work)
+        if world == 1:
+            do(outside(), job, self.words)
+            return
+        if not self.words:
+            launch(do, (job,), world)
+            return
+        self.words.meet()  # elastic's agents would not hear of a machine that failed before it came to this
+        try:
+            launch(do, (job,), world, self.words.here)
+        except PeerLost as lost:
+            if told := self.words.cause(HEARD_WITHIN_S):
+                raise told from lost
+            raise
 
     def _training(self) -> tuple[Inputs, Callable[[], Shards], tuple[int, dict[str, Any], dict[str, str]]]:
         """What the train stage starts from, and what its key is made of."""
@@ -179,7 +206,7 @@ class Stages:
 
         if self._inputs is None:
             c = self.config
-            refuse_uneven(c.training, self.words.here.world if self.words else max(c.training.gpus, 1))
+            refuse_uneven(c.training, (self.words.here.world if self.words else 1) * max(c.training.gpus, 1))
             self._inputs = training_inputs(c, lambda reference: find_release(c, self.workspace.path, reference))
         return self._inputs
 

@@ -50,14 +50,14 @@ def _release(archive: tuple[str, str] | None) -> Release | None:
     return load_release(Path(archive[0]), archive[1]) if archive else None
 
 
-def processes(t: Training) -> int:
-    """How many processes of this machine train. Raises ConfigError if they lack GPUs or share a batch unevenly."""
+def processes(t: Training, machines: int = 1) -> int:
+    """How many processes of this machine, as of each, train. Raises ConfigError if they lack GPUs or share unevenly."""
     cuda = torch.cuda.is_available()
     kind = t.device if t.device != "auto" else "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
     there = torch.cuda.device_count() if cuda and kind == "cuda" else 0
     world = t.gpus or max(there, 1)
     if world == 1 or (kind == "cpu" and t.device == "cpu"):
-        refuse_uneven(t, world)
+        refuse_uneven(t, world * machines)
         return world
     if kind == "mps" or kind.startswith("cuda:"):
         raise ConfigError(
@@ -73,5 +73,5 @@ def processes(t: Training) -> int:
             where="training.gpus",
             todo="training.device cpu trains on as many processes without one",
         )
-    refuse_uneven(t, world)
+    refuse_uneven(t, world * machines)
     return world

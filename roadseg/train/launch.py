@@ -1,4 +1,5 @@
-"""Several processes of this machine that train together, started by PyTorch's elastic launch.
+"""Several processes of this machine that train together, with those of other machines if it is one of a cluster,
+started by PyTorch's elastic launch.
 
 The process that starts them computes nothing: it passes on signals, repeats what rank 0 logs, and
 turns what they end with into one error. They end with it, however it ends.
@@ -28,21 +29,25 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from roadseg.errors import Interrupted, RoadsegError
 from roadseg.processes import cores
+from roadseg.train.place import Place
 from roadseg.train.ranks import outside
-from roadseg.train.words import packed, unpacked
+from roadseg.train.words import MEET_WITHIN, packed, unpacked
 
 log = logging.getLogger("roadseg")
 HOST = "127.0.0.1"
+ALONE = Place()
 LAUNCHERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CONSEQUENCES = {"PeerLost", "DistBackendError", "DistNetworkError", "DistStoreError"}  # of another rank's end
 
 
-def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int) -> None:
-    """Call task(ranks, *arguments) in `world` processes and wait for all of them.
+def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int, machine: Place = ALONE) -> None:
+    """Call task(ranks, *arguments) in `world` processes of this machine and wait for all of them.
 
-    task, arguments: picklable, and nothing that is open. Raises what the first rank to fail raised, of
-    an error that is not RoadsegError its text; RoadsegError if one was killed; Interrupted after a signal.
+    task, arguments: picklable, and nothing that is open. machine: this one among those that call this together,
+    each for as many processes, once its Words have met; its own are the ranks from machine.rank * world on.
+    Raises what the first rank to fail raised, of an error that is not RoadsegError its text; RoadsegError if one
+    was killed; PeerLost if only ranks of another machine can tell why; Interrupted after a signal.
     """
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe(duplex=False) for _ in range(world)]
@@ -50,9 +55,9 @@ def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int) ->
     with tempfile.TemporaryDirectory(prefix="roadseg-ranks-") as folder, _signals_passed_on() as signalled, _quiet():
         heard = _Heard([reader for reader, _ in pipes], signalled)
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=world, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-            rdzv_endpoint=f"{HOST}:0", local_addr=HOST, max_restarts=0, start_method="spawn",
-            logs_specs=DefaultLogsSpecs(log_dir=folder), signals_to_handle="",
+            min_nodes=machine.world, max_nodes=machine.world, nproc_per_node=world, max_restarts=0,
+            start_method="spawn", logs_specs=DefaultLogsSpecs(log_dir=folder), signals_to_handle="",
+            **_meeting(machine),
         )  # fmt: skip
         try:
             elastic_launch(config, _rank)(task, arguments, [writer for _, writer in pipes], log.getEffectiveLevel())
@@ -62,8 +67,18 @@ def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int) ->
             for _, writer in pipes:
                 writer.close()
             heard.finish()
-    if error := _verdict(world, heard, failures, signalled()):
+    own = range(machine.rank * world, (machine.rank + 1) * world)
+    if error := _verdict(own, heard, failures, signalled(), machine.world > 1):
         raise error
+
+
+def _meeting(machine: Place) -> dict[str, Any]:
+    """Where elastic's agents meet. By its own way between machines they would not be numbered as ours are."""
+    if machine.world == 1:
+        return {"run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": f"{HOST}:0", "local_addr": HOST}
+    within = {"rank": machine.rank, "timeout": MEET_WITHIN.seconds}
+    endpoint = f"{machine.address}:{machine.port}"  # in the store that Words keeps there, to the process's end
+    return {"run_id": "roadseg", "rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": within}
 
 
 class _Heard:
@@ -113,9 +128,12 @@ class _Heard:
             self.rows.append(value)
 
 
-def _verdict(world: int, heard: _Heard, exit_codes: dict[int, int], signalled: int) -> Exception | None:
-    """The cause among all that came of it: what is no other rank's end; a signal; a silent end; the rest."""
-    if len(heard.done) == world:
+def _verdict(own: range, heard: _Heard, exit_codes: dict[int, int], signalled: int, others: bool) -> Exception | None:
+    """The cause among all that came of it: what is no other rank's end; a signal; a silent end; the rest.
+
+    own: the ranks of this machine. others: whether there are more elsewhere, whose end may be the cause.
+    """
+    if len(heard.done) == len(own):
         return None
     causes = [row for row in heard.rows if row["class"] not in {*CONSEQUENCES, "Interrupted"}]
     if causes:
@@ -126,9 +144,11 @@ def _verdict(world: int, heard: _Heard, exit_codes: dict[int, int], signalled: i
         name = signal.Signals(signalled).name
         return Interrupted(f"stopped by {name}; run again to go on", signal_number=signalled)
     told = heard.done | {row["rank"] for row in heard.rows}
-    silent = [rank for rank in exit_codes if rank not in told] + [r for r in range(world) if r not in told]
+    silent = [rank for rank in exit_codes if rank not in told]
+    if not (others and heard.rows):  # else those without an exit code were ended for what a row says
+        silent += [rank for rank in own if rank not in told]
     if silent or not heard.rows:
-        return _ended_silently(silent[0] if silent else 0, heard, exit_codes)
+        return _ended_silently(silent[0] if silent else own[0], heard, exit_codes)
     return unpacked(heard.rows[0])
 
 
@@ -196,14 +216,14 @@ def _rank(task: Callable[..., None], arguments: tuple[Any, ...], writers: list[C
     _end_with_parent()
     ranks = outside()
     for number, other in enumerate(writers):
-        if number != ranks.rank:
+        if number != ranks.local_rank:
             other.close()
-    channel = _Channel(ranks.rank, writers[ranks.rank])
+    channel = _Channel(ranks.rank, writers[ranks.local_rank])
     channel.send("pid", os.getpid())
     log.handlers[:], log.propagate = [channel], False
     log.setLevel(level if ranks.main else max(level, logging.WARNING))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // ranks.world))
+        torch.set_num_threads(max(1, cores() // ranks.on_this_machine))
     try:
         task(ranks, *arguments)
     except Interrupted as e:

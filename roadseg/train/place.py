@@ -20,7 +20,7 @@ class Place:
     """Process `rank` of `world`; number `local_rank` of `local_world` on its machine.
 
     address, port: where rank 0 is met. hosted: whether a launcher keeps the store of keys there already;
-    otherwise rank 0 does.
+    otherwise rank 0 does. host: it is a whole machine's only one, and may start one for each of its GPUs.
     """
 
     rank: int = 0
@@ -30,6 +30,7 @@ class Place:
     port: int = PORT
     hosted: bool = False
     local_world: int = 1
+    host: bool = False
 
     @property
     def main(self) -> bool:
@@ -37,7 +38,7 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ, resources: Path = RESOURCES) -> Place:
-    """From torchrun's variables; else one process a host of SageMaker's cluster; else alone.
+    """From torchrun's variables; else a host of SageMaker's cluster; else alone.
 
     Raises UsageError if what is there is incomplete or no number.
     """
@@ -69,7 +70,7 @@ def _of_host(resources: Path) -> Place:
     try:
         about = json.loads(resources.read_bytes())
         hosts = sorted(about["hosts"])
-        return Place(hosts.index(about["current_host"]), len(hosts), address=hosts[0])
+        return Place(hosts.index(about["current_host"]), len(hosts), address=hosts[0], host=True)
     except (ValueError, KeyError, TypeError) as e:
         raise UsageError(
             f"it can't be understood ({e})", expected="hosts and current_host", where=str(resources)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,7 +124,7 @@ def joined(ranks: Ranks, device: torch.device, words: Words | None = None) -> It
             words.wait("left")
     except PeerLost as lost:
         _abort(device)
-        if told := _told(words, HEARD_WITHIN_S):
+        if told := words.cause(HEARD_WITHIN_S):
             raise told from lost
         raise
     except Interrupted as e:
@@ -133,7 +132,7 @@ def joined(ranks: Ranks, device: torch.device, words: Words | None = None) -> It
         if ranks.main:
             words.fail(e)
         else:  # rank 0 is saving; a launcher that sees another end would cut it short
-            _told(words, SAVED_WITHIN_S)
+            words.cause(SAVED_WITHIN_S)
         raise
     except BaseException as e:
         _abort(device)  # first: the others may be in a message, and hear nothing before it breaks
@@ -160,14 +159,6 @@ def _connect(here: Place, device: torch.device, words: Words) -> None:
             timeout=TIMEOUT,
             device_id=device if cuda else None,
         )
-
-
-def _told(words: Words, within_s: float) -> Exception | None:
-    """What another rank failed with, waited for."""
-    until = time.monotonic() + within_s
-    while (told := words.failure()) is None and time.monotonic() < until:
-        time.sleep(0.1)
-    return told
 
 
 def _abort(device: torch.device) -> None:

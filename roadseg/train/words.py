@@ -68,8 +68,13 @@ class Words:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"roadseg/{attempt}/{self.name}", _store(self.here))
 
-    def tell(self, word: str) -> None:
-        self.store.set(word, "said")
+    def tell(self, word: str, how: str = "said") -> None:
+        self.store.set(word, how)
+
+    def told(self, word: str) -> str:
+        """How a word was told, waited for."""
+        how: bytes = self.store.get(word)
+        return how.decode()
 
     def fail(self, error: BaseException) -> None:
         """Say why; the first of several counts. That the store is gone must not hide the error itself."""
@@ -79,6 +84,13 @@ class Words:
             self._stay(FAILURE_HEARD_WITHIN_S)
         except RuntimeError:
             return
+
+    def cause(self, within_s: float) -> Exception | None:
+        """What another rank failed with, waited for."""
+        until = time.monotonic() + within_s
+        while (told := self.failure()) is None and time.monotonic() < until:
+            time.sleep(ASK_EVERY_S)
+        return told
 
     def failure(self) -> Exception | None:
         """What the first rank to fail said, if any did."""
@@ -151,8 +163,10 @@ class Words:
 @cache
 def _store(here: Place) -> dist.TCPStore:
     host = here.main and not here.hosted
-    try:
-        return dist.TCPStore(here.address, here.port, None, host, MEET_WITHIN, wait_for_workers=False)
+    try:  # for several tenants: elastic's agents meet there too
+        return dist.TCPStore(
+            here.address, here.port, None, host, MEET_WITHIN, wait_for_workers=False, multi_tenant=True
+        )
     except dist.DistError as e:
         raise RoadsegError(
             f"the processes can't meet there ({str(e).splitlines()[0]})",
@@ -182,7 +196,8 @@ def unpacked(row: dict[str, Any]) -> Exception:
         error = OSError(*row["system"]) if "system" in row else RuntimeError(text)
         error.add_note(row["traceback"])
         return error
-    parts, kind = row["parts"], getattr(errors, row["class"], RoadsegError)
+    parts = row["parts"]
+    kind = PeerLost if row["class"] == PeerLost.__name__ else getattr(errors, row["class"], RoadsegError)
     if kind is Interrupted:
         return Interrupted(parts["found"], signal_number=row["exit_code"] - 128)
     made: RoadsegError = kind(parts.pop("found"), **parts)

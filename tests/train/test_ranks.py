@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,7 +134,7 @@ def test_place_of_torchrun(tmp_path: Path) -> None:
 def test_place_of_a_sagemaker_host(tmp_path: Path) -> None:
     config = tmp_path / "resourceconfig.json"
     config.write_text(json.dumps({"current_host": "algo-2", "hosts": ["algo-2", "algo-1"], "network": "eth0"}))
-    assert place({}, config) == Place(1, 2, 0, "algo-1")
+    assert place({}, config) == Place(1, 2, 0, "algo-1", host=True)
     assert place(TORCHRUN, config).world == 8  # a launcher inside the container knows more
     config.write_text(json.dumps({"current_host": "algo-1", "hosts": ["algo-1"]}))
     assert place({}, config).world == 1
@@ -210,7 +211,7 @@ def test_errors_keep_class_parts_and_exit_code() -> None:
     ):
         again = unpacked(json.loads(json.dumps(packed(error, 1))))
         assert str(again) == str(error) and isinstance(again, RoadsegError) and again.exit_code == error.exit_code
-        assert type(again) is (RoadsegError if isinstance(error, PeerLost) else type(error))
+        assert type(again) is type(error)
     try:
         raise KeyError("missing")
     except KeyError as e:
@@ -225,15 +226,28 @@ def heard(done: set[int] = frozenset(), *rows: tuple[int, Exception]) -> Any:  #
 
 def test_of_all_ends_the_cause_is_told() -> None:
     lost = PeerLost("another rank no longer answers")
+    verdict = partial(_verdict, range(2), others=False)
     stop, echo = (Interrupted(f"stopped by {by}", signal_number=15) for by in ("SIGTERM", "another rank's signal"))
-    assert _verdict(2, heard({0, 1}), {}, 0) is None
-    assert "bad" in str(_verdict(2, heard(set(), (0, lost), (1, DataError("bad"))), {0: 1}, 0))
-    assert "bad" in str(_verdict(2, heard(set(), (0, stop), (1, DataError("bad"))), {1: 1}, 15))
-    assert str(_verdict(2, heard(set(), (0, echo), (1, stop)), {}, 0)) == "stopped by SIGTERM"
-    early = _verdict(2, heard(), {0: -15}, 15)
+    assert verdict(heard({0, 1}), {}, 0) is None
+    assert "bad" in str(verdict(heard(set(), (0, lost), (1, DataError("bad"))), {0: 1}, 0))
+    assert "bad" in str(verdict(heard(set(), (0, stop), (1, DataError("bad"))), {1: 1}, 15))
+    assert str(verdict(heard(set(), (0, echo), (1, stop)), {}, 0)) == "stopped by SIGTERM"
+    early = verdict(heard(), {0: -15}, 15)
     assert isinstance(early, Interrupted) and early.exit_code == 143
     for codes in ({1: -9}, {0: 1, 1: -9}):  # whichever end was seen first
-        killed = _verdict(2, heard(set(), (0, lost)), codes, 0)
+        killed = verdict(heard(set(), (0, lost)), codes, 0)
         assert "rank 1 (process 101) was killed by SIGKILL" in str(killed)
-    assert "rank 1 (process 101) ended without a word" in str(_verdict(2, heard(set(), (0, lost)), {0: 1}, 0))
-    assert "no longer answers" in str(_verdict(2, heard(set(), (0, lost), (1, lost)), {0: 1}, 0))
+    assert "rank 1 (process 101) ended without a word" in str(verdict(heard(set(), (0, lost)), {0: 1}, 0))
+    assert "no longer answers" in str(verdict(heard(set(), (0, lost), (1, lost)), {0: 1}, 0))
+
+
+def test_of_ends_on_several_machines_the_other_s_is_the_cause_where_nobody_died_here() -> None:
+    lost = PeerLost("another rank no longer answers")
+    row = packed(lost, 2)
+    here = SimpleNamespace(done=set(), pids={2: 100, 3: 101}, rows=[row])
+    found = _verdict(range(2, 4), here, {2: 1}, 0, True)
+    assert isinstance(found, PeerLost) and str(found) == str(lost)
+    killed = _verdict(range(2, 4), here, {2: 1, 3: -9}, 0, True)
+    assert "rank 3 (process 101) was killed by SIGKILL" in str(killed)
+    nobody = SimpleNamespace(done=set(), pids={2: 100, 3: 101}, rows=[])
+    assert "rank 2 (process 100) ended without a word" in str(_verdict(range(2, 4), nobody, {}, 0, True))
