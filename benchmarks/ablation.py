@@ -112,7 +112,9 @@ def changes(base: Config) -> list[Setting]:
             terms.append(Setting(f"loss + {EXTRA_TERMS[term]:g} {term}", {"training.loss": {term: EXTRA_TERMS[term]}}))
         elif sum(map(bool, loss.values())) > 1:
             terms.append(Setting(f"loss without {term}", {"training.loss": {term: 0}}))
-    return [Setting(BASE), *terms, *(Setting(name, values) for name, values in CHANGES)]
+    stays = [{"after": 0.75, "output_stride": base.model.output_stride}]  # a phase at the base's own stride
+    named = [Setting(name, values) for name, values in CHANGES if values.get("training.phases") != stays]
+    return [Setting(BASE), *terms, *named]
 
 
 def base_config(a: argparse.Namespace) -> Config:
@@ -430,7 +432,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("camvid"), help="CamVid: train/, trainannot/, val/, ...")
     parser.add_argument("--config", type=Path, default=Path("configs/camvid.yaml"))
     parser.add_argument("--holdout", default="0006R0", help="sequence taken out of train")
-    parser.add_argument("--steps", type=int, default=2000, help="length of a short run")
+    parser.add_argument("--steps", type=int, help="length of a short run, 2000 if not told")
     parser.add_argument("--recipe", action="store_true", help="the config as it is and as long; compiles if not told")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget-s", type=float, default=560.0, help="stop after so many seconds")
@@ -445,6 +447,9 @@ def arguments() -> argparse.Namespace:
     for name in ("cpu-latency", "gpu-latency", "table", "list"):
         parser.add_argument(f"--{name}", action="store_true")
     a = parser.parse_args()
+    if a.recipe and a.steps:
+        parser.error("--recipe is as long as the config says: leave out --steps")
+    a.steps = a.steps or 2000
     a.compile = a.compile or ("auto" if a.recipe else "never")
     return a
 

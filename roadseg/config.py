@@ -264,8 +264,10 @@ def describe(error: ValidationError, where: str) -> str:
 def _names_at(loc: Sequence[int | str]) -> list[str]:
     kind: Any = Config
     for part in loc:
-        # What sections by name are called is free.
-        kind = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[str(part)].annotation
+        if get_origin(kind) in (dict, tuple):  # what sections by name are called is free
+            kind = get_args(kind)[1 if get_origin(kind) is dict else 0]
+        else:
+            kind = kind.model_fields[str(part)].annotation
     return list(kind.model_fields)
 
 

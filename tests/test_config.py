@@ -56,6 +56,12 @@ def test_too_few_values_are_told_once_with_how_many_are_wanted(tmp_path: Path) -
     assert "training.crop_px: 2 values are wanted (found [])" in text
 
 
+def test_unknown_keys_of_listed_sections_are_told_like_others(tmp_path: Path) -> None:
+    text = wrong(tmp_path, "training: {phases: [{after: 0.5, crop: [3, 3]}, {afte: 0.7}]}\n")
+    assert "training.phases.0.crop: unknown key; perhaps you meant crop_px" in text
+    assert "training.phases.1.afte: unknown key; perhaps you meant after" in text
+
+
 def test_flags_override_the_file_with_dashes_and_underscores(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("training: {batch_size: 3, epochs: 2}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import cv2
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 from roadseg.errors import RoadsegError
 from roadseg.processes import keep_freed_memory
@@ -74,14 +76,17 @@ def items_of(loader: DataLoader, stopped: Callable[[], object] = bool) -> Genera
 
 @contextmanager
 def _no_handler_of_deaths() -> Iterator[None]:
-    """PyTorch's handler of SIGCHLD, which a first loader sets, is taken back.
+    """PyTorch's handler of SIGCHLD, which a process's first loader sets, is taken back.
 
     It raises wherever the main thread is when a process dies: within a message to another rank, a file being
-    written, or a finaliser, which swallows it.
+    written, or a finaliser, which swallows it. Loaders that are not ours notice a death by asking, every 5 s.
     """
     before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", "") == _set_SIGCHLD_handler.__module__:
+        before = signal.SIG_DFL
     yield
-    if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
+    main = threading.current_thread() is threading.main_thread()
+    if main and before is not None and signal.getsignal(signal.SIGCHLD) is not before:
         signal.signal(signal.SIGCHLD, before)
 
 

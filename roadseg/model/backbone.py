@@ -79,10 +79,12 @@ def create_backbone(
                 where="model.backbone_options",
                 todo="see the class of that model in timm's source; leave them out to have it as it is",
             ) from e
-        raise _unfit(name, output_stride, f"timm says {type(e).__name__}: {e}".rstrip(": ")) from e
+        todo = _other_strides(name, output_stride, early_strides)
+        raise _unfit(name, output_stride, f"timm says {type(e).__name__}: {e}".rstrip(": "), todo) from e
     strides = backbone.feature_info.reduction()  # type: ignore[union-attr,operator]
     if strides[-1] != output_stride:
-        raise _unfit(name, output_stride, f"its maps have strides {', '.join(map(str, strides))}")
+        todo = _other_strides(name, output_stride, early_strides)
+        raise _unfit(name, output_stride, f"its maps have strides {', '.join(map(str, strides))}", todo)
     if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
         raise _unfit(name, output_stride, "its maps are not channels-first")
     if backbone.pretrained_cfg.get("fixed_input_size"):  # type: ignore[union-attr,operator]
@@ -176,13 +178,24 @@ def _spoken(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 
-def _unfit(name: str, output_stride: int, why: str) -> ConfigError:
+def _other_strides(name: str, output_stride: int, early_strides: tuple[int, int]) -> str:
+    """How a backbone that timm makes at stride 32 alone may stand at this one; "" for another."""
+    if output_stride == 32 or early_strides != EARLY_STRIDES:
+        return ""
+    early = {16: "1 2 or 2 1", 8: "1 1"}[output_stride]
+    try:
+        create_backbone(name, output_stride, None, (1, 1) if output_stride == 8 else (1, 2))
+    except ConfigError:
+        return ""
+    return f"with model.early_strides {early} it has maps of that stride, or "
+
+
+def _unfit(name: str, output_stride: int, why: str, todo: str = "") -> ConfigError:
     return ConfigError(
         f"{name} gives no feature maps at output stride {output_stride} ({why})",
         expected="a convolutional model of timm with features_only, such as mobilenetv2_100, resnet18 or regnety_002",
         where="model.backbone",
-        todo="choose another backbone or another model.output_stride (8, 16 or 32); one that timm makes at 32 alone "
-        "may stand at 16 with model.early_strides 1 2 or 2 1, at 8 with 1 1",
+        todo=f"{todo}choose another backbone or another model.output_stride (8, 16 or 32)",
     )
 
 

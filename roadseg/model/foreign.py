@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from roadseg.errors import ConfigError
+from roadseg.model.backbone import EARLY_STRIDES
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus
 from roadseg.model.foreign_names import (
     ASPP_BRANCHES,
@@ -61,9 +63,18 @@ def load_foreign(network: DeepLabV3Plus, path: Path) -> Taken:
         "weights of %s from %s: taken %s; made anew %s; %s",
         *(found.project, path.name, ", ".join(parts)),
         ", ".join(f"{part} ({unlike[part]})" for part in made_anew) or "nothing",
-        "; ".join((*found.remarks, "set model.atrous_rates to those it was trained with")),
+        "; ".join((*found.remarks, *_untold(network.architecture))),
     )
     return Taken(found.project, parts, made_anew)
+
+
+def _untold(a: Architecture) -> list[str]:
+    """What is in no file, and has to be set as it was."""
+    told = ["set model.atrous_rates to those it was trained with"]
+    if a.early_strides != EARLY_STRIDES:
+        early, usual = (" ".join(map(str, strides)) for strides in (a.early_strides, EARLY_STRIDES))
+        told.append(f"with model.early_strides {early} its layers see finer maps than they were trained on ({usual})")
+    return told
 
 
 def _unlike(network: DeepLabV3Plus, found: Translation, path: Path) -> dict[str, str]:
@@ -130,6 +141,13 @@ def _translated(state: dict[str, Tensor], path: Path) -> Translation:
         found = translate(state)
     except KeyError as e:
         raise ConfigError(f"{path} lacks the tensor {e}", expected=KNOWN, where=WHERE, todo=WHOLE) from e
+    if found is None and any(key.startswith("aspp.") for key in state):
+        raise ConfigError(
+            f"{path} holds the bare weights of a roadseg network, without its classes and the terms of its data",
+            expected=f"a checkpoint with its .json, or {KNOWN}",
+            where=WHERE,
+            todo="give the release's archive, model.tar.gz, as training.init_from",
+        )
     if found is None:
         first = ", ".join(sorted({key.split(".")[0] for key in state})[:6]) or "no tensors"
         raise ConfigError(
@@ -159,7 +177,12 @@ def _to_set(found: Translation, a: Architecture, misfits: dict[str, list[str]]) 
     """What of the model section is not as the file has it."""
     first, last = found.tensors.get("aspp.branches.0.0.weight"), found.tensors.get(f"{CLASSIFIER}.weight")
     width = len(first) if first is not None else last.shape[1] if last is not None else a.channels
-    wanted = {"fusion": "concat", "head": found.head or a.head, "channels": width, "low_levels": (4,)}
+    wanted = {
+        "fusion": "concat",
+        "head": found.head or a.head,
+        "channels": width,
+        "low_levels": (math.prod(a.early_strides),),  # the map that is at stride 4 with all its halvings
+    }
     to_set = [f"{key}: {list(v) if isinstance(v, tuple) else v}" for key, v in wanted.items() if getattr(a, key) != v]
     if len(a.atrous_rates) != ASPP_BRANCHES - 2:
         to_set.append("atrous_rates: the three that it was trained with")

@@ -78,7 +78,14 @@ def write_candidate(
 
 def _profile(network: DeepLabV3Plus, shards: Shards, device: torch.device) -> Profile:
     """Of what was trained on, as this network sees it: what `roadseg data diff` compares other data with."""
-    there = copy.deepcopy(network).to(device)
+    try:
+        return _profile_on(copy.deepcopy(network).to(device), network, shards)
+    except torch.OutOfMemoryError:  # frames may lie there; a training that is done must not end with this
+        log.warning("no memory on %s for the data's profile: it is made on the CPU", device)
+        return _profile_on(network, network, shards)
+
+
+def _profile_on(there: DeepLabV3Plus, network: DeepLabV3Plus, shards: Shards) -> Profile:
     frames = shards.split("train")
     images = (frames.read(i)[0] for i in chosen_frames(len(frames)))
     title = f"{shards.source} train, {len(frames):,} images"

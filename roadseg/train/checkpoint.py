@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file with everything that training needs to go on, and a JSON beside it.
 
-The JSON is written last and holds the SHA-256 of the tensors: what has no matching JSON was never saved.
+The JSON is written last and holds the SHA-256 of the tensors: what has no matching JSON was never saved. It also
+says what the network is of, for a training that starts from it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import errno
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,31 @@ KEPT = 2
 NETWORK, AVERAGE = "network.", "average."  # begin the names of tensors
 WITH_STATE = "optimizer.parameters"  # how many parameters the optimizer had state of
 NAMED = 5  # tensors that an error names
+WHERE = "training.weights_from"
 
 
-def save(folder: Path, step: int, network: nn.Module, average: nn.Module, optimizer: Optimizer) -> None:
+@dataclass(frozen=True)
+class Of:
+    """What a checkpoint's network is of. architecture: in its JSON form. terms: of all data behind its weights."""
+
+    classes: tuple[str, ...]
+    architecture: dict[str, Any]
+    terms: str
+
+
+def save(
+    folder: Path, step: int, network: nn.Module, average: nn.Module, optimizer: Optimizer, of: Of | None = None
+) -> None:
     """Save the state after `step` steps, then remove all but the newest checkpoints.
 
-    Returns only when both files were flushed and, under their names, read back as they were written
-    (0.03 s for 50 MB). Raises RoadsegError when they can't be, with nothing of this step left behind:
-    what was saved before stands.
+    of: without it no training can start from the checkpoint, only go on. Returns only when both files were
+    flushed and, under their names, read back as they were written (0.03 s for 50 MB). Raises RoadsegError when
+    they can't be, with nothing of this step left behind: what was saved before stands.
     """
     data = save_tensors(_state(network, average, optimizer))
     about: dict[str, Any] = {"step": step, "sha256": sha256_bytes(data), "bytes": len(data)}
+    if of:
+        about["of"] = asdict(of)
     about["check"] = sha256_bytes(json_bytes(about))
     path = folder / f"step-{step:08d}.safetensors"
     try:
@@ -66,7 +82,10 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     found = sorted(folder.glob("step-*.json"), reverse=True)
     for path in found:
         try:
-            return _read(path)
+            about, tensors = _read(path)
+            if path.stem != f"step-{about['step']:08d}":
+                raise ValueError("it has another's name")
+            return about["step"], tensors
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
             log.warning("checkpoint %s is damaged (%s); trying the one before", path.stem, e)
     if found:
@@ -74,26 +93,35 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     return None
 
 
-def averaged_weights(path: Path) -> dict[str, Tensor] | None:
+def averaged(path: Path) -> tuple[dict[str, Tensor], Of] | None:
     """The averaged network's tensors of a checkpoint, by that network's names; None if `path` is no checkpoint.
 
-    path: its .safetensors, with the .json beside it. Raises ConfigError if it is not as it was saved.
+    path: its .safetensors, under any name, with the .json beside it. Raises ConfigError if it is not as it was saved.
     """
     try:
         with safe_open(path, framework="pt") as file:
             if not any(name.startswith(AVERAGE) for name in file.keys()):  # noqa: SIM118
                 return None
     except (OSError, SafetensorError):
-        return None
+        if not path.with_suffix(".json").is_file():
+            return None
     try:
-        _, tensors = _read(path.with_suffix(".json"))
+        about, tensors = _read(path.with_suffix(".json"))
+        of = about.get("of")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
         raise ConfigError(
             f"the checkpoint {path} is damaged or lacks its .json ({e})",
-            where="training.weights_from",
-            todo="name the one before, or copy the .json along with it",
+            where=WHERE,
+            todo="name the one before, or copy both files again",
         ) from e
-    return {k.removeprefix(AVERAGE): v for k, v in tensors.items() if k.startswith(AVERAGE)}
+    if of is None:
+        raise ConfigError(
+            f"the checkpoint {path} does not say what its network is of: an earlier version saved it",
+            where=WHERE,
+            todo="let that training end, with the version that began it, and start from its release",
+        )
+    mine = {k.removeprefix(AVERAGE): v for k, v in tensors.items() if k.startswith(AVERAGE)}
+    return mine, Of(tuple(of["classes"]), of["architecture"], of["terms"])
 
 
 def restore(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, optimizer: Optimizer) -> None:
@@ -160,18 +188,17 @@ def _write(path: Path, data: bytes) -> None:
         raise OSError(errno.EIO, "it was written, but is not there when read back")
 
 
-def _read(path: Path) -> tuple[int, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Raises ValueError, KeyError or the like for what is not as it was saved."""
     about = read_json(path)
     check = about.get("check")  # not in the first form
     rest = {k: v for k, v in about.items() if k != "check"}
-    whole = check == sha256_bytes(json_bytes(rest)) if check else set(about) == {"step", "sha256", "bytes"}
-    if not whole or path.stem != f"step-{about['step']:08d}":
+    if not (check == sha256_bytes(json_bytes(rest)) if check else set(about) == {"step", "sha256", "bytes"}):
         raise ValueError("its JSON differs from what was saved")
     data = path.with_suffix(".safetensors").read_bytes()
     if len(data) != about["bytes"] or sha256_bytes(data) != about["sha256"]:
         raise ValueError("its SHA-256 differs from what was saved")
-    return about["step"], load_tensors(data)
+    return about, load_tensors(data)
 
 
 def _sweep(folder: Path) -> None:

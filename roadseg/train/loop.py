@@ -106,16 +106,18 @@ def train(
     ranks: Ranks = ALONE,
     mirrors: Callable[[int], AbstractContextManager[Mirrors]] = no_mirrors,
     draw: Callable[[nn.Module, int], object] | None = None,
+    terms: str = "",
 ) -> tuple[DeepLabV3Plus, int]:
     """Train `network` in place; return its average (EMA) on `device`, and the steps it took.
 
     validation: splits scored every `s.validate_every` steps. mirrors(step): opens where losses and scores
     are shown besides history.jsonl, for a run that goes on after `step`. draw(average, step): called
-    after each validation, for pictures. Checkpoints and history.jsonl lie in `work`, written by the main rank;
-    what is there is gone on from. The average has the output stride that training ended at: the last
-    stretch's, or an earlier one's if early stopping came before it. Raises NonFiniteLoss at most a step after
-    the loss that would spoil the weights, nothing of it saved, Interrupted after a signal to any rank, with a
-    checkpoint saved; a validation that it cut short comes first when the run goes on.
+    after each validation, for pictures. terms: of the data behind the weights, for who starts from a checkpoint.
+    Checkpoints and history.jsonl lie in `work`, written by the main rank; what is there is gone on from. The
+    average has the output stride that training ended at: the last stretch's, or an earlier one's if early
+    stopping came before it. Raises NonFiniteLoss at most a step after the loss that would spoil the weights,
+    nothing of it saved, Interrupted after a signal to any rank, with a checkpoint saved; a validation that it
+    cut short comes first when the run goes on.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -135,7 +137,8 @@ def train(
     def save(step: int) -> None:
         if ranks.main:
             history.flush()
-            checkpoint.save(folder, step, network, average.network, optimizer)
+            of = checkpoint.Of(label_set.names, average.network.architecture.to_json(), terms)
+            checkpoint.save(folder, step, network, average.network, optimizer, of)
 
     def early(step: int) -> bool:
         """Has the steering split's score stood still for too long? The main rank knows."""

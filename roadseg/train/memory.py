@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.model.surgery import blocks
@@ -26,6 +30,9 @@ def activation_bytes(
     recomputed: with activation checkpointing, of which one block at a time is there.
     """
     network = build(architecture, seed=0).train()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # it keeps as much, and takes one image wherever it stands
     one, two = (_kept_bytes(network, images, bf16, recomputed) for images in (1, 2))
     pixels = batch * crop_px[0] * crop_px[1]
     return round((two - one) / MEASURED_PX**2 * pixels) + 2 * one - two
@@ -53,9 +60,10 @@ def _kept_bytes(network: DeepLabV3Plus, images: int, bf16: bool, recomputed: boo
             inside[-1][storage.data_ptr()] = storage.nbytes()
         return t
 
-    def enter(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        held.extend(given)
-        for t in given:
+    def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
+        tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]  # some blocks take lists
+        held.extend(tensors)
+        for t in tensors:
             keep(t)
         inside.append({})
 

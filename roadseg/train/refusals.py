@@ -128,9 +128,11 @@ def _early_stopping(t: Training, shards: Shards, steps: int) -> Iterator[str]:
         )
     # The first validation sets the mark, and what the last one says changes nothing any more.
     elif t.patience and (every := validation_steps(t, steps)) * (t.patience + 1) >= steps:
+        most = max((steps - 1) // every - 1, 0)
+        waits = f"{t.patience} validation{'s' * (t.patience > 1)} after the first, {every} steps apart"
         yield (
-            f"training.patience: {t.patience} validations after the first, {every} steps apart, never end a run of "
-            f"{steps} steps early; set {max((steps - 1) // every - 1, 0)} at most, or validate more often"
+            f"training.patience: with {waits}, a run of {steps} steps never ends early; set it to "
+            f"{f'{most} at most' if most else '0'}, or validate more often"
         )
 
 

@@ -96,12 +96,13 @@ def train_candidate(
     if ranks.main and t.pictures:
         pictures = Pictures(shown, shards.label_set, evenly(len(shown), t.pictures), folder / "pictures")
         draw = partial(pictures.draw, device=device, bf16=settings.bf16)
+    terms = _terms(shards.label_set.terms, start, teacher)
     with deterministic(t.deterministic):
         try:
             average, taken = train(
                 network, _stretches(t, frames, shards, architecture, steps, device, ranks), validation,
                 shards.label_set, _objective(t, shards, teacher, device, settings.bf16), settings, device, work,
-                ranks=ranks, mirrors=opened, draw=draw,
+                ranks=ranks, mirrors=opened, draw=draw, terms=terms,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as e:
             if not ran_out(e):
@@ -113,7 +114,6 @@ def train_candidate(
             trained["made_anew"] = list(start.made_anew)
         if teacher:
             trained["taught_by"] = f"release {teacher.digest}"
-        terms = _terms(shards.label_set.terms, {"Started from": init, "Taught by": teacher})
         final = plain_batch_norm(average.inference_network().cpu())
         with stopped_at_once("while the archive was written"):
             profiled_on = torch.device("cpu") if t.deterministic else device
@@ -267,11 +267,13 @@ def _terms_of(loss: Loss) -> Terms:
     return Terms(**loss.model_dump())
 
 
-def _terms(own: str, releases: dict[str, Release | None]) -> str:
-    """The data's terms, and those of the releases that had a part in the weights."""
-    for how, release in releases.items():
-        if release:
-            own += f"\n\n{how} release {release.digest}, whose data terms are:\n" + release.members[TERMS].decode()
+def _terms(own: str, start: Start, teacher: Release | None) -> str:
+    """The data's terms, and those of what had a part in the weights."""
+    if start.terms is not None:
+        own += f"\n\nStarted from {start.words}, whose data terms are:\n{start.terms}"
+    if teacher:
+        theirs = teacher.members[TERMS].decode(errors="replace")
+        own += f"\n\nTaught by release {teacher.digest}, whose data terms are:\n{theirs}"
     return own
 
 

@@ -19,8 +19,8 @@ from roadseg.files import sha256_file
 from roadseg.labels import LabelSet
 from roadseg.model.deeplab import AS_BEFORE, Architecture, DeepLabV3Plus, build
 from roadseg.model.foreign import load_foreign
-from roadseg.release.archive import WEIGHTS, Release
-from roadseg.train.checkpoint import averaged_weights
+from roadseg.release.archive import TERMS, WEIGHTS, Release
+from roadseg.train.checkpoint import WHERE, averaged
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
 # of the model section, what tensors depend on
@@ -33,13 +33,27 @@ log = logging.getLogger(__name__)
 class Start:
     """words: what it started from, for model.json. made_anew: the parts that keep their random start.
 
-    random: those of a network that started from no whole network's weights.
+    random: those of a network that started from no whole network's weights. terms: of the data behind those
+    weights, None where none were given.
     """
 
     network: DeepLabV3Plus
     words: str
     made_anew: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
+    terms: str | None = None
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """A whole network of ours that was learned before. kind: release or checkpoint. where: the config's key."""
+
+    kind: str
+    name: str
+    where: str
+    tensors: dict[str, Tensor]
+    classes: tuple[str, ...]
+    architecture: Mapping[str, Any]
 
 
 def starting_network(
@@ -55,9 +69,9 @@ def starting_network(
     """The network on the CPU, a function of `seed` where nothing else fills it.
 
     weights: of the backbone, see load_backbone_weights; mean and std go with them. In their place
-    `init`, a release whose normalisation is taken too, or `weights_from`, a file of another project
-    (see load_foreign) or a checkpoint of a training, whose averaged network is taken as a release's is.
-    Classes that are not the release's, by name and order, get a new classifier: none of its rows is kept,
+    `init`, a release whose normalisation is taken too, or `weights_from`, a checkpoint of a training, whose
+    averaged network is taken as a release's is, or a file of another project (see load_foreign).
+    Classes that are not the learned network's, by name and order, get a new classifier: none of its rows is kept,
     for none is known to mean the same. Raises ConfigError where the weights are of another architecture,
     ArchiveError if the release's can't be read.
     """
@@ -67,13 +81,18 @@ def starting_network(
         random = ("backbone", "aspp", "decoder") if weights == "none" else ("aspp", "decoder")
         return Start(network, weights if named else f"backbone weights {sha256_file(Path(weights))}", random=random)
     network = build(architecture, seed=seed, mean=mean, std=std)
-    if init is None:
-        if (average := averaged_weights(Path(weights_from))) is not None:
-            made_anew = _from_checkpoint(network, average, weights_from)
-            return Start(network, f"checkpoint {sha256_file(Path(weights_from))}", made_anew)
-        taken = load_foreign(network, Path(weights_from))
-        return Start(network, f"{taken.project} weights {sha256_file(Path(weights_from))}", taken.made_anew)
-    return Start(network, f"release {init.digest}", _from_release(network, init, label_set))
+    if init is not None:
+        made_anew = _take(network, _of_release(init), label_set)
+        return Start(network, f"release {init.digest}", made_anew, terms=init.members[TERMS].decode(errors="replace"))
+    path = Path(weights_from)
+    if (found := averaged(path)) is not None:
+        tensors, of = found
+        name = f"checkpoint {path.name}"
+        made_anew = _take(network, _Learned("checkpoint", name, WHERE, tensors, of.classes, of.architecture), label_set)
+        return Start(network, f"checkpoint {sha256_file(path)}", made_anew, terms=of.terms)
+    taken = load_foreign(network, path)
+    words = f"{taken.project} weights {sha256_file(path)}"
+    return Start(network, words, taken.made_anew, terms="not in the file; ask where it is from")
 
 
 def refuse_frozen_at_random(start: Start, frozen: Sequence[str]) -> None:
@@ -89,57 +108,44 @@ def refuse_frozen_at_random(start: Start, frozen: Sequence[str]) -> None:
         log.warning("training.freeze: %s keeps random weights, as nothing is given to start from", ", ".join(random))
 
 
-def _from_release(network: DeepLabV3Plus, init: Release, label_set: LabelSet) -> tuple[str, ...]:
-    """Fill `network` in place; the parts that are not from the release."""
+def _of_release(init: Release) -> _Learned:
     name = f"release {init.digest[:12]}"
     try:
-        state = load_tensors(init.members[WEIGHTS])
+        tensors = load_tensors(init.members[WEIGHTS])
     except SafetensorError as e:
         raise ArchiveError(f"{WEIGHTS} is not readable ({e})", where=name) from e
-    other_classes = init.label_set.names != label_set.names
-    made_anew = [CLASSIFIER] * other_classes + [AUXILIARY] * network.architecture.auxiliary
-    if other_classes:
-        state = {key: value for key, value in state.items() if not _within(key, CLASSIFIER)}
-    if wrong := _differing(network.state_dict(), state, made_anew):
-        raise ConfigError(
-            f"{name} has another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
-            where="training.init_from",
-            todo=_advice(network.architecture.to_json(), init.model.get("architecture")),
-        )
-    network.load_state_dict(state, strict=False)
-    _warn_of_other_rates(network.architecture, init, name)
-    if other_classes:
-        theirs, ours = ", ".join(init.label_set.names), ", ".join(label_set.names)
-        log.info("%s knows other classes (%s); made anew for %s: %s", name, theirs, ours, ", ".join(made_anew))
-    elif made_anew:
-        log.info("%s has no auxiliary heads: they are new", name)
-    return tuple(made_anew)
+    architecture = init.model.get("architecture", {})
+    return _Learned("release", name, "training.init_from", tensors, init.label_set.names, architecture)
 
 
-def _from_checkpoint(network: DeepLabV3Plus, state: dict[str, Tensor], name: str) -> tuple[str, ...]:
-    """As _from_release; but a checkpoint holds auxiliary heads, and neither the names of its classes nor its rates."""
+def _take(network: DeepLabV3Plus, other: _Learned, label_set: LabelSet) -> tuple[str, ...]:
+    """Fill `network` in place; the parts that are not from the other."""
     own = network.state_dict()
-    fits = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
-    made_anew = [p for p in (CLASSIFIER, AUXILIARY) if any(_within(key, p) and key not in fits for key in own)]
-    left_out = made_anew if network.architecture.auxiliary else [*made_anew, AUXILIARY]
-    state = {key: value for key, value in state.items() if not any(_within(key, part) for part in left_out)}
+    other_classes = other.classes != label_set.names
+    heads = [key for key in own if _within(key, AUXILIARY)]
+    all_there = all(key in other.tensors and other.tensors[key].shape == own[key].shape for key in heads)
+    made_anew = [CLASSIFIER] * other_classes + [AUXILIARY] * (bool(heads) and (other_classes or not all_there))
+    left_out = made_anew if heads else [*made_anew, AUXILIARY]
+    state = {key: value for key, value in other.tensors.items() if not any(_within(key, part) for part in left_out)}
     if wrong := _differing(own, state, made_anew):
         raise ConfigError(
-            f"the checkpoint {name} is of another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
-            where="training.weights_from",
-            todo="set the model section as it was when that was trained",
+            f"{other.name} has another architecture ({len(wrong)} tensors differ, such as {wrong[0]})",
+            where=other.where,
+            todo=_advice(network.architecture.to_json(), other.architecture, other.kind),
         )
     network.load_state_dict(state, strict=False)
-    log.info(
-        "%s: the averaged weights of a checkpoint, made anew: %s; it does not tell classes, their order, strides and "
-        "rates: they must be as they were", name, ", ".join(made_anew) or "nothing",
-    )  # fmt: skip
+    _warn_of_other_rates(network.architecture, other)
+    if other_classes:
+        theirs, ours = ", ".join(other.classes), ", ".join(label_set.names)
+        log.info("%s knows other classes (%s); made anew for %s: %s", other.name, theirs, ours, ", ".join(made_anew))
+    elif made_anew:
+        log.info("%s has no auxiliary heads: they are new", other.name)
     return tuple(made_anew)
 
 
-def _warn_of_other_rates(ours: Architecture, init: Release, name: str) -> None:
+def _warn_of_other_rates(ours: Architecture, other: _Learned) -> None:
     """Tensors fit whatever the rates and strides; what they learned to look at does not."""
-    theirs = {**AS_BEFORE, **init.model.get("architecture", {})}
+    theirs = {**AS_BEFORE, **other.architecture}
     form = ours.to_json()
     reach = [rate * theirs.get("output_stride", 0) for rate in theirs.get("atrous_rates", ())]
     if not reach:
@@ -149,12 +155,12 @@ def _warn_of_other_rates(ours: Architecture, init: Release, name: str) -> None:
         keys = ("atrous_rates", "output_stride", "early_strides")
         flags = " ".join(f"--model.{key.replace('_', '-')} {_flag(theirs[key])}" for key in keys)
         log.warning(
-            "%s was trained with %s; here they are %s", name, flags, ", ".join(_flag(form[key]) for key in keys)
+            "%s was trained with %s; here they are %s", other.name, flags, ", ".join(_flag(form[key]) for key in keys)
         )
 
 
-def _advice(ours: Mapping[str, Any], theirs: Any) -> str:
-    """The flags that make this network the release's, as far as they change its tensors."""
+def _advice(ours: Mapping[str, Any], theirs: Any, kind: str = "release") -> str:
+    """The flags that make this network the other's, as far as they change its tensors. kind: what it is of."""
     theirs = {**AS_BEFORE, **(theirs if isinstance(theirs, Mapping) else {})}
 
     def differing(keys: Sequence[str]) -> list[str]:
@@ -164,9 +170,9 @@ def _advice(ours: Mapping[str, Any], theirs: Any) -> str:
     in_yaml = f"backbone_options: {json.dumps(options)} in the YAML's model section"
     parts = [in_yaml] * (options != ours["backbone_options"])
     if not parts and not differing(_SHAPING):
-        return "no value of the model section tells them apart: take a release that this version made"
+        return f"no value of the model section tells them apart: take a {kind} that this version made"
     parts += [f"--model.{key.replace('_', '-')} {_flag(theirs[key])}" for key in differing(_ADVISED)]
-    return f"to go on with that release's: {' '.join(parts)}"
+    return f"to go on with that {kind}'s: {' '.join(parts)}"
 
 
 def _flag(value: Any) -> str:

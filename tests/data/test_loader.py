@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_shards
+from torch.utils.data import DataLoader
 
 from roadseg.data import loader
 from roadseg.data.augment import Augmentation, apply
@@ -152,6 +153,7 @@ def gone(pids: set[int], within_s: float) -> bool:
 @pytest.mark.fault
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_worker_ends_the_stream_and_takes_the_others_along(shards: Shards) -> None:
+    assert len(list(DataLoader([1, 2], num_workers=1))) == 2  # somebody else's, whose handler stands from then on
     before = children()
     batches = stream(crops_of(shards), 2, 1000)
     next(batches)

@@ -42,6 +42,13 @@ def test_unfit_backbones_are_named(name: str, output_stride: int, words: list[st
     assert caught.value.where == "model.backbone"
     for word in words:
         assert word in str(caught.value)
+    assert "early_strides" not in str(caught.value)  # which would not help any of these
+
+
+@pytest.mark.parametrize(("output_stride", "early"), [(16, "1 2 or 2 1"), (8, "1 1")])
+def test_a_backbone_that_stands_at_32_alone_is_told_how_it_may_be_finer(output_stride: int, early: str) -> None:
+    with pytest.raises(ConfigError, match=f"with model.early_strides {early} it has maps of that stride, or choose"):
+        create_backbone("hgnetv2_b0", output_stride)
 
 
 @pytest.mark.parametrize(("output_stride", "indices"), [(8, [0, 1, 2]), (16, [0, 1, 2]), (32, [0, 1, 2])])

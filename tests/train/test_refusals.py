@@ -57,11 +57,13 @@ def test_all_problems_are_told_in_one_error(shards: Shards) -> None:
 
 @pytest.mark.parametrize(
     ("values", "most"),
-    [({"steps": 100, "patience": 9}, 8), ({"steps": 20, "validate_every": 500, "patience": 3}, 0)],
+    [({"steps": 100, "patience": 9}, 8), ({"steps": 20, "validate_every": 500, "patience": 1}, 0)],
 )
 def test_patience_that_never_acts_is_refused(shards: Shards, values: dict[str, int], most: int) -> None:
     text = refused(shards, change(epochs=None, **values))
-    assert f"never end a run of {values['steps']} steps early; set {most} at most, or validate more often" in text
+    advice = f"set it to {f'{most} at most' if most else 0}, or validate more often"
+    assert f"a run of {values['steps']} steps never ends early; {advice}" in text
+    assert ("1 validation after" if values["patience"] == 1 else "9 validations after") in text
     refuse_impossible(change(epochs=None, **{**values, "patience": most}), SMALL, shards, shards.split("train"))
 
 
@@ -227,6 +229,17 @@ def test_what_batch_norm_can_not_take_is_never_advised(world: int, frozen: list[
     rows = 8 // world
     changes = what_fits(t, world, rows, (768, 768), (2 * gib, (2 + 12 * rows) * gib), 24 * gib)
     assert [c for c in changes if "crop" not in c] == advised
+
+
+@pytest.mark.parametrize("backbone", ["densenet121", "resnest14d"])  # blocks that take lists; batch norm of 1 value
+def test_every_backbone_gets_advice(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_memory_bytes", lambda device: 8 << 30)
+    t = change(crop_px=(768, 768), batch_size=64)
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    told = str(
+        out_of_memory(error, replace(SMALL, backbone=backbone, output_stride=32), t, 1, True, torch.device("cuda"))
+    )
+    assert "no memory for 64 crops of 768x768" in told and "set one of: training.accumulate" in told
 
 
 def test_the_message_names_batch_crop_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from roadseg.train.start import Start, _advice, refuse_frozen_at_random, startin
 
 A = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2), low_levels=(4,))
 MEAN, STD = (10.0, 20.0, 30.0), (1.0, 2.0, 3.0)
+OTHER_THREE = LabelSet("others", (*THREE.classes[:2], replace(THREE.classes[2], name="sign")))
 FOUR = LabelSet("four", (*THREE.classes, replace(THREE.classes[0], name="sign", id=9, train_id=3)))
 
 
@@ -191,43 +192,49 @@ def checkpointed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DeepLa
     """A checkpoint of a training with auxiliary heads, and its averaged network."""
     folder = tmp_path_factory.mktemp("checkpoints")
     net, average = (build(replace(A, auxiliary=True), seed=s, mean=(7, 8, 9)) for s in (1, 2))
-    checkpoint.save(folder, 12, net, average, torch.optim.AdamW(net.parameters()))
+    of = checkpoint.Of(THREE.names, average.architecture.to_json(), "Some data: research use.")
+    checkpoint.save(folder, 12, net, average, torch.optim.AdamW(net.parameters()), of)
     return folder / "step-00000012.safetensors", average
 
 
 @pytest.mark.parametrize(
-    ("change", "anew"),
+    ("change", "labels", "anew"),
     [
-        ({"auxiliary": True}, ()),
-        ({}, ()),
-        ({"num_classes": 4, "auxiliary": True}, ("decoder.classifier", "auxiliary_heads")),
-        ({"num_classes": 4}, ("decoder.classifier",)),
+        ({"auxiliary": True}, THREE, ()),
+        ({}, THREE, ()),
+        ({"auxiliary": True}, FOUR, ("decoder.classifier", "auxiliary_heads")),
+        ({}, FOUR, ("decoder.classifier",)),
+        ({}, OTHER_THREE, ("decoder.classifier",)),  # as many, of another meaning
     ],
 )
 def test_a_checkpoints_average_is_taken(
-    checkpointed: tuple[Path, DeepLabV3Plus], change: dict[str, Any], anew: tuple[str, ...],
+    checkpointed: tuple[Path, DeepLabV3Plus], change: dict[str, Any], labels: LabelSet, anew: tuple[str, ...],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     path, average = checkpointed
+    change = {"num_classes": labels.num_classes, **change}
     with caplog.at_level(logging.INFO, "roadseg"):
-        made = start(replace(A, **change), weights_from=str(path))
+        made = start(replace(A, **change), labels=labels, weights_from=str(path))
+    assert made.terms == "Some data: research use."
     assert made.words == f"checkpoint {sha256_file(path)}" and made.made_anew == anew and not made.random
     state = made.network.state_dict()
     new = {k for k in state if k.startswith(tuple(part + "." for part in anew))}
     assert set(state) - equal(made.network, average) <= new
     assert new <= equal(made.network, build(replace(A, **change), seed=5))
     assert made.network.mean.flatten().tolist() == [7, 8, 9]
-    (line,) = caplog.messages
-    assert f"made anew: {', '.join(anew) or 'nothing'};" in line
+    known = f"checkpoint step-00000012.safetensors knows other classes ({', '.join(THREE.names)}); made anew for "
+    assert caplog.messages == ([f"{known}{', '.join(labels.names)}: {', '.join(anew)}"] if anew else [])
 
 
 def test_a_checkpoint_of_another_network_or_a_damaged_one_is_refused(
     checkpointed: tuple[Path, DeepLabV3Plus], tmp_path: Path
 ) -> None:
     path, _ = checkpointed
-    with pytest.raises(ConfigError, match="is of another architecture .*set the model section as it was"):
+    with pytest.raises(
+        ConfigError, match="has another architecture .*go on with that checkpoint's: --model.channels 8"
+    ):
         start(replace(A, channels=16), weights_from=str(path))
-    alone = tmp_path / path.name
+    alone = tmp_path / "best.safetensors"  # under a name of its own, as checkpoints are pruned
     alone.write_bytes(path.read_bytes())
     with pytest.raises(ConfigError, match="is damaged or lacks its .json"):
         start(weights_from=str(alone))
@@ -241,6 +248,31 @@ def test_a_checkpoint_of_another_network_or_a_damaged_one_is_refused(
     with pytest.raises(ConfigError, match="its SHA-256 differs from what was saved") as caught:
         start(weights_from=str(alone))
     assert caught.value.where == "training.weights_from" and "name the one before" in caught.value.todo
+    alone.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ConfigError, match="is damaged"):
+        start(weights_from=str(alone))
+
+
+def test_rates_that_a_checkpoint_was_trained_with_are_warned_of(
+    checkpointed: tuple[Path, DeepLabV3Plus], caplog: pytest.LogCaptureFixture
+) -> None:
+    start(replace(A, atrous_rates=(5, 7)), weights_from=str(checkpointed[0]))
+    assert (
+        "--model.atrous-rates 1 2 --model.output-stride 16 --model.early-strides 2 2; here they are 5 7" in caplog.text
+    )
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(tmp_path: Path) -> None:
+    net, average = build(A, seed=1), build(A, seed=2)
+    checkpoint.save(tmp_path, 3, net, average, torch.optim.AdamW(net.parameters()))
+    with pytest.raises(ConfigError, match="does not say what its network is of.*start from its release"):
+        start(weights_from=str(tmp_path / "step-00000003.safetensors"))
+
+
+def test_bare_weights_of_our_own_are_told_apart_from_a_release(tmp_path: Path) -> None:
+    save_file(build(A, seed=1).state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ConfigError, match="bare weights of a roadseg network.*model.tar.gz, as training.init_from"):
+        start(weights_from=str(tmp_path / "weights.safetensors"))
 
 
 def test_an_archive_as_weights_is_told_where_it_goes(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from safetensors.torch import load as load_tensors
 from roadseg.config import Config, load_config
 from roadseg.data.shards import Shards
 from roadseg.errors import ArchiveError, ConfigError, RoadsegError
-from roadseg.files import read_json_lines
+from roadseg.files import read_json, read_json_lines, sha256_file
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import LabelSet
 from roadseg.release.archive import WEIGHTS, Release, load_release
+from roadseg.release.card import card
 from roadseg.train import checkpoint, stage
 from roadseg.train.stage import choose_device, train_candidate
 
@@ -145,6 +146,41 @@ def test_other_classes_get_a_new_classifier_and_the_archive_says_so(made: tuple[
     train_candidate(config(), replace(shards, label_set=RGB), tmp_path, release)
     told = load_release(tmp_path / "model.tar.gz").model["training"]
     assert told["started_from"] == f"release {release.digest}" and "decoder.classifier" in told["made_anew"]
+
+
+@pytest.mark.parametrize("classes", [THREE, RGB])
+def test_a_checkpoint_as_the_start_brings_the_terms_of_its_data(
+    made: tuple[Shards, Path], tmp_path: Path, classes: LabelSet
+) -> None:
+    """A model must not lose them by being trained further, nor by being trained further twice."""
+    shards, work = made
+    (path,) = (work / "checkpoints").glob("*.safetensors")
+    theirs = replace(classes, terms="Other terms.")
+    train_candidate(config(init_from=str(path)), replace(shards, label_set=theirs), tmp_path)
+    release = load_release(tmp_path / "model.tar.gz")
+    told = release.model["training"]
+    assert told["started_from"] == f"checkpoint {sha256_file(path)}"
+    assert ("decoder.classifier" in told.get("made_anew", [])) == (classes is RGB)
+    terms = f"Other terms.\n\nStarted from {told['started_from']}, whose data terms are:\n{THREE.terms}"
+    assert release.members["LICENSE-DATA"].decode() == terms
+    (again,) = (tmp_path / "checkpoints").glob("*.json")
+    assert read_json(again)["of"]["terms"] == terms
+
+
+def test_early_strides_reach_the_network_the_archive_and_the_card(made: tuple[Shards, Path], tmp_path: Path) -> None:
+    shards, work = made
+    model = {"early_strides": [2, 1], "output_stride": 8, "low_levels": [2]}
+    train_candidate(config(model), shards, tmp_path)
+    usual, fine = (load_release(folder / "model.tar.gz") for folder in (work, tmp_path))
+    architecture = fine.model["architecture"]
+    assert (architecture["early_strides"], architecture["output_stride"]) == ([2, 1], 8)
+    assert Predictor(fine, 1).logits(np.zeros((32, 64, 3), np.uint8)).shape[-2:] == (16, 32)
+    scores = {
+        "source": "test", "split": "val", "images": 1, "miou": 0.5, "pixel_accuracy": 0.5, "mean_accuracy": 0.5,
+        "runtime": "", "data_fingerprint": "", "class_iou": {}, "classes": [],
+    }  # fmt: skip
+    assert "at output stride 8 (early strides 2 and 1)" in card(fine, scores)
+    assert "early strides" not in card(usual, scores)
 
 
 def test_a_teacher_of_other_classes_is_refused_and_one_of_the_same_is_named(
