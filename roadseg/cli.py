@@ -97,8 +97,9 @@ def _dispatch(name: str, rest: list[str]) -> int:
             f"no command {name!r}" + (f", perhaps you meant {near[0]}" if near else ""), expected=", ".join(COMMANDS)
         )
     command = COMMANDS[name]
+    about = command.about.replace("...", "all that comes before,")
     own, flags = _split(rest)
-    parser = argparse.ArgumentParser(f"roadseg {name}", description=command.about, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"roadseg {name}", description=about, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with sections data, training, ...")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="default ./workspace")
     command.add(parser)
@@ -107,7 +108,7 @@ def _dispatch(name: str, rest: list[str]) -> int:
         flags = ["--help"]
         parse_flags(_peek_config(own), flags, f"roadseg {name}", "The config's own keys:")
     parsed = parser.parse_intermixed_args(own)
-    config = parse_flags(parsed.config, flags, f"roadseg {name}", command.about)
+    config = parse_flags(parsed.config, flags, f"roadseg {name}", about)
     _log_to(sys.stderr)
     return command.call(parsed, config)
 

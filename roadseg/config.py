@@ -235,6 +235,14 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+# pydantic's words for these are of Python, not of YAML
+_WANTED = {
+    "tuple_type": "a list is wanted, such as [a, b]",
+    "too_long": "{max_length} values are wanted at most",
+    "model_type": "a section with keys of its own is wanted",
+}
+
+
 def describe(error: ValidationError, where: str) -> str:
     """One line an error: the key's path, what was found, what was expected, a near name if unknown."""
     lines = []
@@ -254,7 +262,7 @@ def describe(error: ValidationError, where: str) -> str:
             hint = f"; perhaps you meant {near[0]}" if near else ""
             lines.append(f"  {key}: unknown key{hint}")
         else:
-            text = e["msg"].removeprefix("Value error, ")
+            text = _WANTED.get(e["type"], e["msg"].removeprefix("Value error, ")).format(**e.get("ctx", {}))
             found = "" if isinstance(e["input"], dict | BaseModel) else f" (found {repr(e['input']):.80})"
             lines.append(f"  {key}: {text[:1].lower()}{text[1:]}{found}")
     count = f"{len(lines)} wrong value{'s' if len(lines) > 1 else ''}"

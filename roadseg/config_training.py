@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from roadseg.config_section import OUT, Fraction, Positive, Section
 
 Weight = Annotated[float, Field(ge=0)]
+
+
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
+    return name
 
 
 class Augment(Section):
@@ -132,7 +139,9 @@ class Training(Section):
     mirrors: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
         (), description="where losses and scores are written too", json_schema_extra=OUT
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=OUT)
+    device: Annotated[str, AfterValidator(_known_device)] = Field(
+        "auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=OUT
+    )
     gpus: Annotated[int, Field(ge=0)] = Field(
         1,
         description="processes of this machine, and of each of a SageMaker cluster's, that train together, one a GPU; "

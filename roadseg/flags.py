@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -71,6 +72,9 @@ def _mirror(model: type[BaseModel]) -> type:
                 continue  # sections by name, and lists of them, are for YAML
             if _is_section(kind):
                 kind = _mirror(kind)
+            elif get_origin(kind) in (UnionType, Union):  # without the checks, which tyro would show
+                parts = (get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(kind))
+                kind = Union[tuple(parts)]  # noqa: UP007
             fields.append((name, Annotated[kind, tyro.conf.arg(help=field.description)]))
         _mirrors[model] = dataclasses.make_dataclass(model.__name__, fields)
         _mirrors[model].__doc__ = model.__doc__

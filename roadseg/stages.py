@@ -212,13 +212,20 @@ class Stages:
 
     def _shards(self) -> tuple[Callable[[], Shards], str]:
         """What reads the shards to train from, and their content digest."""
-        from roadseg.data.shards import Shards
+        from roadseg.data.shards import INDEX, Shards
 
         address = self.config.transform.shards
         if not address:
             output = self.transform()
             return lambda: self._whole_shards(output), output.content
         a = self.config.aws
+        if not address.startswith("s3://") and not (Path(address) / INDEX).is_file():
+            raise ConfigError(
+                f"no {INDEX} in {address}",
+                expected="a folder or s3:// address with a finished transform's shards",
+                where="transform.shards",
+                todo="check the path, or leave it out to have them made here",
+            )
         given = Shards.load(address, region=a.region, endpoint_url=a.endpoint_url)
         if damaged := given.damaged():
             raise DataError(

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import roadseg
-from roadseg.errors import Busy
-from roadseg.files import content_digest, json_bytes, lock, read_json, sha256_bytes, write_json
+from roadseg.errors import Busy, UsageError
+from roadseg.files import content_digest, json_bytes, lock, read_json, sha256_bytes, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 RECORD = "stage.json"
@@ -69,7 +69,11 @@ class Workspace:
             partial = folder.with_suffix(".partial")
             _make_room(folder, partial, resumes)
             sessions = Sessions(partial)
-            build(partial)
+            try:
+                build(partial)
+            except UsageError:  # refused before anything was made
+                sessions.forget()
+                raise
             seconds = sessions.finish()
             content = content_digest(partial, LEAVE_OUT)
             about = {
@@ -126,6 +130,7 @@ class Sessions:
 
     def __init__(self, partial: Path) -> None:
         self._path = partial / "log" / "sessions.json"
+        self._before = self._path.read_bytes() if self._path.exists() else None
         earlier: list[float] = []
         if self._path.exists():
             times = (p.stat().st_mtime for p in partial.rglob("*") if p.is_file() and p != self._path)
@@ -136,6 +141,13 @@ class Sessions:
         self.number = len(earlier) + 1
         self._path.parent.mkdir(exist_ok=True)
         write_json(self._path, {"earlier_s": earlier, "began": time.time()})
+
+    def forget(self) -> None:
+        """This one never was."""
+        if self._before is None:
+            self._path.unlink(missing_ok=True)
+        else:
+            write_atomic(self._path, self._before)
 
     def finish(self) -> float:
         """Seconds of all sessions."""

@@ -48,6 +48,8 @@ def load_yaml(path: Path, todo: str) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError("no such file", where=str(path), todo=todo) from None
+    except IsADirectoryError:
+        raise ConfigError("a folder", expected="a YAML file", where=str(path), todo=todo) from None
     except (OSError, ValueError) as e:
         raise ConfigError(f"not readable as YAML ({e or type(e).__name__})", where=str(path)) from None
     return parse_yaml(text, str(path))

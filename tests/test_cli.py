@@ -118,7 +118,7 @@ def test_an_unknown_key_of_the_file_is_named_with_its_path(roadseg_, tmp_path: P
 def test_every_command_has_help(roadseg_, name: str) -> None:
     said = roadseg_(name, "--help")
     assert said.code == 0 and "--workspace" in said.out and "--training.learning-rate" in said.out
-    assert COMMANDS[name].about in said.out
+    assert COMMANDS[name].about.replace("...", "all that comes before,") in said.out
 
 
 def test_help_shows_the_file_s_values_as_defaults(roadseg_) -> None:

@@ -419,6 +419,9 @@ def test_damaged_given_shards_are_refused(micro: Micro, tmp_path: Path) -> None:
     config = micro.config.model_copy(update={"transform": given})
     with pytest.raises(DataError, match="1 of its shards are missing or damaged"):
         run(config, until="train", workspace=tmp_path / "w")
-    with pytest.raises(DataError, match="not a readable shard index"):
+    with pytest.raises(ConfigError, match="transform.shards: no shards.json in .*nowhere"):
         nowhere = given.model_copy(update={"shards": str(tmp_path / "nowhere")})
         run(config.model_copy(update={"transform": nowhere}), until="train", workspace=tmp_path / "w")
+    (shards / "shards.json").write_text("{")
+    with pytest.raises(DataError, match="not a readable shard index.*copy the shards there again"):
+        run(config, until="train", workspace=tmp_path / "w")

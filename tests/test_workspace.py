@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from roadseg.errors import ConfigError
 from roadseg.files import read_json, write_json
 from roadseg.workspace import Workspace, leftovers, remove
 
@@ -84,6 +85,22 @@ def test_its_seconds_are_those_of_all_sessions(
     assert (about["seconds"], about["sessions"]) == (30 + 30 + 3630, 3)
     assert "in 3690.0 s over 3 sessions" in caplog.text
     assert sorted(os.listdir(output.folder)) == ["part-0", "part-1", "part-2", "stage.json"]
+
+
+def test_what_was_refused_is_no_session(tmp_path: Path) -> None:
+    w = Workspace(tmp_path)
+
+    def refused(work: Path) -> None:
+        raise ConfigError("never")
+
+    def killed(work: Path) -> None:
+        (work / "a").write_text("x")
+        raise RuntimeError("killed")
+
+    for attempt, error in ((refused, ConfigError), (killed, RuntimeError), (refused, ConfigError)):
+        with pytest.raises(error):
+            w.make("s", 1, {}, {}, attempt, resumes=True)
+    assert read_json(w.make("s", 1, {}, {}, build, resumes=True).folder / "stage.json")["sessions"] == 2
 
 
 def test_a_spoilt_record_of_sessions_is_started_anew(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ class Shards:
             raise DataError(
                 f"not a readable shard index ({type(e).__name__}: {e})",
                 where=name,
-                todo="remove this folder and run again" if isinstance(where, Path) else "copy the shards there again",
+                todo="copy the shards there again; those of a workspace are made anew once their folder is removed",
             ) from e
 
     def damaged(self) -> list[tuple[str, int]]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from roadseg.errors import ConfigError
 from roadseg.model.depthwise import speed_up_dilated
 from roadseg.model.dropout import share_draws
 
+log = logging.getLogger(__name__)
 HUB_FILE = "model.safetensors"
 # What create_backbone says itself, and what would read files: a checkpoint_path may be a pickle.
 NOT_OPTIONS = frozenset(
@@ -262,6 +265,17 @@ def _hub_name(backbone: nn.Module) -> str:
     return str(cfg.get("hf_hub_id") or cfg.get("architecture"))
 
 
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _from_hub(backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
     hub_id = backbone.pretrained_cfg.get("hf_hub_id")  # type: ignore[union-attr,operator]
     if not hub_id:
@@ -270,8 +284,10 @@ def _from_hub(backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
             where="model.backbone_weights",
             todo="set it to none, or to the path of a .safetensors",
         )
+    log.info("ImageNet weights: %s of %s, from the Hugging Face hub or its cache", HUB_FILE, hub_id)
     try:
-        state = timm.models.load_state_dict_from_hf(hub_id, filename=HUB_FILE)
+        with _quiet("huggingface_hub"):  # without a network it tells each of its retries in two lines
+            state = timm.models.load_state_dict_from_hf(hub_id, filename=HUB_FILE)
     except OSError as e:
         raise ConfigError(
             f"the ImageNet weights could not be fetched ({type(e).__name__})",

@@ -216,6 +216,8 @@ def resolve(reference: str, store: Store, cache: Path) -> Path:
         return store.fetch(champion.digest, cache)
     if Path(reference).exists():
         return Path(reference)
+    if "/" in reference or reference.endswith(".tar.gz"):
+        raise ReleaseNotFound(f"there is no file {reference!r}", todo="check the path")
     matches = [d for d in store.releases() if d.startswith(reference)] if len(reference) >= 8 else []
     if len(matches) != 1:
         raise ReleaseNotFound(

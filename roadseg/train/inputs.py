@@ -12,6 +12,7 @@ from roadseg.files import sha256_file
 from roadseg.release.archive import Release, load_release
 
 _RELEASE = "champion, a digest, 8 or more of its first characters, or the path of a model.tar.gz"
+_GZIP = b"\x1f\x8b"
 _CHECK = "check the name; a path counts from the folder that roadseg is started in"
 
 
@@ -64,6 +65,14 @@ def _given(reference: str, find: Callable[[str], Path], where: str) -> Given | N
         raise ConfigError(found, expected=e.expected or _RELEASE, where=where, todo=e.todo or _CHECK) from e
     if archive.is_dir():
         raise ConfigError(f"{reference!r} is a folder", expected=_RELEASE, where=where, todo="name the archive in it")
+    with archive.open("rb") as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+    if not packed:
+        convert = f"roadseg convert-checkpoint {reference} makes of a torch pickle what training.weights_from takes"
+        raise ConfigError(
+            f"{reference!r} is no archive of a release", expected=_RELEASE, where=where,
+            todo=convert if where == "training.init_from" else "name a model.tar.gz",
+        )  # fmt: skip
     return Given(archive, load_release(archive))
 
 

@@ -52,6 +52,7 @@ def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int, ma
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe(duplex=False) for _ in range(world)]
     failures: dict[int, int] = {}
+    started: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="roadseg-ranks-") as folder, _signals_passed_on() as signalled, _quiet():
         heard = _Heard([reader for reader, _ in pipes], signalled)
         config = LaunchConfig(
@@ -63,10 +64,12 @@ def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int, ma
             elastic_launch(config, _rank)(task, arguments, [writer for _, writer in pipes], log.getEffectiveLevel())
         except ChildFailedError as e:
             failures = {rank: failure.exitcode for rank, failure in e.failures.items()}
+            started = {rank: failure.pid for rank, failure in e.failures.items()}
         finally:
             for _, writer in pipes:
                 writer.close()
             heard.finish()
+    heard.pids = started | heard.pids  # of one that died before it said a word
     own = range(machine.rank * world, (machine.rank + 1) * world)
     if error := _verdict(own, heard, failures, signalled(), machine.world > 1):
         raise error

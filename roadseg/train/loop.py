@@ -265,7 +265,8 @@ def train(
         raise _interrupted(stopped(), done)
     stride(stride_after(done) if ended else stretches[-1].output_stride)
     if ended:
-        log.info("ended after step %d: val mIoU stood still for %d validations", done, s.patience)
+        stood_still = f"{s.patience} validation{'s' * (s.patience > 1)}"
+        log.info("ended after step %d: val mIoU stood still for %s", done, stood_still)
     timing.verdict()
     history.flush()
     if ranks.main:

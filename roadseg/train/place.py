@@ -44,26 +44,36 @@ def place(environment: Mapping[str, str] = os.environ, resources: Path = RESOURC
     """
     if (said := environment.get("WORLD_SIZE") or "1") != "1":
         try:
-            world, rank = int(said), int(environment["RANK"])
-            if not 0 <= rank < world:
-                raise ValueError(f"RANK {rank} of {world}")
+            world = _number(environment, "WORLD_SIZE", 1)
             return Place(
-                rank,
+                _number(environment, "RANK", 0, world - 1),
                 world,
-                int(environment["LOCAL_RANK"]),
+                _number(environment, "LOCAL_RANK", 0),
                 environment["MASTER_ADDR"],
-                int(environment.get("MASTER_PORT") or PORT),
+                _number({"MASTER_PORT": str(PORT), **_given(environment)}, "MASTER_PORT", 1, 65535),
                 environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-                int(environment.get("LOCAL_WORLD_SIZE") or 1),
+                _number({"LOCAL_WORLD_SIZE": "1", **_given(environment)}, "LOCAL_WORLD_SIZE", 1),
             )
         except (KeyError, ValueError) as e:
             raise UsageError(
-                f"WORLD_SIZE is {said}, but " + (f"{e} is missing" if isinstance(e, KeyError) else str(e)),
+                f"WORLD_SIZE is {said}, but " + (f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e)),
                 expected="RANK below WORLD_SIZE, LOCAL_RANK and MASTER_ADDR beside it, numbers but for the last",
                 where="the environment",
                 todo="start the processes with torchrun, or unset WORLD_SIZE",
             ) from None
     return _of_host(resources) if resources.is_file() else Place()
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if value}
+
+
+def _number(environment: Mapping[str, str], name: str, least: int, most: int = 1 << 31) -> int:
+    """Raises KeyError where it is missing, ValueError with a sentence where it is none or out of bounds."""
+    said = environment[name]
+    if not said.isdecimal() or not least <= int(said) <= most:
+        raise ValueError(f"{name} is {said!r}")
+    return int(said)
 
 
 def _of_host(resources: Path) -> Place:

@@ -80,7 +80,7 @@ def _single_cell(crop_px: tuple[int, int], stride: int) -> Iterator[str]:
     if max(crop_px) <= stride:
         yield (
             f"training.crop_px: a crop of {_px(crop_px)} is one cell of the map at output stride {stride}; "
-            f"set at least {4 * stride} {4 * stride}, or a smaller model.output_stride"
+            f"set sides of {4 * stride} or more, as far as frames reach, or a smaller model.output_stride"
         )
 
 

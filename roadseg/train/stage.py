@@ -49,6 +49,7 @@ from roadseg.train.refusals import (
 )
 from roadseg.train.signals import stopped_at_once
 from roadseg.train.start import Start, refuse_frozen_at_random, starting_network
+from roadseg.train.without_effect import warn_without_effect
 
 HOLDOUT = "holdout"
 COMPILED_FROM_STEPS = 2000  # compilation takes a minute or two
@@ -80,6 +81,8 @@ def train_candidate(
     start = _start(config, architecture, shards, init)
     refuse_strides(start.network, t)
     refuse_frozen_at_random(start, t.freeze)
+    if ranks.main:
+        warn_without_effect(t)
     network = _prepared(start.network, t, ranks)
     settings = _settings(t, steps, device)
     validation = {name: shards.split(name) for name in shards.shards if name != "train"}
@@ -129,14 +132,15 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and ranks.world > 1:
         name = f"cuda:{ranks.local_rank}"
+    device = torch.device(name)
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise ValueError(device.type)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as e:
+    except (RuntimeError, AssertionError) as e:
+        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
         raise ConfigError(
-            f"device {name!r} is not available here", expected="auto, cpu, cuda, cuda:N or mps", where="training.device"
+            f"{name}, and PyTorch finds {there or 'no'} such device{'s' * (there > 1)} here",
+            where="training.device",
+            todo="set it to auto, or look why (nvidia-smi; a PyTorch that was built for this GPU's driver)",
         ) from e
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)

@@ -7,6 +7,7 @@ can read it without either waiting in a collective.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -26,7 +27,9 @@ from roadseg import errors
 from roadseg.errors import Interrupted, RoadsegError
 from roadseg.train.place import Place
 
+log = logging.getLogger(__name__)
 MEET_WITHIN = timedelta(minutes=15)  # machines of a cluster start minutes apart
+QUIET = timedelta(seconds=10)  # of the others' absence
 HEARD_WITHIN_S, FAILURE_HEARD_WITHIN_S = 5.0, 30.0  # of a failure others may learn late: they make data first
 ASK_EVERY_S = 0.2
 FAILED = "failed"
@@ -134,6 +137,9 @@ class Words:
         """Wait for all ranks. Raises PeerLost if one does not come."""
         self.tell(f"rank {self.here.rank}")
         for rank in range(self.here.world):
+            if self.wait(f"rank {rank}", within=QUIET):
+                continue
+            log.warning("waiting at %s:%d for rank %d of %d", self.here.address, self.here.port, rank, self.here.world)
             if not self.wait(f"rank {rank}", within=MEET_WITHIN):
                 raise PeerLost(
                     f"rank {rank} of {self.here.world} did not come",

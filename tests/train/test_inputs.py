@@ -52,8 +52,9 @@ def test_what_is_named_is_read_and_counts_by_content(tmp_path: Path, release_pat
     [
         ("champion", "there is no champion yet in {store}"),
         ("0123456789", "0 releases match '0123456789' in {store}"),
-        ("absent/model.tar.gz", "0 releases match 'absent/model.tar.gz' in {store}"),
+        ("absent/model.tar.gz", "there is no file 'absent/model.tar.gz'"),
         (".", "'.' is a folder"),
+        (__file__, f"{__file__!r} is no archive of a release"),
     ],
 )
 def test_a_release_that_is_not_there_is_a_wrong_setting(key: str, reference: str, found: str, tmp_path: Path) -> None:
@@ -61,6 +62,12 @@ def test_a_release_that_is_not_there_is_a_wrong_setting(key: str, reference: str
     assert error.found == found.format(store=tmp_path / "store")
     assert error.where == f"training.{key}" and "model.tar.gz" in error.expected and error.todo
     assert error.exit_code == 2
+
+
+def test_a_pickle_in_place_of_a_release_is_told_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(b"PK\x03\x04")
+    error = refused(ConfigError, tmp_path, init_from=str(tmp_path / "a.pth"))
+    assert f"roadseg convert-checkpoint {tmp_path / 'a.pth'} makes" in error.todo and "weights_from" in error.todo
 
 
 @pytest.mark.parametrize("key", RELEASES)

@@ -71,7 +71,7 @@ def test_crops_of_later_phases_are_looked_at_too(shards: Shards) -> None:
     phases = (Phase(after=0.5, crop_px=(256, 256)), Phase(after=0.8, output_stride=32, crop_px=(32, 20)))
     text = refused(shards, change(phases=phases))
     assert "crops of 256x256 show would be padding" in text
-    assert "a crop of 32x20 is one cell of the map at output stride 32; set at least 128 128" in text
+    assert "a crop of 32x20 is one cell of the map at output stride 32; set sides of 128 or more, as far" in text
 
 
 def test_phases_without_a_step_are_refused(shards: Shards) -> None:

@@ -87,10 +87,15 @@ def test_rank_0_goes_once_all_have_heard(two: tuple[Words, Words]) -> None:
     assert time.monotonic() - began < 3
 
 
-def test_a_rank_that_does_not_come_is_named(two: tuple[Words, Words], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_come_is_named(
+    two: tuple[Words, Words], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(room, "MEET_WITHIN", timedelta(seconds=0.5))
+    monkeypatch.setattr(room, "QUIET", timedelta(seconds=0.2))
     with pytest.raises(PeerLost, match="rank 1 of 2 did not come; expected all .*same command"):
         two[0].meet()
+    here = two[0].here
+    assert caplog.messages == [f"waiting at {here.address}:{here.port} for rank 1 of 2"]
     monkeypatch.setattr(room, "MEET_WITHIN", timedelta(seconds=20))
     late = threading.Thread(target=two[1].meet)
     late.start()
