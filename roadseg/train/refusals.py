@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import floor, sqrt
 
@@ -24,19 +24,22 @@ LEAST_IMAGE = 0.5  # of what crops show, over frames and drawn scales; the rest 
 STEERED_BY = "val"  # the split that early stopping looks at
 FILLED = 0.9  # of a GPU, by an estimate that may be off
 CROP_STEP_PX = 32
+MISSING = "class-missing"  # ingest's code for it
 _RAN_OUT = ("can't allocate memory", "out of memory", "Cannot allocate memory", "_STATUS_ALLOC_FAILED")
 
 
-def refuse_impossible(t: Training, architecture: Architecture, shards: Shards, frames: Split, world: int = 1) -> None:
+def refuse_impossible(
+    t: Training, architecture: Architecture, shards: Shards, frames: Split, world: int = 1, allow: Collection[str] = ()
+) -> None:
     """Raises one ConfigError that lists all that can't be trained, each with what to change.
 
-    architecture: of the first phase. frames: of train. world: processes that share a batch. Warns of
-    classes without a pixel in train, which can't be learned.
+    architecture: of the first phase. frames: of train. world: processes that share a batch. allow: codes of
+    the data's faults that are accepted. Warns of classes without a pixel in train, or in any split.
     """
     crops = list(dict.fromkeys(_crops(t, architecture)))
     problems = [p for crop_px in dict.fromkeys(c for c, _ in crops) for p in _padding(t, frames, crop_px)]
     problems += [p for crop_px, stride in crops for p in _single_cell(crop_px, stride)]
-    problems += [*_classes(shards), *_early_stopping(t, shards, steps_of(t, len(frames)))]
+    problems += [*_classes(shards, MISSING in allow), *_early_stopping(t, shards, steps_of(t, len(frames)))]
     problems += _empty_phases(t, len(frames))
     problems += [*_shares(t, world)] or [*_batch_norm(t, world)]
     if problems:
@@ -108,15 +111,27 @@ def _shares(t: Training, world: int) -> Iterator[str]:
         )
 
 
-def _classes(shards: Shards) -> Iterator[str]:
-    names, pixels = shards.label_set.names, shards.class_pixels["train"]
-    seen = [name for name, n in zip(names, pixels, strict=False) if n]
-    absent = [name for name, n in zip(names, pixels, strict=False) if not n]
+def _classes(shards: Shards, accepted: bool) -> Iterator[str]:
+    names, pixels = shards.label_set.names, shards.class_pixels
+    seen, absent = ([n for n, count in zip(names, pixels["train"], strict=False) if bool(count) == s] for s in (1, 0))
+    scored = {
+        split: [name for name, count in zip(names, counts, strict=False) if name in absent and count]
+        for split, counts in pixels.items()
+    }  # fmt: skip
     if len(seen) < 2:
         what = f"no class but {seen[0]}" if seen else "no class"
         yield f"data: {what} has a pixel in train: nothing can be told apart; check the labels and data.classes"
+    elif any(scored.values()) and not accepted:
+        there = "; ".join(f"{split} has {', '.join(found)}" for split, found in scored.items() if found)
+        yield (
+            f"data: classes that train has no pixel of can't be learned and count 0 where they are scored ({there}); "
+            f"add frames that show them, split the data otherwise, or accept it with data.allow {MISSING}"
+        )
     elif absent:
-        log.warning("no pixel of train is %s: that can't be learned", " or ".join(absent))
+        log.warning(
+            "no pixel of train is %s: that can't be learned; add frames that show it (data.forbid: [class-missing] "
+            "refuses to train without)", " or ".join(absent),
+        )  # fmt: skip
 
 
 def _early_stopping(t: Training, shards: Shards, steps: int) -> Iterator[str]:

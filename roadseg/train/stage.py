@@ -77,7 +77,7 @@ def train_candidate(
         raise ConfigError("the data set has no train split", where="data", todo="evaluate a release on it instead")
     steps = steps_of(t, len(frames))
     architecture = _architecture(config, shards)
-    refuse_impossible(t, architecture, shards, frames, ranks.world)
+    refuse_impossible(t, architecture, shards, frames, ranks.world, config.data.allow)
     start = _start(config, architecture, shards, init)
     refuse_strides(start.network, t)
     refuse_frozen_at_random(start, t.freeze)

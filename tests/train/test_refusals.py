@@ -110,7 +110,15 @@ def test_the_share_of_image_is_that_of_draws(crop_px: tuple[int, int]) -> None:
 def test_absent_classes_are_named_and_trained_without(shards: Shards, caplog: pytest.LogCaptureFixture) -> None:
     some = replace(shards, class_pixels={"train": [500, 0, 60, 40]})
     refuse_impossible(FITS, SMALL, some, some.split("train"))
-    assert [r.message for r in caplog.records] == ["no pixel of train is sky: that can't be learned"]
+    (record,) = caplog.records
+    assert record.message.startswith("no pixel of train is sky: that can't be learned; add frames that show it")
+    caplog.clear()
+    val = replace(some, class_pixels={"train": [500, 0, 60, 40], "val": [0, 7, 0, 0]})
+    text = refused(val, FITS)
+    assert "can't be learned and count 0 where they are scored (val has sky); add frames" in text
+    assert text.endswith("data.allow class-missing")
+    refuse_impossible(FITS, SMALL, val, some.split("train"), allow=("class-missing",))
+    assert len(caplog.records) == 1  # accepted, and told
     void = replace(shards, class_pixels={"train": [0, 0, 0, 40]})
     assert "no class has a pixel in train" in refused(void, FITS)
 
