@@ -28,6 +28,8 @@ log = logging.getLogger("roadseg")
 # Threads that spin while they wait make training a third faster on a quiet CPU and up to thirty times
 # slower on a busy one. Read by OpenMP when torch is loaded, which is later than this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What a lost rank means is said in a line; PyTorch would put its stack of C++ before it.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Processes that are ended at once leave semaphores behind; Python's tracker removes them and need not say so.
 sys.warnoptions.append("ignore:resource_tracker:UserWarning")
 

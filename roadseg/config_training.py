@@ -179,8 +179,9 @@ class Training(Section):
         """A training can start from a checkpoint too, and who has one need not know under which key."""
         if not isinstance(values, dict) or values.get("weights_from"):
             return values
-        given = values.get("init_from")
-        return {**values, "init_from": "", "weights_from": given} if str(given).endswith(".safetensors") else values
+        given = str(values.get("init_from"))
+        moved = {**values, "init_from": "", "weights_from": given}
+        return moved if given.lower().endswith(".safetensors") else values
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -189,7 +190,7 @@ class Training(Section):
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate ({self.accumulate}) does not divide batch_size ({self.batch_size})")
         if self.init_from and self.weights_from:
-            raise ValueError("init_from and weights_from are both set; start from one of the two")
+            raise ValueError("init_from and weights_from are both set; start from one of the two, set the other to ''")
         shares = [phase.after for phase in self.phases]
         if shares != sorted(set(shares)) or any(share in (0, 1) for share in shares):
             raise ValueError(f"phases begin after {shares}; expected rising shares between 0 and 1")

@@ -18,6 +18,7 @@ from roadseg.release.archive import load_release
 from roadseg.release.find import find_release
 from roadseg.stages import Stages
 from roadseg.train.place import Place, place
+from roadseg.train.signals import stopped_at_once
 from roadseg.workspace import Output, Workspace
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def run(
     here = place()
     if here.world > 1:
         return _run_in_cluster(config, until, workspace, folder, here)
-    return _run(Stages(config, Workspace(workspace, wait), folder), until, folder)
+    with stopped_at_once():
+        return _run(Stages(config, Workspace(workspace, wait), folder), until, folder)
 
 
 def _run_in_cluster(config: Config, until: Stage, workspace: Path, folder: Path, here: Place) -> RunResult:
@@ -91,7 +93,7 @@ def _run_in_cluster(config: Config, until: Stage, workspace: Path, folder: Path,
         from roadseg.train.words import Words
 
         this.words = Words(here, f"run {next(_runs)}")
-        with this.words.failures_told():
+        with this.words.failures_told(), stopped_at_once():
             if here.main:
                 return _run(this, until, folder)
             this.follow()

@@ -24,7 +24,8 @@ def start_worker() -> None:
     It must end with its parent, also if that is killed: it would go on writing where a new run writes.
     """
     cv2.setNumThreads(0)  # there is a process a core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool, once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool, once,
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by this, which must not be answered as the parent answers it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

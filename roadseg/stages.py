@@ -130,7 +130,7 @@ class Stages:
             nonlocal together
             world = processes(self.config.training, self.words.here.world if self.words else 1)
             if self.words:
-                self.words.tell("training", str(world))
+                self.words.tell("training", f"{world} {self.workspace.key('train', *key)}")
                 together = True
             if self.words or world > 1:
                 self._train_together(inputs, shards(), work, world)
@@ -153,20 +153,35 @@ class Stages:
         inputs, shards, key = self._training()
         assert self.words is not None
         if self.workspace.find("train", *key):
+            self.words.heard()
             return
         if self.words.wait("training", "trained") == "training":
             world = processes(self.config.training, self.words.here.world)
-            if world != int(theirs := self.words.told("training")):
-                raise ConfigError(
-                    f"{world} processes would train on machine {self.words.here.rank}, and {theirs} on the first",
-                    expected="as many on each",
-                    where="training.gpus",
-                    todo="say how many, or take machines of one kind",
-                )
+            self._refuse_another_training(world, self.workspace.key("train", *key))
             with tempfile.TemporaryDirectory(prefix="roadseg-rank-") as work:  # it writes nothing there
                 self._train_together(inputs, shards(), Path(work), world)
             self.words.wait("trained")
         self.words.heard()
+
+    def _refuse_another_training(self, world: int, key: str) -> None:
+        """Raises ConfigError where this process is about to train otherwise than the first one told."""
+        assert self.words is not None
+        theirs, their_key = self.words.told("training").split()
+        who = f"process {self.words.here.rank} of {self.words.here.world}"
+        if key != their_key:
+            raise ConfigError(
+                f"{who} would make the training {key}, and the first one {their_key}",
+                expected="the same settings and the same data for all",
+                where="the config and the data",
+                todo="give all the same command and the whole of the data",
+            )
+        if world != int(theirs):
+            raise ConfigError(
+                f"{who} would start {world} to train, and the first one {theirs}",
+                expected="as many on each machine",
+                where="training.gpus",
+                todo="say how many, or take machines of one kind",
+            )
 
     def _train_together(self, inputs: Inputs, shards: Shards, work: Path, world: int) -> None:
         """This process's part of the training, or that of the `world` processes that it starts here."""
@@ -175,7 +190,7 @@ class Stages:
         from roadseg.train.ranks import HEARD_WITHIN_S, outside
         from roadseg.train.words import PeerLost
 
-        job = job_of(self.config, shards, inputs, work)
+        job = job_of(self.config, shards, inputs, work, self.words.name if self.words else "")
         if world == 1:
             do(outside(), job, self.words)
             return
@@ -184,7 +199,7 @@ class Stages:
             return
         self.words.meet()  # elastic's agents would not hear of a machine that failed before it came to this
         try:
-            launch(do, (job,), world, self.words.here)
+            launch(do, (job,), world, self.words.here, self.words.name)
         except PeerLost as lost:
             if told := self.words.cause(HEARD_WITHIN_S):
                 raise told from lost

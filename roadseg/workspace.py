@@ -73,6 +73,9 @@ class Workspace:
                 build(partial)
             except UsageError:  # refused before anything was made
                 sessions.forget()
+                for empty in (partial / "log", partial):
+                    with suppress(OSError):
+                        empty.rmdir()
                 raise
             seconds = sessions.finish()
             content = content_digest(partial, LEAVE_OUT)
@@ -98,6 +101,9 @@ class Workspace:
         """The output of this key if it is there."""
         _, key, folder = self._place(stage, version, fields, inputs)
         return self._found(stage, key, folder) if (folder / RECORD).exists() else None
+
+    def key(self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]) -> str:
+        return self._place(stage, version, fields, inputs)[1]
 
     def _place(
         self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]

@@ -84,10 +84,12 @@ def _no_handler_of_deaths() -> Iterator[None]:
     before = signal.getsignal(signal.SIGCHLD)
     if getattr(before, "__module__", "") == _set_SIGCHLD_handler.__module__:
         before = signal.SIG_DFL
-    yield
-    main = threading.current_thread() is threading.main_thread()
-    if main and before is not None and signal.getsignal(signal.SIGCHLD) is not before:
-        signal.signal(signal.SIGCHLD, before)
+    try:
+        yield
+    finally:
+        main = threading.current_thread() is threading.main_thread()
+        if main and before is not None and signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _died() -> RoadsegError:

@@ -107,7 +107,7 @@ def averaged(path: Path) -> tuple[dict[str, Tensor], Of] | None:
             return None
     try:
         about, tensors = _read(path.with_suffix(".json"))
-        of = about.get("of")
+        of = Of(tuple(o["classes"]), dict(o["architecture"]), str(o["terms"])) if (o := about.get("of")) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
         raise ConfigError(
             f"the checkpoint {path} is damaged or lacks its .json ({e})",
@@ -121,7 +121,7 @@ def averaged(path: Path) -> tuple[dict[str, Tensor], Of] | None:
             todo="let that training end, with the version that began it, and start from its release",
         )
     mine = {k.removeprefix(AVERAGE): v for k, v in tensors.items() if k.startswith(AVERAGE)}
-    return mine, Of(tuple(of["classes"]), of["architecture"], of["terms"])
+    return mine, of
 
 
 def restore(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, optimizer: Optimizer) -> None:

@@ -12,7 +12,7 @@ from roadseg.files import sha256_file
 from roadseg.release.archive import Release, load_release
 
 _RELEASE = "champion, a digest, 8 or more of its first characters, or the path of a model.tar.gz"
-_GZIP = b"\x1f\x8b"
+_GZIP, _PICKLE = b"\x1f\x8b", (b"PK", b"\x80\x02")  # what torch.save writes is a zip now, and was a pickle
 _CHECK = "check the name; a path counts from the folder that roadseg is started in"
 
 
@@ -66,12 +66,12 @@ def _given(reference: str, find: Callable[[str], Path], where: str) -> Given | N
     if archive.is_dir():
         raise ConfigError(f"{reference!r} is a folder", expected=_RELEASE, where=where, todo="name the archive in it")
     with archive.open("rb") as file:
-        packed = file.read(len(_GZIP)) == _GZIP
-    if not packed:
+        head = file.read(2)
+    if head != _GZIP:
         convert = f"roadseg convert-checkpoint {reference} makes of a torch pickle what training.weights_from takes"
         raise ConfigError(
             f"{reference!r} is no archive of a release", expected=_RELEASE, where=where,
-            todo=convert if where == "training.init_from" else "name a model.tar.gz",
+            todo=convert if where == "training.init_from" and head in _PICKLE else "name a model.tar.gz",
         )  # fmt: skip
     return Given(archive, load_release(archive))
 

@@ -14,7 +14,7 @@ from roadseg.data.shards import Shards
 from roadseg.errors import ConfigError
 from roadseg.release.archive import Release, load_release
 from roadseg.train.inputs import Inputs
-from roadseg.train.place import refuse_uneven
+from roadseg.train.place import place, refuse_uneven
 from roadseg.train.ranks import Ranks, joined
 from roadseg.train.stage import choose_device, train_candidate
 from roadseg.train.words import Words
@@ -22,18 +22,22 @@ from roadseg.train.words import Words
 
 @dataclass(frozen=True)
 class Job:
-    """config: as JSON. shards: folder or s3 address. work: where rank 0 writes. init, teacher: (archive, digest)."""
+    """config: as JSON. shards: folder or s3 address. work: where rank 0 writes. init, teacher: (archive, digest).
+
+    run: the name of the Words of the processes that start the ranks, if there are any.
+    """
 
     config: dict[str, Any]
     shards: str
     work: str
     init: tuple[str, str] | None
     teacher: tuple[str, str] | None
+    run: str = ""
 
 
-def job_of(config: Config, shards: Shards, inputs: Inputs, work: Path | str) -> Job:
+def job_of(config: Config, shards: Shards, inputs: Inputs, work: Path | str, run: str = "") -> Job:
     init, teacher = ((str(g.archive), g.release.digest) if g else None for g in (inputs.init, inputs.teacher))
-    return Job(config.model_dump(mode="json"), str(shards.folder), str(work), init, teacher)
+    return Job(config.model_dump(mode="json"), str(shards.folder), str(work), init, teacher, run)
 
 
 def do(ranks: Ranks, job: Job, words: Words | None = None) -> None:
@@ -42,6 +46,7 @@ def do(ranks: Ranks, job: Job, words: Words | None = None) -> None:
     a = config.aws
     device = choose_device(config.training.device, ranks)
     shards = Shards.load(job.shards, region=a.region, endpoint_url=a.endpoint_url)
+    words = words or Words(place(), f"ranks of {job.run}", above=job.run)
     with joined(ranks, device, words):
         train_candidate(config, shards, Path(job.work), _release(job.init), _release(job.teacher), ranks)
 

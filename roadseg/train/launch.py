@@ -41,13 +41,16 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CONSEQUENCES = {"PeerLost", "DistBackendError", "DistNetworkError", "DistStoreError"}  # of another rank's end
 
 
-def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int, machine: Place = ALONE) -> None:
+def launch(
+    task: Callable[..., None], arguments: tuple[Any, ...], world: int, machine: Place = ALONE, run: str = ""
+) -> None:
     """Call task(ranks, *arguments) in `world` processes of this machine and wait for all of them.
 
     task, arguments: picklable, and nothing that is open. machine: this one among those that call this together,
-    each for as many processes, once its Words have met; its own are the ranks from machine.rank * world on.
-    Raises what the first rank to fail raised, of an error that is not RoadsegError its text; RoadsegError if one
-    was killed; PeerLost if only ranks of another machine can tell why; Interrupted after a signal.
+    each for as many processes, once its Words, of the name `run`, have met; its own are the ranks from
+    machine.rank * world on. Raises what the first rank to fail raised, of an error that is not RoadsegError its
+    text; RoadsegError if one was killed; PeerLost if only ranks of another machine can tell why; Interrupted
+    after a signal.
     """
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe(duplex=False) for _ in range(world)]
@@ -58,7 +61,7 @@ def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int, ma
         config = LaunchConfig(
             min_nodes=machine.world, max_nodes=machine.world, nproc_per_node=world, max_restarts=0,
             start_method="spawn", logs_specs=DefaultLogsSpecs(log_dir=folder), signals_to_handle="",
-            **_meeting(machine),
+            **_meeting(machine, run),
         )  # fmt: skip
         try:
             elastic_launch(config, _rank)(task, arguments, [writer for _, writer in pipes], log.getEffectiveLevel())
@@ -75,13 +78,13 @@ def launch(task: Callable[..., None], arguments: tuple[Any, ...], world: int, ma
         raise error
 
 
-def _meeting(machine: Place) -> dict[str, Any]:
+def _meeting(machine: Place, run: str) -> dict[str, Any]:
     """Where elastic's agents meet. By its own way between machines they would not be numbered as ours are."""
     if machine.world == 1:
         return {"run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": f"{HOST}:0", "local_addr": HOST}
     within = {"rank": machine.rank, "timeout": MEET_WITHIN.seconds}
     endpoint = f"{machine.address}:{machine.port}"  # in the store that Words keeps there, to the process's end
-    return {"run_id": "roadseg", "rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": within}
+    return {"run_id": run, "rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": within}
 
 
 class _Heard:
@@ -155,6 +158,9 @@ def _verdict(own: range, heard: _Heard, exit_codes: dict[int, int], signalled: i
     return unpacked(heard.rows[0])
 
 
+_SHORT_OF_MEMORY = "unless somebody killed it, memory ran out: lower training.batch_size or training.workers; "
+
+
 def _ended_silently(rank: int, heard: _Heard, exit_codes: dict[int, int]) -> RoadsegError:
     code = exit_codes.get(rank)
     how = "ended without a word" if code is None else f"ended with exit code {code}"
@@ -164,8 +170,8 @@ def _ended_silently(rank: int, heard: _Heard, exit_codes: dict[int, int]) -> Roa
         f"rank {rank} (process {heard.pids.get(rank, 'not started')}) {how}",
         expected="all ranks to reach the end",
         where="training.gpus",
-        todo="unless somebody killed it, memory ran out: lower training.batch_size or training.workers; "
-        "run again to go on after the last checkpoint",
+        todo=(_SHORT_OF_MEMORY if code in (None, -signal.SIGKILL) else "look at what it said; ")
+        + "run again to go on after the last checkpoint",
     )
 
 

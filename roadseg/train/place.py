@@ -44,7 +44,11 @@ def place(environment: Mapping[str, str] = os.environ, resources: Path = RESOURC
     """
     if (said := environment.get("WORLD_SIZE") or "1") != "1":
         try:
+            if not said.isdecimal():
+                raise UsageError("that is no number", where=f"WORLD_SIZE={said}", todo="unset it, or use torchrun")
             world = _number(environment, "WORLD_SIZE", 1)
+            if not environment["MASTER_ADDR"]:
+                raise KeyError("MASTER_ADDR")
             return Place(
                 _number(environment, "RANK", 0, world - 1),
                 world,

@@ -132,7 +132,9 @@ def joined(ranks: Ranks, device: torch.device, words: Words | None = None) -> It
         if ranks.main:
             words.fail(e)
         else:  # rank 0 is saving; a launcher that sees another end would cut it short
-            words.cause(SAVED_WITHIN_S)
+            told = words.cause(SAVED_WITHIN_S)
+            if told and not isinstance(told, Interrupted):  # it could not
+                raise told from e
         raise
     except BaseException as e:
         _abort(device)  # first: the others may be in a message, and hear nothing before it breaks

@@ -31,7 +31,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def stopped_at_once(during: str) -> Iterator[None]:
+def stopped_at_once(during: str = "") -> Iterator[None]:
     """Inside, SIGTERM and SIGINT raise Interrupted, which says `during` what it came and that nothing is lost."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,7 +49,8 @@ def stopped_at_once(during: str) -> Iterator[None]:
         if not caught:
             raise
         name = signal.Signals(caught[0]).name
-        raise Interrupted(f"stopped by {name} {during}; run again to go on", signal_number=caught[0]) from None
+        text = " ".join(filter(None, ("stopped by", name, during)))
+        raise Interrupted(f"{text}; run again to go on", signal_number=caught[0]) from None
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

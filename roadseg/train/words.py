@@ -61,15 +61,22 @@ def _plain(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Words:
-    """Of one training. `name` tells it from others of the same processes; all ranks count alike."""
+    """Of one training. `name` tells it from others of the same processes; all ranks count alike.
+
+    above: the name of the Words of the processes that started these, whose failures are heard here too.
+    """
 
     here: Place
     name: str
+    above: str = ""
 
     @cached_property
     def store(self) -> dist.Store:
+        return self._named(self.name)
+
+    def _named(self, name: str) -> dist.Store:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"roadseg/{attempt}/{self.name}", _store(self.here))
+        return dist.PrefixStore(f"roadseg/{attempt}/{name}", _store(self.here))
 
     def tell(self, word: str, how: str = "said") -> None:
         self.store.set(word, how)
@@ -98,12 +105,13 @@ class Words:
     def failure(self) -> Exception | None:
         """What the first rank to fail said, if any did."""
         try:
-            if not self.store.check([FAILED]):
-                return None
-            self.heard()
-            return unpacked(json.loads(self.store.get(FAILED)))
+            for store in (self.store, self._named(self.above)) if self.above else (self.store,):
+                if store.check([FAILED]):
+                    self.heard()
+                    return unpacked(json.loads(store.get(FAILED)))
         except RuntimeError:
             return None
+        return None
 
     @contextmanager
     def failures_told(self) -> Iterator[None]:
@@ -149,10 +157,15 @@ class Words:
                 )
 
     def finish(self, await_others: bool) -> None:
-        """As rank 0, say that all is done; where others may yet ask this process, stay until they have."""
+        """As rank 0, say that all is done; where others may yet ask this process, stay until they have.
+
+        Machines of a cluster may come late, and find nobody to ask once the first one has ended.
+        """
         self.tell("trained")
         if await_others:
             self._stay(HEARD_WITHIN_S)
+        elif self.here.host:
+            self._stay(MEET_WITHIN.total_seconds())
 
     def heard(self) -> None:
         """Let rank 0 go, if it waits for that."""
@@ -162,8 +175,12 @@ class Words:
         """While this process keeps the store, until the others have read the last word in it."""
         until = time.monotonic() + (within_s if self.here.main and not self.here.hosted else 0.0)
         others = [f"heard by {rank}" for rank in range(1, self.here.world)]
+        quiet_until = time.monotonic() + QUIET.total_seconds()
         while time.monotonic() < until and not self.store.check(others):
             time.sleep(ASK_EVERY_S)
+            if time.monotonic() > quiet_until:
+                log.warning("all is done here; waiting until the other machines have heard of it")
+                quiet_until = math.inf
 
 
 @cache

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,23 +20,29 @@ from processes import DEADLINE_S, gone, running, when
 from test_dead_ranks import ranks_of
 
 from roadseg.files import read_json_lines
+from roadseg.train import place
 
 pytestmark = [pytest.mark.fault, pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 and /proc")]
 HOSTS = ["127.0.0.1", "127.0.0.2"]
 MACHINE = """
-import os, sys
-from dataclasses import replace
-from pathlib import Path
+import sys
+from test_machines import on_this_machine
 from roadseg.cli import main
-from roadseg.train import place
 
 if __name__ == "__main__":
+    on_this_machine()
+    config, workspace, *flags = sys.argv[1:]
+    flags += ["--config", config, "--workspace", workspace, "--training.batch-size", "4"]
+    sys.exit(main(["train", *flags]))
+"""
+
+
+def on_this_machine() -> None:
+    """For the start of its process: the first two arguments are where its resourceconfig.json lies, and a port."""
     resources, port = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
     of_host = place._of_host
     place._of_host = lambda _: replace(of_host(resources), port=port)
     place.place.__defaults__ = (os.environ, resources)
-    sys.exit(main())
-"""
 
 
 def free_port() -> int:
@@ -46,11 +53,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def cluster(micro: Micro, folder: Path, *flags: list[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """`roadseg train` on each machine, in a workspace of its own in which nothing is left to do but train."""
+def cluster(
+    micro: Micro, folder: Path, *flags: list[str], script: str = MACHINE
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """`script` on each machine, with a workspace of its own in which nothing is left to do but train."""
     folder.mkdir(exist_ok=True)
-    script, port = folder / "machine.py", str(free_port())
-    script.write_text(MACHINE)
+    path, port = folder / "machine.py", str(free_port())
+    path.write_text(script)
     with ExitStack() as stack:
         started = []
         for host, own in zip(HOSTS, flags, strict=True):
@@ -59,9 +68,9 @@ def cluster(micro: Micro, folder: Path, *flags: list[str]) -> Iterator[list[subp
             for stage in ("ingest", "transform"):
                 if not (workspace / "stages" / stage).exists():
                     shutil.copytree(micro.workspace / "stages" / stage, workspace / "stages" / stage)
-            command = [sys.executable, str(script), str(resources), port, "train", "--config", str(MICRO)]
-            command += ["--workspace", str(workspace), "--training.batch-size", "4", *own]
-            started.append(stack.enter_context(running(command, folder / f"{host}.log")))
+            command = [sys.executable, str(path), str(resources), port, str(MICRO), str(workspace), *own]
+            here = Path(__file__).parent
+            started.append(stack.enter_context(running(command, folder / f"{host}.log", here, here.parent)))
         yield started
 
 
@@ -116,9 +125,69 @@ def test_a_signal_to_one_machine_stops_all_after_the_same_step(micro: Micro, tmp
     assert f"after step {int(last.stem.removeprefix('step-'))};" in ends[0]
 
 
-def test_machines_with_other_numbers_of_processes_are_refused(micro: Micro, tmp_path: Path) -> None:
-    with cluster(micro, tmp_path / "c", ["--training.gpus", "2"], ["--training.gpus", "1"]) as machines:
-        assert [machine.wait(60) for machine in machines] == [2, 2]
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--training.gpus", "1"],
+            "training.gpus: process 1 of 2 would start 1 to train, and the first one 2; expected",
+        ),
+        (["--training.learning-rate", "1"], "the config and the data: process 1 of 2 would make the training "),
+    ],
+)
+def test_machines_that_would_train_otherwise_are_refused(
+    micro: Micro, tmp_path: Path, flags: list[str], told: str
+) -> None:
+    two = ["--training.gpus", "2"]
+    with cluster(micro, tmp_path / "c", two, [*two, *flags] if "gpus" not in flags[0] else flags) as machines:
+        assert [machine.wait(90) for machine in machines] == [2, 2]
+    for host in HOSTS:
+        assert told in (tmp_path / "c" / f"{host}.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_dies_before_it_joins_ends_both_machines(micro: Micro, tmp_path: Path, killed: int) -> None:
+    flags = ["--training.gpus", "2"]
+    with cluster(micro, tmp_path / "c", flags, flags) as machines:
+        assert when(machines[killed], lambda: len(ranks_of(machines[killed])) == 2)
+        os.kill(ranks_of(machines[killed])[1], signal.SIGKILL)
+        assert [machine.wait(60) for machine in machines] == [1, 1]
     for host in HOSTS:
         log = (tmp_path / "c" / f"{host}.log").read_text()
-        assert "training.gpus: 1 processes would train on machine 1, and 2 on the first; expected as many on" in log
+        assert f"training.gpus: rank {2 * killed + 1} (process " in log and "was killed by SIGKILL" in log
+        assert "Traceback" not in log and "frame #" not in log
+
+
+@pytest.mark.slow
+def test_the_first_machine_waits_for_those_that_come_late_to_what_is_done(micro: Micro, tmp_path: Path) -> None:
+    flags = ["--training.gpus", "1"]
+    with cluster(micro, tmp_path / "c", flags, flags) as machines:
+        assert [machine.wait(DEADLINE_S) for machine in machines] == [0, 0]
+    with cluster(micro, tmp_path / "c", flags, flags) as machines:  # all is there on the first
+        machines[1].send_signal(signal.SIGSTOP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            machines[0].wait(20)
+        machines[1].send_signal(signal.SIGCONT)
+        assert [machine.wait(60) for machine in machines] == [0, 0]
+
+
+TWICE = """
+import sys
+from test_machines import on_this_machine
+from roadseg import load_config, run
+
+if __name__ == "__main__":
+    on_this_machine()
+    for seed in (1, 2):
+        config = load_config(sys.argv[1], {"training": {"gpus": 2, "batch_size": 4, "seed": seed}})
+        run(config, "train", workspace=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_process(micro: Micro, tmp_path: Path) -> None:
+    with cluster(micro, tmp_path / "c", [], [], script=TWICE) as machines:
+        codes = [machine.wait(DEADLINE_S) for machine in machines]
+    assert codes == [0, 0], (tmp_path / "c" / f"{HOSTS[0]}.log").read_text()
+    assert len(list(tmp_path.glob(f"c/{HOSTS[0]}/stages/train/*/model.tar.gz"))) == 2

@@ -125,10 +125,13 @@ def test_place_of_torchrun(tmp_path: Path) -> None:
     assert place({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, nowhere).hosted
     assert place({}, nowhere) == place({"WORLD_SIZE": "1", "RANK": "0"}, nowhere) == Place()
     for broken in (
-        {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {**TORCHRUN, "RANK": "first"}, {**TORCHRUN, "RANK": "99"}
+        {"WORLD_SIZE": "2"}, {**TORCHRUN, "RANK": "first"}, {**TORCHRUN, "RANK": "99"}, {**TORCHRUN, "MASTER_ADDR": ""},
+        {**TORCHRUN, "MASTER_PORT": "99999"},
     ):  # fmt: skip
-        with pytest.raises(UsageError, match="WORLD_SIZE is .*, but .*torchrun"):
+        with pytest.raises(UsageError, match="WORLD_SIZE is .*, but [A-Z_]* is .*torchrun"):
             place(broken, nowhere)
+    with pytest.raises(UsageError, match="WORLD_SIZE=two: that is no number"):
+        place({"WORLD_SIZE": "two"}, nowhere)
 
 
 def test_place_of_a_sagemaker_host(tmp_path: Path) -> None:
