@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import cv2
 
@@ -26,13 +27,23 @@ def start_worker() -> None:
     cv2.setNumThreads(0)  # there is a process a core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool, once,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by this, which must not be answered as the parent answers it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process, which multiprocessing forked or spawned, end within a second of its parent, however that ends.
+
+    Other ways fail now and then: PyTorch's loader processes remember who their parent is once they run, which is
+    too late if it was killed meanwhile, and the pipe that multiprocessing watches may be held by siblings.
+    """
     parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    assert parent is not None and parent.pid is not None
+    threading.Thread(target=_watch, args=(parent.pid,), daemon=True).start()
+
+
+def _watch(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(1)
     os._exit(1)
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 from roadseg.errors import RoadsegError
-from roadseg.processes import keep_freed_memory
+from roadseg.processes import end_with_parent, keep_freed_memory
 
 ASK_EVERY_S = 1.0  # whether to stop, and whether all live, while waiting for an item
 LOCK_HELD_S = 5.0  # by a worker, for microseconds; longer: by one that was killed
@@ -33,6 +33,7 @@ def start_worker(worker: int) -> None:
     # worker ends when the loader says so, or when it finds its parent gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
 
 
 def items_of(loader: DataLoader, stopped: Callable[[], object] = bool) -> Generator[Any, None, None]:

@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from roadseg.errors import Interrupted, RoadsegError
-from roadseg.processes import cores
+from roadseg.processes import cores, end_with_parent
 from roadseg.train.place import Place
 from roadseg.train.ranks import outside
 from roadseg.train.words import MEET_WITHIN, packed, unpacked
@@ -272,4 +272,4 @@ def _end_with_parent() -> None:
         if not parent.is_alive():  # before the call
             os._exit(1)
     else:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        end_with_parent()

@@ -202,13 +202,31 @@ while True: time.sleep(1)
 """
 
 
+# A process that is still starting when its parent is killed: it never had another than the system's first process.
+LATE = """
+import multiprocessing, os, time
+from roadseg.data.workers import start_worker
+
+def late(parent):
+    while os.getppid() == parent: time.sleep(0.01)
+    start_worker(0)
+    time.sleep(600)
+
+started = [multiprocessing.Process(target=late, args=(os.getpid(),)) for _ in range(2)]
+for process in started: process.start()
+print(*(process.pid for process in started), flush=True)
+while True: time.sleep(1)
+"""
+
+
 @pytest.mark.fault
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [CHILD, LATE], ids=["at work", "still starting"])
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path, script: str) -> None:
     write_shards(tmp_path / "shards")
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent), *sys.path])
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "shards")]
+    command = [sys.executable, "-c", script, str(tmp_path / "shards")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) as parent:
         assert parent.stdout
         workers = set(map(int, parent.stdout.readline().split()))
