@@ -153,7 +153,8 @@ class Stages:
         inputs, shards, key = self._training()
         assert self.words is not None
         if self.workspace.find("train", *key):
-            self.words.heard()
+            if self.words.here.host:  # there the first one waits to be heard
+                self.words.heard()
             return
         if self.words.wait("training", "trained") == "training":
             world = processes(self.config.training, self.words.here.world)
