@@ -262,7 +262,8 @@ def describe(error: ValidationError, where: str) -> str:
             hint = f"; perhaps you meant {near[0]}" if near else ""
             lines.append(f"  {key}: unknown key{hint}")
         else:
-            text = _WANTED.get(e["type"], e["msg"].removeprefix("Value error, ")).format(**e.get("ctx", {}))
+            wanted = _WANTED.get(e["type"])
+            text = wanted.format(**e.get("ctx", {})) if wanted else e["msg"].removeprefix("Value error, ")
             found = "" if isinstance(e["input"], dict | BaseModel) else f" (found {repr(e['input']):.80})"
             lines.append(f"  {key}: {text[:1].lower()}{text[1:]}{found}")
     count = f"{len(lines)} wrong value{'s' if len(lines) > 1 else ''}"

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel, ValidationError, field_validator
 
-from roadseg.config import Config, load_config
+from roadseg.config import Config, describe, load_config
 from roadseg.errors import ConfigError
 from roadseg.flags import parse_flags
 from roadseg.yaml_file import load_yaml
@@ -60,6 +61,27 @@ def test_unknown_keys_of_listed_sections_are_told_like_others(tmp_path: Path) ->
     text = wrong(tmp_path, "training: {phases: [{after: 0.5, crop: [3, 3]}, {afte: 0.7}]}\n")
     assert "training.phases.0.crop: unknown key; perhaps you meant crop_px" in text
     assert "training.phases.1.afte: unknown key; perhaps you meant after" in text
+
+
+def test_python_s_words_for_lists_and_sections_are_not_shown(tmp_path: Path) -> None:
+    text = wrong(tmp_path, "training: {freeze: backbone, crop_px: [1, 2, 3], loss: 3}\n")
+    assert "training.freeze: a list is wanted, such as [a, b] (found 'backbone')" in text
+    assert "training.crop_px: 2 values are wanted at most" in text
+    assert "training.loss: a section with keys of its own is wanted" in text
+
+
+def test_braces_in_what_a_validator_says_are_text() -> None:
+    class Strict(BaseModel):
+        value: int
+
+        @field_validator("value", mode="before")
+        @classmethod
+        def _never(cls, value: object) -> object:
+            raise ValueError(f"never {value}")
+
+    with pytest.raises(ValidationError) as caught:
+        Strict(value="{name} {0}")
+    assert "value: never {name} {0}" in describe(caught.value, "here")
 
 
 def test_flags_override_the_file_with_dashes_and_underscores(tmp_path: Path) -> None:
