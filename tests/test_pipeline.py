@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ from conftest import MICRO, Micro
 from roadseg.cli import main
 from roadseg.config import Config, load_config
 from roadseg.data.shards import Shards
-from roadseg.errors import Busy, ConfigError, DataError, GateRefused, StoreError, UsageError
+from roadseg.errors import Busy, ConfigError, DataError, GateRefused, Interrupted, StoreError, UsageError
 from roadseg.files import lock, read_json, sha256_file
 from roadseg.ingest.stage import HOLDOUT
 from roadseg.pipeline import Stage, evaluate_release, run, run_folder
@@ -408,6 +410,18 @@ def test_given_shards_stand_in_for_the_transform_stage(micro: Micro, tmp_path: P
     result = run(config, until="train", workspace=workspace, name="given")
     assert list(result.outputs) == ["train"] and result.outputs["train"].cached
     assert result.outputs["train"].key == micro.result.outputs["train"].key
+
+
+def test_sigterm_before_the_first_step_is_told(micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ingest(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("roadseg.stages.Stages.ingest", ingest)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; run again to go on") as caught:
+        run(micro.config, until="train", workspace=tmp_path / "w")
+    assert caught.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_damaged_given_shards_are_refused(micro: Micro, tmp_path: Path) -> None:
