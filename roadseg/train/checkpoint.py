@@ -23,13 +23,13 @@ from torch.optim import SGD, Optimizer
 
 from roadseg.errors import ConfigError, RoadsegError
 from roadseg.files import json_bytes, read_json, sha256_bytes, write_atomic
+from roadseg.model.foreign_names import WHERE
 
 log = logging.getLogger(__name__)
 KEPT = 2
 NETWORK, AVERAGE = "network.", "average."  # begin the names of tensors
 WITH_STATE = "optimizer.parameters"  # how many parameters the optimizer had state of
 NAMED = 5  # tensors that an error names
-WHERE = "training.weights_from"
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from roadseg.files import sha256_file
 from roadseg.labels import LabelSet
 from roadseg.model.deeplab import AS_BEFORE, Architecture, DeepLabV3Plus, build
 from roadseg.model.foreign import load_foreign
+from roadseg.model.foreign_names import WHERE
 from roadseg.release.archive import TERMS, WEIGHTS, Release
-from roadseg.train.checkpoint import WHERE, averaged
+from roadseg.train.checkpoint import averaged
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
 # of the model section, what tensors depend on

@@ -179,7 +179,7 @@ class Words:
         while time.monotonic() < until and not self.store.check(others):
             time.sleep(ASK_EVERY_S)
             if time.monotonic() > quiet_until:
-                log.warning("all is done here; waiting until the other machines have heard of it")
+                log.warning("it has ended here; waiting until the other machines have heard how")
                 quiet_until = math.inf
 
 
