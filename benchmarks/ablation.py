@@ -12,7 +12,8 @@ start it once for each, with one --state and --workspace: they share the runs ou
 
 The base is --config with what suits a short run (PROXY), or as it is (--recipe). Nothing is exported: that would take
 a fifth of a short run's time. Scores are the training loop's own at its last step (history.jsonl): the averaged
-network on whole frames, single scale, bf16 on CUDA, val and the held-out drive. Latency is that of the network from
+network on whole frames, single scale, bf16 on CUDA, val and the held-out drive; with class offsets (fp32) where the
+config asks for them. Latency is that of the network from
 uint8 image to logits, batch 1, random weights: on the GPU in fp16, channels last; on the CPU by onnxruntime with one
 thread.
 """
@@ -100,6 +101,7 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rotation off", {"training.augment": {"rotate_deg": 0}}),
     ("half the learning rate, twice the decay", {"training.learning_rate": 0.002, "training.weight_decay": 1.0}),
     ("cosine", {"training.scheduler": "cosine"}),
+    *((f"class offsets {how}", {"training.class_offsets": how == "on"}) for how in ("on", "off")),
 )
 
 
@@ -287,6 +289,8 @@ def trained(point: Point, shards: Shards, work: Path) -> Result:
     finally:
         forget()
     last = {row["split"]: row["miou"] for row in read_json_lines(work / "history.jsonl") if "split" in row}
+    if (offsets := work / "log" / "class_offsets.json").exists():
+        last |= read_json(offsets)["miou"]
     return Result(
         point.name,
         point.setting,

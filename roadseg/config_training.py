@@ -105,6 +105,9 @@ class Training(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="of the averaged weights that are reported and shipped; 0: the raw weights"
     )
+    class_offsets: bool = Field(
+        False, description="after training, shift each class's logit to what scores the best mIoU on frames of train"
+    )
     clip_norm: Annotated[float, Field(ge=0)] = Field(5.0, description="gradient norm limit; 0: none")
     freeze: tuple[Literal["backbone", "aspp", "decoder", "batch_norm"], ...] = Field(
         (), description="parts that keep their weights; batch_norm: statistics that keep their values"

@@ -30,6 +30,7 @@ from roadseg.model.surgery import checkpoint_activations, freeze
 from roadseg.release.archive import TERMS, Release
 from roadseg.release.network import load_network
 from roadseg.train.candidate import write_candidate
+from roadseg.train.class_offsets import add_class_offsets
 from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.determinism import deterministic
 from roadseg.train.distillation import Distillation, refuse_other_classes
@@ -119,8 +120,11 @@ def train_candidate(
             trained["taught_by"] = f"release {teacher.digest}"
         final = plain_batch_norm(average.inference_network().cpu())
         with stopped_at_once("while the archive was written"):
-            profiled_on = torch.device("cpu") if t.deterministic else device
-            write_candidate(config, shards, final, trained, shown, terms, work, profiled_on)
+            there = torch.device("cpu") if t.deterministic else device
+            if t.class_offsets:
+                path = folder / "class_offsets.json"
+                trained["class_offsets"] = add_class_offsets(final, frames, validation, shards.label_set, there, path)
+            write_candidate(config, shards, final, trained, shown, terms, work, there)
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:

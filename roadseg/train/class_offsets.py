@@ -1,0 +1,146 @@
+"""What to add to each class's logit so that label maps score the best mean IoU, fitted after training.
+
+A network's likeliest class gives the best pixel accuracy. Mean IoU counts a rare class as much as road, so its best
+decision is another one: the largest of the logits after an offset for each class (Koyejo et al., "Consistent Binary
+Classification with Generalized Performance Metrics", 2014, for two classes; Narasimhan et al., "Consistent Multiclass
+Algorithms for Complex Performance Measures", 2015). A loss that follows IoU needs them too where it learned thin
+things by heart: it then leaves them out on frames it has not seen.
+
+The offsets go into the classifier's bias: nothing else of the network, its graph or its archive changes.
+
+Shapes: N pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from roadseg.data.shards import Split
+from roadseg.files import write_json
+from roadseg.labels import LabelSet
+from roadseg.metrics.iou import scores
+from roadseg.model.deeplab import DeepLabV3Plus
+from roadseg.train.drawn import drawn_pixels
+from roadseg.train.ranks import ALONE
+from roadseg.train.validation import validate
+
+FRAMES, PIXELS_A_FRAME = 200, 8000
+MOST_LOGITS = 50_000_000  # N x K: 200 MB
+CANDIDATES = 255  # offsets tried for a class in a round
+ROUNDS = 6
+NEGLIGIBLE = 1e-5  # of mIoU, which is in 0..1
+log = logging.getLogger(__name__)
+
+
+def add_class_offsets(
+    network: DeepLabV3Plus,
+    frames: Split,
+    validation: Mapping[str, Split],
+    label_set: LabelSet,
+    device: torch.device,
+    path: Path,
+) -> dict[str, float]:
+    """Fit offsets to `frames` and add them to `network`, in place; {class: offset}, of those that are not 0.
+
+    network: for inference, on the CPU. frames: those trained on, of which at most FRAMES are looked at: offsets are
+    fitted to every second one and kept only if mIoU on the others is better for them. device: where the network is
+    run. Writes what they did to `path`, mIoU before and after on those others and after on each split of `validation`.
+    """
+    if len(frames) < 2:
+        log.warning("class offsets: none, as train has one frame: half are for fitting, half to judge by")
+        return {}
+    there = copy.deepcopy(network).to(device)
+    chosen = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).astype(int)
+    pixels = max(1, min(PIXELS_A_FRAME, MOST_LOGITS // (label_set.num_classes * len(chosen))))
+    logits_NK, labels_N = (t.numpy() for t in drawn_pixels(there, frames, chosen[::2], pixels, device))
+    offsets_K = fit_offsets(logits_NK, labels_N, label_set)
+    logits_NK, labels_N = (t.numpy() for t in drawn_pixels(there, frames, chosen[1::2], pixels, device))
+    before, after = (_miou(logits_NK + offset_K, labels_N, label_set) for offset_K in (0 * offsets_K, offsets_K))
+    if not after > before:
+        log.info("class offsets: none, as they were no help on frames that they were not fitted to")
+        offsets_K = 0 * offsets_K
+    for place in (network, there):
+        bias = place.decoder.classifier.bias
+        assert bias is not None
+        bias.data += torch.from_numpy(offsets_K).to(bias)
+    offsets = {name: round(float(x), 4) for name, x in zip(label_set.names, offsets_K, strict=True) if x}
+    found: dict[str, Any] = {"offsets": offsets, "train": {"before": before, "after": after}, "miou": {}}
+    if offsets:
+        told = ", ".join(f"{name} {x:+.2f}" for name, x in sorted(offsets.items(), key=lambda item: -abs(item[1])))
+        log.info("class offsets: %s", told)
+        log.info("... mIoU of frames of train that they were not fitted to: %.4f, was %.4f", after, before)
+        for name, split in validation.items():
+            matrix = validate(there, split, label_set.num_classes, device, False, int, ALONE)
+            assert matrix is not None  # nobody stops it
+            found["miou"][name] = scores(matrix.numpy(), label_set)["miou"]
+            log.info("... %s mIoU %.4f", name, found["miou"][name] or 0.0)
+    write_json(path, found)
+    return offsets
+
+
+def fit_offsets(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet) -> np.ndarray:
+    """float32 [K]: offsets that raise the mIoU of argmax(logits + offsets), one class after the other until none does.
+
+    Each stays as near to 0 as the best allows. 0 for classes that no label holds, and where there is no pixel.
+    """
+    offsets_K = np.zeros(label_set.num_classes, np.float32)
+    reached = _miou(logits_NK, labels_N, label_set)
+    for _ in range(ROUNDS):
+        before = reached
+        for k in np.unique(labels_N):
+            changed_K = offsets_K.copy()
+            changed_K[k] += _rise(logits_NK + offsets_K, labels_N, int(k))
+            # Counted anew: candidates are told apart by counts of pixels, and two logits may be equal.
+            if (miou := _miou(logits_NK + changed_K, labels_N, label_set)) > reached + NEGLIGIBLE:
+                offsets_K, reached = changed_K, miou
+        if reached - before <= NEGLIGIBLE:
+            break
+    return offsets_K
+
+
+def _rise(logits_NK: np.ndarray, labels_N: np.ndarray, k: int) -> float:
+    """What to add to class k's logit alone for the best mIoU over the classes that labels hold; 0 if nothing helps.
+
+    A pixel becomes k by a rise above its gap: the largest other logit less its own. So all candidates are scored
+    from counts of pixels by their gap.
+    """
+    classes = logits_NK.shape[1]
+    others_NK = logits_NK.copy()
+    others_NK[:, k] = -np.inf
+    other_N = others_NK.argmax(1)
+    gap_N = np.take_along_axis(others_NK, other_N[:, None], 1)[:, 0] - logits_NK[:, k]
+    candidates_C = np.unique(np.append(np.quantile(gap_N[labels_N == k], np.linspace(0, 1, CANDIDATES)), 0.0))
+    # The first candidate that a pixel's gap is below: from that one on it is of class k.
+    first_N = np.searchsorted(candidates_C, gap_N, side="right")
+
+    def taken(of_N: np.ndarray) -> np.ndarray:
+        """int64 [C, K]: of some pixels, how many candidate c gives to k, by what they would be otherwise."""
+        joint = first_N[of_N] * classes + other_N[of_N]
+        counts = np.bincount(joint, minlength=(len(candidates_C) + 1) * classes)
+        return counts.reshape(-1, classes)[:-1].cumsum(0)
+
+    truth_K = np.bincount(labels_N, minlength=classes)
+    everywhere = np.ones(len(labels_N), bool)
+    taken_CK, right_taken_CK = taken(everywhere), taken(labels_N == other_N)
+    predicted_CK = np.bincount(other_N, minlength=classes) - taken_CK
+    right_CK = np.bincount(other_N[labels_N == other_N], minlength=classes) - right_taken_CK
+    predicted_CK[:, k] = taken_CK.sum(1)
+    right_CK[:, k] = taken(labels_N == k).sum(1)
+    held = truth_K > 0
+    iou_CK = right_CK[:, held] / (truth_K + predicted_CK - right_CK)[:, held]
+    miou_C = iou_CK.mean(1)
+    near = miou_C >= miou_C.max() - NEGLIGIBLE
+    return float(min(candidates_C[near], key=abs))
+
+
+def _miou(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet) -> float:
+    k = label_set.num_classes
+    joint = labels_N * k + logits_NK.argmax(1) if len(labels_N) else labels_N
+    return float(scores(np.bincount(joint, minlength=k * k).reshape(k, k), label_set)["miou"] or 0.0)
