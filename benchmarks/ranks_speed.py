@@ -4,12 +4,14 @@
 
 Everything goes through the command line, as a user would: `roadseg transform` renders town frames and
 makes their shards, `roadseg train` trains the default model on them from files.
-1. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn; images/s are the medians
-   of training's own rows (log/timing.jsonl, one every ten seconds), the first of each run left out,
-   in which steps are eager and the CUDA graph is captured. Then SIGTERM ends the run: nothing is exported.
-2. Equality: the same batch over all GPUs, fp32 and bf16; the largest relative difference of the losses.
-   Beside it the same without sync-BN, which is another computation and must differ by more.
-With the defaults 4 minutes on 2 GPUs. On a machine without one: --device cpu --size 48x96 --batch 2
+1. Equality: the same batch over all GPUs, fp32 (without TF32) and bf16; the largest relative difference of the
+   losses up to some steps. Beside it what one GPU differs from itself by, as atomic sums come in any order, and all
+   GPUs without sync-BN, which is another computation and must differ by more.
+2. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn, and one without sync-BN, whose
+   messages are what costs most; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
+   seconds), the first of each run left out, in which steps are eager and the CUDA graph is captured. Then SIGTERM
+   ends the run: nothing is exported.
+With the defaults 6 minutes on 2 GPUs. On a machine without one: --device cpu --size 48x96 --batch 2
 --backbone test_efficientnet.
 """
 
@@ -32,20 +34,23 @@ from machine import cpu_name
 
 from roadseg.files import read_json_lines
 
+NO_SYNC = ("--training.sync-batch-norm", "False")
 LIMIT_S = 150.0  # for one run, start included
 
 
 class Training:
     """`roadseg train` in a workspace of its own below `folder`, the data's outputs linked into it."""
 
-    def __init__(self, a: argparse.Namespace, folder: Path, name: str, gpus: int, *flags: str) -> None:
+    def __init__(
+        self, a: argparse.Namespace, folder: Path, name: str, gpus: int, *flags: str, tf32: bool = True
+    ) -> None:
         self.workspace, self.log = folder / name, folder / f"{name}.log"
         (self.workspace / "stages").mkdir(parents=True)
         for stage in ("ingest", "transform"):
             (self.workspace / "stages" / stage).symlink_to(folder / "data" / "stages" / stage)
         command = [*roadseg(a, "train", self.workspace), "--training.gpus", str(gpus), *flags]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(a))
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(tf32))
 
     def rows(self, name: str) -> list[dict[str, float]]:
         path = next(self.workspace.glob(f"stages/train/*.partial/{name}"), None)
@@ -67,8 +72,9 @@ class Training:
             raise SystemExit(f"{self.workspace.name} ended with {code}:\n{self.log.read_text()[-3000:]}")
 
 
-def environment(a: argparse.Namespace) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+def environment(tf32: bool = True) -> dict[str, str]:
+    own = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    return {**os.environ, **own, **({} if tf32 else {"NVIDIA_TF32_OVERRIDE": "0"})}
 
 
 def roadseg(a: argparse.Namespace, command: str, workspace: Path) -> list[str]:
@@ -84,10 +90,12 @@ def roadseg(a: argparse.Namespace, command: str, workspace: Path) -> list[str]:
     return [sys.executable, "-m", "roadseg.cli", command, "--workspace", str(workspace), *flags]
 
 
-def speed(a: argparse.Namespace, folder: Path, name: str, gpus: int) -> tuple[list[float], list[float]]:
+def speed(
+    a: argparse.Namespace, folder: Path, name: str, gpus: int, flags: tuple[str, ...]
+) -> tuple[list[float], list[float]]:
     """(images/s, share of time waiting for data) of each ten seconds after the first."""
     steps = ["--training.steps", "1000000", "--training.validate-every", "1000000"]
-    run = Training(a, folder, name, gpus, "--training.batch-size", str(a.batch * gpus), *steps)
+    run = Training(a, folder, name, gpus, "--training.batch-size", str(a.batch * gpus), *steps, *flags)
     run.until(lambda: len(run.rows("log/timing.jsonl")) > a.rows)
     rows = run.rows("log/timing.jsonl")[1:]
     return [row["images_per_s"] for row in rows], [row["waiting_share"] for row in rows]
@@ -95,14 +103,14 @@ def speed(a: argparse.Namespace, folder: Path, name: str, gpus: int) -> tuple[li
 
 def curves(a: argparse.Namespace, folder: Path) -> dict[tuple[str, str], list[float]]:
     """Losses by (precision, how); all runs at once, as nobody looks at their speed."""
-    ways = {"1 GPU": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, ("--training.sync-batch-norm", "False"))}
+    ways = {"1 GPU": (1, ()), "1 GPU again": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, NO_SYNC)}
     steps = ["--training.steps", "100", "--training.checkpoint-every", str(a.compared), "--training.warmup-steps", "5"]
     runs = {}
     for precision in ("fp32", "bf16") if a.device != "cpu" else ("fp32",):
         for way, (gpus, flags) in ways.items():
             name = f"{precision} {way}".replace(" ", "-")
             batch = ["--training.batch-size", str(a.batch * a.gpus), "--training.precision", precision]
-            runs[precision, way] = Training(a, folder, name, gpus, *steps, *batch, *flags)
+            runs[precision, way] = Training(a, folder, name, gpus, *steps, *batch, *flags, tf32=False)
     found = {}
     try:
         for key, run in runs.items():
@@ -132,21 +140,26 @@ def main() -> None:
     print(f"{what}, PyTorch {torch.__version__}, Python {platform.python_version()}, {a.batch} x {a.size} a GPU")
     with tempfile.TemporaryDirectory(prefix="ranks-speed-") as text:
         folder = Path(text)
-        subprocess.run(roadseg(a, "transform", folder / "data"), check=True, capture_output=True, env=environment(a))
+        subprocess.run(roadseg(a, "transform", folder / "data"), check=True, capture_output=True, env=environment())
         print(f"{a.frames} frames and their shards: {time.monotonic() - began:.0f} s", flush=True)
         for (precision, way), losses in (found := curves(a, folder)).items():
             alone = found[precision, "1 GPU"]
-            apart = max(abs(x - y) / abs(y) for x, y in zip(losses, alone, strict=True))
-            print(f"{precision}, {way:<16} loss {losses[0]:.5f} to {losses[-1]:.5f}, differs by up to {apart:.1e}")
+            apart = [abs(x - y) / abs(y) for x, y in zip(losses, alone, strict=True)]
+            upto = ", ".join(f"{max(apart[:n]):.1e} in {n}" for n in (1, 5, a.compared))
+            print(f"{precision}, {way:<16} loss {losses[0]:.5f} to {losses[-1]:.5f}; differs by up to {upto} steps")
         print(f"{time.monotonic() - began:.0f} s so far", flush=True)
-        rates: dict[int, list[float]] = {1: [], a.gpus: []}
+        ways: dict[str, tuple[int, tuple[str, ...]]] = {"1": (1, ()), f"{a.gpus}": (a.gpus, ())}
+        ways[f"{a.gpus}, no sync-BN"] = (a.gpus, NO_SYNC)
+        rates: dict[str, list[float]] = {way: [] for way in ways}
         for round_ in range(a.rounds):
-            for gpus, so_far in rates.items():
-                images, waiting = speed(a, folder, f"speed-{gpus}-{round_}", gpus)
-                so_far += images
-                print(f"{gpus} GPU: {images} images/s, {max(waiting):.1%} waiting for data", flush=True)
-    one, many = (statistics.median(rates[gpus]) for gpus in (1, a.gpus))
-    print(f"| GPUs | images/s |\n|---|---|\n| 1 | {one:.0f} |\n| {a.gpus} | {many:.0f}, {many / one:.2f}x |")
+            for i, (way, (gpus, flags)) in enumerate(ways.items()):
+                images, waiting = speed(a, folder, f"speed-{i}-{round_}", gpus, flags)
+                rates[way] += images
+                print(f"{way} GPU: {images} images/s, {max(waiting):.1%} waiting for data", flush=True)
+    print("| GPUs | images/s | times one GPU |\n|---|---|---|")
+    for way, images in rates.items():
+        rate, one = statistics.median(images), statistics.median(rates["1"])
+        print(f"| {way} | {rate:.0f} | {rate / one:.3f} |")
     print(f"{time.monotonic() - began:.0f} s in all")
 
 

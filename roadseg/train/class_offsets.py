@@ -45,23 +45,25 @@ def add_class_offsets(
     validation: Mapping[str, Split],
     label_set: LabelSet,
     device: torch.device,
+    bf16: bool,
     path: Path,
 ) -> dict[str, float]:
     """Fit offsets to `frames` and add them to `network`, in place; {class: offset}, of those that are not 0.
 
     network: for inference, on the CPU. frames: those trained on, of which at most FRAMES are looked at: offsets are
-    fitted to every second one and kept only if mIoU on the others is better for them. device: where the network is
-    run. Writes what they did to `path`, mIoU before and after on those others and after on each split of `validation`.
+    fitted to every second one and kept only if mIoU on the others is better for them. device, bf16: where and how the
+    network is run. Writes to `path` what they did: mIoU before and after on those others, and after on each split of
+    `validation`.
     """
-    if len(frames) < 2:
-        log.warning("class offsets: none, as train has one frame: half are for fitting, half to judge by")
+    if len(frames) < 2 or label_set.num_classes < 2:
+        log.warning("class offsets: none, which takes two classes, and two frames of train: to fit to and to judge by")
         return {}
     there = copy.deepcopy(network).to(device)
     chosen = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).astype(int)
     pixels = max(1, min(PIXELS_A_FRAME, MOST_LOGITS // (label_set.num_classes * len(chosen))))
-    logits_NK, labels_N = (t.numpy() for t in drawn_pixels(there, frames, chosen[::2], pixels, device))
+    logits_NK, labels_N = (t.numpy() for t in drawn_pixels(there, frames, chosen[::2], pixels, device, bf16))
     offsets_K = fit_offsets(logits_NK, labels_N, label_set)
-    logits_NK, labels_N = (t.numpy() for t in drawn_pixels(there, frames, chosen[1::2], pixels, device))
+    logits_NK, labels_N = (t.numpy() for t in drawn_pixels(there, frames, chosen[1::2], pixels, device, bf16))
     before, after = (_miou(logits_NK + offset_K, labels_N, label_set) for offset_K in (0 * offsets_K, offsets_K))
     if not after > before:
         log.info("class offsets: none, as they were no help on frames that they were not fitted to")
@@ -77,7 +79,7 @@ def add_class_offsets(
         log.info("class offsets: %s", told)
         log.info("... mIoU of frames of train that they were not fitted to: %.4f, was %.4f", after, before)
         for name, split in validation.items():
-            matrix = validate(there, split, label_set.num_classes, device, False, int, ALONE)
+            matrix = validate(there, split, label_set.num_classes, device, bf16, int, ALONE)
             assert matrix is not None  # nobody stops it
             found["miou"][name] = scores(matrix.numpy(), label_set)["miou"]
             log.info("... %s mIoU %.4f", name, found["miou"][name] or 0.0)
@@ -92,9 +94,10 @@ def fit_offsets(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet
     """
     offsets_K = np.zeros(label_set.num_classes, np.float32)
     reached = _miou(logits_NK, labels_N, label_set)
+    held, pixels = np.unique(labels_N, return_counts=True)
     for _ in range(ROUNDS):
         before = reached
-        for k in np.unique(labels_N):
+        for k in held[np.argsort(pixels, kind="stable")]:  # the rarest first, as it is they that want to move
             changed_K = offsets_K.copy()
             changed_K[k] += _rise(logits_NK + offsets_K, labels_N, int(k))
             # Counted anew: candidates are told apart by counts of pixels, and two logits may be equal.
@@ -116,7 +119,9 @@ def _rise(logits_NK: np.ndarray, labels_N: np.ndarray, k: int) -> float:
     others_NK[:, k] = -np.inf
     other_N = others_NK.argmax(1)
     gap_N = np.take_along_axis(others_NK, other_N[:, None], 1)[:, 0] - logits_NK[:, k]
-    candidates_C = np.unique(np.append(np.quantile(gap_N[labels_N == k], np.linspace(0, 1, CANDIDATES)), 0.0))
+    shares = np.linspace(0, 1, CANDIDATES)
+    gaps = [np.quantile(some_N, shares, method="nearest") for some_N in (gap_N[labels_N == k], gap_N)]
+    candidates_C = np.unique([*(np.concatenate(gaps) + 1e-5 * np.ptp(gap_N)), 0.0])  # above a gap, to win that pixel
     # The first candidate that a pixel's gap is below: from that one on it is of class k.
     first_N = np.searchsorted(candidates_C, gap_N, side="right")
 

@@ -122,8 +122,10 @@ def train_candidate(
         with stopped_at_once("while the archive was written"):
             there = torch.device("cpu") if t.deterministic else device
             if t.class_offsets:
-                path = folder / "class_offsets.json"
-                trained["class_offsets"] = add_class_offsets(final, frames, validation, shards.label_set, there, path)
+                bf16, path = settings.bf16 and there == device, folder / "class_offsets.json"
+                trained["class_offsets"] = add_class_offsets(
+                    final, frames, validation, shards.label_set, there, bf16, path
+                )
             write_candidate(config, shards, final, trained, shown, terms, work, there)
 
 
