@@ -31,6 +31,7 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
         f"data fingerprint `{trained['data_fingerprints'].get('train', '')}`",
         f"- Made by roadseg {model['package_version']}" + (f", commit `{c}`" if (c := model["code_commit"]) else ""),
         f"- Preprocessing: {model['preprocessing']['input']}; normalisation {model['preprocessing']['normalisation']}",
+        *_offsets(trained),
         "",
         f"## Scores on {evaluation['source']} {evaluation['split']} ({evaluation['images']} images)",
         "",
@@ -53,6 +54,14 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _offsets(trained: Mapping[str, Any]) -> list[str]:
+    """What makes the logits another thing than the scores that the loss was of."""
+    if not (offsets := trained.get("class_offsets")):
+        return []
+    told = ", ".join(f"{_plain(name)} {x:+.2f}" for name, x in sorted(offsets.items(), key=lambda o: -abs(o[1])))
+    return [f"- Added to the logits after training, for the best mIoU on frames of train: {told}"]
 
 
 def _early(architecture: Mapping[str, Any]) -> str:

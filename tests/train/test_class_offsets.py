@@ -20,6 +20,7 @@ from roadseg.data.shards import Shards
 from roadseg.files import read_json
 from roadseg.metrics.iou import scores
 from roadseg.release.archive import WEIGHTS, load_release
+from roadseg.release.card import card
 from roadseg.train import checkpoint, class_offsets, stage
 from roadseg.train.class_offsets import add_class_offsets, fit_offsets
 
@@ -165,6 +166,11 @@ def test_a_training_ships_them_in_the_classifiers_bias(
     stage.train_candidate(load_config(None, {"model": model, "training": training}), shards, tmp_path)
     release = load_release(tmp_path / "model.tar.gz")
     assert release.model["training"]["class_offsets"] == {"sky": 100.0, "car": 0.5}
+    scores = {
+        "source": "test", "split": "val", "images": 1, "miou": 0.5, "pixel_accuracy": 0.5, "mean_accuracy": 0.5,
+        "runtime": "", "data_fingerprint": "", "class_iou": {}, "classes": [],
+    }  # fmt: skip
+    assert "best mIoU on frames of train: sky +100.00, car +0.50" in card(release, scores)
     _, tensors = checkpoint.newest(tmp_path / "checkpoints") or (0, {})
     shipped = load_tensors(release.members[WEIGHTS])
     changed = {name for name, value in shipped.items() if not torch.equal(value, tensors[f"average.{name}"])}
