@@ -11,8 +11,8 @@ makes their shards, `roadseg train` trains the default model on them from files.
    messages are what costs most; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
    seconds), the first of each run left out, in which steps are eager and the CUDA graph is captured. Then SIGTERM
    ends the run: nothing is exported.
-With the defaults 6 minutes on 2 GPUs. On a machine without one: --device cpu --size 48x96 --batch 2
---backbone test_efficientnet.
+With the defaults 6 to 8 minutes on 2 GPUs, by what an earlier form took: this one has run on CPU ranks alone. On a
+machine without one: --device cpu --size 48x96 --batch 2 --backbone test_efficientnet.
 """
 
 from __future__ import annotations
@@ -102,23 +102,25 @@ def speed(
 
 
 def curves(a: argparse.Namespace, folder: Path) -> dict[tuple[str, str], list[float]]:
-    """Losses by (precision, how); all runs at once, as nobody looks at their speed."""
+    """Losses by (precision, how); the runs of a precision at once, as nobody looks at their speed."""
     ways = {"1 GPU": (1, ()), "1 GPU again": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, NO_SYNC)}
     steps = ["--training.steps", "100", "--training.checkpoint-every", str(a.compared), "--training.warmup-steps", "5"]
-    runs = {}
-    for precision in ("fp32", "bf16") if a.device != "cpu" else ("fp32",):
-        for way, (gpus, flags) in ways.items():
-            name = f"{precision} {way}".replace(" ", "-")
-            batch = ["--training.batch-size", str(a.batch * a.gpus), "--training.precision", precision]
-            runs[precision, way] = Training(a, folder, name, gpus, *steps, *batch, *flags, tf32=False)
     found = {}
-    try:
-        for key, run in runs.items():
-            run.until(lambda run=run: len(run.rows("history.jsonl")) >= a.compared)  # type: ignore[misc]
-            found[key] = [row["loss"] for row in run.rows("history.jsonl") if "loss" in row][: a.compared]
-    finally:
-        for run in runs.values():
-            run.process.kill()
+    for precision in ("fp32", "bf16") if a.device != "cpu" else ("fp32",):
+        batch = ["--training.batch-size", str(a.batch * a.gpus), "--training.precision", precision]
+        runs = {}
+        try:
+            for way, (gpus, flags) in ways.items():
+                name = f"{precision} {way}".replace(" ", "-")
+                runs[way] = Training(a, folder, name, gpus, *steps, *batch, *flags, tf32=False)
+            for way, run in runs.items():
+                run.until(lambda run=run: len(run.rows("history.jsonl")) >= a.compared)  # type: ignore[misc]
+                found[precision, way] = [row["loss"] for row in run.rows("history.jsonl") if "loss" in row][
+                    : a.compared
+                ]
+        finally:
+            for run in runs.values():
+                run.process.kill()
     return found
 
 

@@ -110,7 +110,9 @@ class Training(Section):
     )
     clip_norm: Annotated[float, Field(ge=0)] = Field(5.0, description="gradient norm limit; 0: none")
     freeze: tuple[Literal["backbone", "aspp", "decoder", "batch_norm"], ...] = Field(
-        (), description="parts that keep their weights; batch_norm: statistics that keep their values"
+        (),
+        description="parts that keep their weights (class_offsets shifts a frozen decoder's bias all the same); "
+        "batch_norm: statistics that keep their values",
     )
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="validations without a better mIoU of val after which training ends; 0: never"

@@ -109,7 +109,8 @@ def _judgements(predictor: Predictor, manifest: Manifest, root: Path, limits: Li
     with progress(len(samples), f"judge {split}", "image") as bar:
         for sample in samples:
             image, label = read_frame(root, sample, manifest.forms[sample.part], limits)
-            logits_Khw = predictor.logits(image) / predictor.release.temperature
+            release = predictor.release
+            logits_Khw = (predictor.logits(image) - release.class_offsets[:, None, None]) / release.temperature
             width = min(GRID_PX, logits_Khw.shape[2])
             shape = max(1, round(width * label.shape[0] / label.shape[1])), width
             grid = cv2.resize(label, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)

@@ -26,11 +26,14 @@ class Seer:
     """A predictor that is right with a certainty of its own for each pixel: bright channel = class."""
 
     label_set = RGB
-    release = SimpleNamespace(temperature=1.0)
+
+    def __init__(self, *offsets: float) -> None:
+        self.release = SimpleNamespace(temperature=1.0, class_offsets=np.array(offsets or [0, 0, 0], np.float32))
 
     def logits(self, image: np.ndarray) -> np.ndarray:
         small = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA).astype(np.float32)
-        return np.ascontiguousarray(small.transpose(2, 0, 1)[: RGB.num_classes] / 40)
+        scores_KHW = small.transpose(2, 0, 1)[: RGB.num_classes] / 40
+        return np.ascontiguousarray(scores_KHW + self.release.class_offsets[:, None, None])
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +67,15 @@ def test_images_with_wrong_objects_come_first_and_say_what_for_what(tmp_path: Pa
     labelled, seen, share = found[0].pairs[0]
     assert (labelled, seen) == (RGB.names[2], RGB.names[1]) and share > 0.03
     assert found[0].mask.any() and f"labelled {labelled}, seen {seen}" in table(found)
+
+
+def test_class_offsets_say_nothing_of_how_sure_it_is(tmp_path: Path) -> None:
+    manifest = tree(tmp_path, {3})
+    plain, shifted = (
+        find_suspects(seer, manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
+        for seer in (Seer(), Seer(-4, 0, 6))
+    )
+    assert [(s.sample.name, round(s.share, 3)) for s in plain] == [(s.sample.name, round(s.share, 3)) for s in shifted]
 
 
 def test_the_page_shows_them_and_is_inert(tmp_path: Path) -> None:

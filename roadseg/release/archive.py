@@ -7,10 +7,13 @@ import json
 import struct
 import tarfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from roadseg.errors import ArchiveError
 from roadseg.files import sha256_bytes, write_atomic
@@ -47,8 +50,19 @@ class Release:
 
     @property
     def temperature(self) -> float:
-        """Divides logits before softmax; fitted on validation."""
+        """Divides logits, less class_offsets, before softmax; fitted on validation."""
         return float(self.model["temperature"])
+
+    @cached_property
+    def class_offsets(self) -> np.ndarray:
+        """float32 [K]: what logits hold for the best mIoU, and probabilities must not (training.class_offsets)."""
+        return offsets_of(self.model.get("training", {}), self.label_set.names)
+
+
+def offsets_of(training: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """float32 [K], from what model.json says of a training; 0 for each class where it says nothing."""
+    named = training.get("class_offsets", {})
+    return np.array([named.get(name, 0.0) for name in names], np.float32)
 
 
 def write_archive(path: Path, model: dict[str, Any], onnx: bytes, weights: bytes, terms: str) -> str:
@@ -205,6 +219,8 @@ def _read_model(members: dict[str, bytes], where: str) -> dict[str, Any]:
             raise ArchiveError("model.json does not list the members' digests", where=where)
         LabelSet.from_json(model["label_set"]).trained  # noqa: B018 (fails here on train ids that are not 0..n-1)
         float(model["temperature"])
+        for offset in model.get("training", {}).get("class_offsets", {}).values():
+            float(offset)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as e:
         raise ArchiveError(f"model.json is not readable ({type(e).__name__}: {e})", where=where) from e
     return model

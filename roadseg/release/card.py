@@ -57,11 +57,13 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
 
 
 def _offsets(trained: Mapping[str, Any]) -> list[str]:
-    """What makes the logits another thing than the scores that the loss was of."""
+    """One line on the class offsets, the largest first; none without them."""
     if not (offsets := trained.get("class_offsets")):
         return []
     told = ", ".join(f"{_plain(name)} {x:+.2f}" for name, x in sorted(offsets.items(), key=lambda o: -abs(o[1])))
-    return [f"- Added to the logits after training, for the best mIoU on frames of train: {told}"]
+    return [
+        f"- Added to the logits after training, for the best mIoU on frames of train (not in probabilities): {told}"
+    ]
 
 
 def _early(architecture: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from roadseg.data.profile import chosen as chosen_frames
 from roadseg.data.shards import Shards, Split
 from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.model.embed import backbone_digest, embedder
-from roadseg.release.archive import write_archive
+from roadseg.release.archive import offsets_of, write_archive
 from roadseg.release.export import check_export, export_onnx
 from roadseg.release.graph import without_weights
 from roadseg.train.temperature import fit_temperature
@@ -58,7 +58,7 @@ def write_candidate(
             "mean": network.mean.flatten().tolist(),
             "std": network.std.flatten().tolist(),
         },
-        "temperature": fit_temperature(network, split, chosen),
+        "temperature": fit_temperature(network, split, chosen, offsets_of(trained, shards.label_set.names)),
         "architecture": network.architecture.to_json(),
         "parameters": network.count_parameters(),
         "config": {k: config.key_fields()[k] for k in ("model", "training")},

@@ -3,10 +3,11 @@
 A network's likeliest class gives the best pixel accuracy. Mean IoU counts a rare class as much as road, so its best
 decision is another one: the largest of the logits after an offset for each class (Koyejo et al., "Consistent Binary
 Classification with Generalized Performance Metrics", 2014, for two classes; Narasimhan et al., "Consistent Multiclass
-Algorithms for Complex Performance Measures", 2015). A loss that follows IoU needs them too where it learned thin
-things by heart: it then leaves them out on frames it has not seen.
+Algorithms for Complex Performance Measures", 2015). A loss that follows IoU is no exception: trained with
+Lovász-softmax, CamVid's network left out four poles of five on val (docs/experiments.md).
 
-The offsets go into the classifier's bias: nothing else of the network, its graph or its archive changes.
+The offsets go into the classifier's bias, so that the network, its graph and its label maps are as any others. Whoever
+makes probabilities of its logits takes them off again (Release.class_offsets): they would be falsely sure.
 
 Shapes: N pixels, K classes.
 """
@@ -27,6 +28,7 @@ from roadseg.files import write_json
 from roadseg.labels import LabelSet
 from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import DeepLabV3Plus
+from roadseg.progress import progress
 from roadseg.train.drawn import drawn_pixels
 from roadseg.train.ranks import ALONE
 from roadseg.train.validation import validate
@@ -36,6 +38,7 @@ MOST_LOGITS = 50_000_000  # N x K: 200 MB
 CANDIDATES = 255  # offsets tried for a class in a round
 ROUNDS = 6
 NEGLIGIBLE = 1e-5  # of mIoU, which is in 0..1
+LEAST_GAIN = 1e-4  # what offsets must be worth on frames that they were not fitted to
 log = logging.getLogger(__name__)
 
 
@@ -44,34 +47,30 @@ def add_class_offsets(
     frames: Split,
     validation: Mapping[str, Split],
     label_set: LabelSet,
-    device: torch.device,
     bf16: bool,
     path: Path,
 ) -> dict[str, float]:
     """Fit offsets to `frames` and add them to `network`, in place; {class: offset}, of those that are not 0.
 
-    network: for inference, on the CPU. frames: those trained on, of which at most FRAMES are looked at: offsets are
-    fitted to every second one and kept only if mIoU on the others is better for them. device, bf16: where and how the
-    network is run. Writes to `path` what they did: mIoU before and after on those others, and after on each split of
-    `validation`.
+    network: for inference, on the device that it is to be run on, in bf16 if asked. frames: those trained on, of
+    which at most FRAMES are looked at: offsets are fitted to every second one, and kept only if mIoU on the others
+    (trained on as well, and maybe of the same drives) gains by LEAST_GAIN. Writes to `path` what they did: mIoU before
+    and after on those others, and after on each split of `validation`, which has no say in them.
     """
     if len(frames) < 2 or label_set.num_classes < 2:
         log.warning("class offsets: none, which takes two classes, and two frames of train: to fit to and to judge by")
         return {}
-    there = copy.deepcopy(network).to(device)
-    chosen = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).astype(int)
-    pixels = max(1, min(PIXELS_A_FRAME, MOST_LOGITS // (label_set.num_classes * len(chosen))))
-    logits_NK, labels_N = (t.numpy() for t in drawn_pixels(there, frames, chosen[::2], pixels, device, bf16))
-    offsets_K = fit_offsets(logits_NK, labels_N, label_set)
-    logits_NK, labels_N = (t.numpy() for t in drawn_pixels(there, frames, chosen[1::2], pixels, device, bf16))
-    before, after = (_miou(logits_NK + offset_K, labels_N, label_set) for offset_K in (0 * offsets_K, offsets_K))
-    if not after > before:
-        log.info("class offsets: none, as they were no help on frames that they were not fitted to")
-        offsets_K = 0 * offsets_K
-    for place in (network, there):
-        bias = place.decoder.classifier.bias
-        assert bias is not None
-        bias.data += torch.from_numpy(offsets_K).to(bias)
+    device = network.mean.device
+    try:
+        offsets_K, before, after = _fitted(network, frames, label_set, device, bf16)
+    except torch.OutOfMemoryError:  # a training that is done must not end with this
+        log.warning("no memory on %s for class offsets: they are fitted on the CPU", device)
+        cpu = torch.device("cpu")
+        offsets_K, before, after = _fitted(copy.deepcopy(network).to(cpu), frames, label_set, cpu, False)
+    if after <= before + LEAST_GAIN:
+        log.info("class offsets: none, as they gain nothing on frames of train that they were not fitted to")
+        offsets_K = np.zeros_like(offsets_K)
+    add_to_logits(network, offsets_K)
     offsets = {name: round(float(x), 4) for name, x in zip(label_set.names, offsets_K, strict=True) if x}
     found: dict[str, Any] = {"offsets": offsets, "train": {"before": before, "after": after}, "miou": {}}
     if offsets:
@@ -79,7 +78,7 @@ def add_class_offsets(
         log.info("class offsets: %s", told)
         log.info("... mIoU of frames of train that they were not fitted to: %.4f, was %.4f", after, before)
         for name, split in validation.items():
-            matrix = validate(there, split, label_set.num_classes, device, bf16, int, ALONE)
+            matrix = validate(network, split, label_set.num_classes, device, bf16, int, ALONE)
             assert matrix is not None  # nobody stops it
             found["miou"][name] = scores(matrix.numpy(), label_set)["miou"]
             log.info("... %s mIoU %.4f", name, found["miou"][name] or 0.0)
@@ -87,10 +86,35 @@ def add_class_offsets(
     return offsets
 
 
+def add_to_logits(network: DeepLabV3Plus, offsets_K: np.ndarray) -> None:
+    """In place, by the classifier's bias."""
+    bias = network.decoder.classifier.bias
+    assert bias is not None
+    bias.data += torch.from_numpy(offsets_K).to(bias)
+
+
+def _fitted(
+    network: DeepLabV3Plus, frames: Split, label_set: LabelSet, device: torch.device, bf16: bool
+) -> tuple[np.ndarray, float, float]:
+    """(offsets, float32 [K]; mIoU without them, with them, on the frames that they were not fitted to)."""
+    chosen = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).astype(int)
+    pixels = max(1, min(PIXELS_A_FRAME, MOST_LOGITS // (label_set.num_classes * len(chosen))))
+
+    def drawn(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits_NK, labels_N = drawn_pixels(network, frames, some, pixels, device, bf16, bar.update)
+        return logits_NK.numpy(), labels_N.numpy()
+
+    with progress(len(chosen), "class offsets", "frame") as bar:
+        offsets_K = fit_offsets(*drawn(chosen[::2]), label_set)
+        logits_NK, labels_N = drawn(chosen[1::2])
+    before, after = (_miou(logits_NK + offset_K, labels_N, label_set) for offset_K in (0 * offsets_K, offsets_K))
+    return offsets_K, before, after
+
+
 def fit_offsets(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet) -> np.ndarray:
     """float32 [K]: offsets that raise the mIoU of argmax(logits + offsets), one class after the other until none does.
 
-    Each stays as near to 0 as the best allows. 0 for classes that no label holds, and where there is no pixel.
+    Each change is the smallest that its best allows. 0 for classes that no label holds, and where there is no pixel.
     """
     offsets_K = np.zeros(label_set.num_classes, np.float32)
     reached = _miou(logits_NK, labels_N, label_set)
@@ -111,6 +135,7 @@ def fit_offsets(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet
 def _rise(logits_NK: np.ndarray, labels_N: np.ndarray, k: int) -> float:
     """What to add to class k's logit alone for the best mIoU over the classes that labels hold; 0 if nothing helps.
 
+    Labels hold k. Tried are CANDIDATES by k's own pixels and as many by all: every one of them where there are few.
     A pixel becomes k by a rise above its gap: the largest other logit less its own. So all candidates are scored
     from counts of pixels by their gap.
     """
@@ -121,7 +146,8 @@ def _rise(logits_NK: np.ndarray, labels_N: np.ndarray, k: int) -> float:
     gap_N = np.take_along_axis(others_NK, other_N[:, None], 1)[:, 0] - logits_NK[:, k]
     shares = np.linspace(0, 1, CANDIDATES)
     gaps = [np.quantile(some_N, shares, method="nearest") for some_N in (gap_N[labels_N == k], gap_N)]
-    candidates_C = np.unique([*(np.concatenate(gaps) + 1e-5 * np.ptp(gap_N)), 0.0])  # above a gap, to win that pixel
+    above = 1e-4 * float(np.subtract(*np.quantile(gap_N, [0.75, 0.25])))  # a gap, to win that pixel
+    candidates_C = np.unique([*(np.concatenate(gaps) + above), 0.0])
     # The first candidate that a pixel's gap is below: from that one on it is of class k.
     first_N = np.searchsorted(candidates_C, gap_N, side="right")
 

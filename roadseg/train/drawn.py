@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ def drawn_pixels(
     pixels_a_frame: int,
     device: torch.device | None = None,
     bf16: bool = False,
+    done: Callable[[], object] = int,
 ) -> tuple[Tensor, Tensor]:
     """(logits, float32 [N, K]; labels, int64 [N]) on the CPU: at most so many valid pixels of each frame, the same ones
     in every run, their logits bilinearly upsampled.
 
-    network: in eval mode on `device`, the CPU if None. frames: at least one. bf16: run it in that precision. N is 0
-    where the frames hold no valid pixel.
+    network: in eval mode on `device`, the CPU if None. frames: at least one. bf16: run it in that precision. done:
+    called after each frame. N is 0 where the frames hold no valid pixel.
     """
     device = device or torch.device("cpu")
     logits_NK, labels_N = [], []
@@ -40,10 +41,12 @@ def drawn_pixels(
         row_column_2N = np.stack(np.divmod(drawn, label.shape[1]))
         # Where F.interpolate would sample for these pixels: the whole map enlarged may be gigabytes.
         places = 2 * (row_column_2N + 0.5) / np.array(label.shape)[:, None] - 1
-        grid_11N2 = torch.from_numpy(places[::-1].T.astype(np.float32)).to(device)[None, None]
+        grid_11N2 = torch.from_numpy(places[::-1].T.astype(np.float32).copy())[None, None]
+        # On the CPU: Apple's MPS has no "border" before PyTorch 2.13.
         found_1K1N = F.grid_sample(
-            logits_1Khw.float(), grid_11N2, mode="bilinear", padding_mode="border", align_corners=False
+            logits_1Khw.float().cpu(), grid_11N2, mode="bilinear", padding_mode="border", align_corners=False
         )
-        logits_NK.append(found_1K1N[0, :, 0].T.cpu())
+        logits_NK.append(found_1K1N[0, :, 0].T)
         labels_N.append(torch.from_numpy(label.ravel()[drawn].astype(np.int64)))
+        done()
     return torch.cat(logits_NK), torch.cat(labels_N)

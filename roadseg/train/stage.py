@@ -30,7 +30,7 @@ from roadseg.model.surgery import checkpoint_activations, freeze
 from roadseg.release.archive import TERMS, Release
 from roadseg.release.network import load_network
 from roadseg.train.candidate import write_candidate
-from roadseg.train.class_offsets import add_class_offsets
+from roadseg.train.class_offsets import add_class_offsets, add_to_logits
 from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.determinism import deterministic
 from roadseg.train.distillation import Distillation, refuse_other_classes
@@ -112,21 +112,23 @@ def train_candidate(
             if not ran_out(e):
                 raise
             raise out_of_memory(e, architecture, t, ranks.world, settings.bf16, device) from e
+        final = plain_batch_norm(average.inference_network())
+        offsets = {}
+        if ranks.main and t.class_offsets:
+            with stopped_at_once("while class offsets were fitted"):
+                path = folder / "class_offsets.json"
+                offsets = add_class_offsets(final, frames, validation, shards.label_set, settings.bf16, path)
     if ranks.main:
         trained: dict[str, Any] = {"steps": taken, "started_from": start.words}
+        if offsets:
+            trained["class_offsets"] = offsets
         if start.made_anew:
             trained["made_anew"] = list(start.made_anew)
         if teacher:
             trained["taught_by"] = f"release {teacher.digest}"
-        final = plain_batch_norm(average.inference_network().cpu())
         with stopped_at_once("while the archive was written"):
-            there = torch.device("cpu") if t.deterministic else device
-            if t.class_offsets:
-                bf16, path = settings.bf16 and there == device, folder / "class_offsets.json"
-                trained["class_offsets"] = add_class_offsets(
-                    final, frames, validation, shards.label_set, there, bf16, path
-                )
-            write_candidate(config, shards, final, trained, shown, terms, work, there)
+            profiled_on = torch.device("cpu") if t.deterministic else device
+            write_candidate(config, shards, final.cpu(), trained, shown, terms, work, profiled_on)
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
@@ -269,7 +271,9 @@ def _objective(t: Training, shards: Shards, teacher: Release | None, device: tor
     if teacher is None:
         return Objective(criterion)
     refuse_other_classes(teacher, shards.label_set)
-    network = load_network(teacher).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = load_network(teacher)
+    add_to_logits(network, -teacher.class_offsets)  # its scores are to be learned, not what suits its mIoU
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Objective(criterion, Distillation(network, t.distill_weight, t.distill_temperature), bf16)
 
 

@@ -71,6 +71,7 @@ def test_a_release_says_what_was_written(release_path: Path) -> None:
     release = load_release(release_path)
     assert release.digest == sha256_file(release_path)
     assert (release.label_set, release.temperature, release.members[WEIGHTS]) == (RGB, 1.0, b"weights")
+    assert release.class_offsets.tolist() == [0, 0, 0]
     assert set(release.members) == MEMBERS
     assert load_release(release_path, release.digest).digest == release.digest
     with tarfile.open(release_path) as tar:  # any tar can read it
@@ -129,6 +130,10 @@ TAMPERED: dict[str, tuple[Callable[[Members], Members], str]] = {
         "model.json is not readable",
     ),
     "no number": (lambda m: described(m, lambda model: model.update(temperature="hot")), "not readable"),
+    "offsets of words": (
+        lambda m: described(m, lambda model: model["training"].update(class_offsets={"red": "much"})),
+        "not readable",
+    ),
     "a list": (lambda m: described(m, lambda model: b"[]"), "not readable"),
     "no text": (lambda m: described(m, lambda model: b"\xff\xfe"), "not readable"),
     "deep": (lambda m: described(m, lambda model: b"[" * 100_000), "not readable"),

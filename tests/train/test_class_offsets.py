@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from roadseg.config import load_config
-from roadseg.data.shards import Shards
+from roadseg.data.shards import Shards, Split
 from roadseg.files import read_json
 from roadseg.metrics.iou import scores
 from roadseg.release.archive import WEIGHTS, load_release
@@ -42,18 +43,20 @@ def drawn(seed: int, pixels: int = 300) -> tuple[np.ndarray, np.ndarray]:
     return logits_NK.astype(np.float32), labels_N
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 2))
-def test_one_class_moves_to_its_best_offset(seed: int, k: int) -> None:
-    logits_NK, labels_N = drawn(seed)
+def test_one_class_moves_to_its_best_offset_and_no_further(seed: int, k: int) -> None:
+    logits_NK, labels_N = drawn(seed, 90)  # so few that every gap is tried
     if not (labels_N == k).any():
         return
     rise = class_offsets._rise(logits_NK, labels_N, k)
-    one_hot = np.eye(3)[k]
-    tried = np.linspace(-8, 8, 1601)
-    best = max(miou(logits_NK + x * one_hot, labels_N) for x in tried)
-    # Candidates lie at quantiles of 300 gaps; a pixel more or less is what may be between two of them.
-    assert miou(logits_NK + rise * one_hot, labels_N) >= best - 0.01
+    others = np.delete(logits_NK, k, 1).max(1)
+    changes = np.sort(others - logits_NK[:, k])  # where one pixel more becomes k
+    tried = np.concatenate([[changes[0] - 1], (changes[1:] + changes[:-1]) / 2, [changes[-1] + 1]])
+    scored = np.array([miou(logits_NK + x * np.eye(3)[k], labels_N) for x in tried])
+    assert miou(logits_NK + rise * np.eye(3)[k], labels_N) == pytest.approx(scored.max(), abs=1e-6)
+    spacing = np.diff(changes, prepend=changes[0] - 1, append=changes[-1] + 1).max()
+    assert abs(rise) <= np.abs(tried[scored >= scored.max() - 1e-9]).min() + spacing
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,6 +101,7 @@ class Colours(nn.Module):
         classifier.bias.data = torch.tensor(bias) - colours_K3.square().sum(1) / 1000
         self.decoder = SimpleNamespace(classifier=classifier)
         self.classifier = classifier
+        self.mean = torch.zeros(1)
 
     def forward(self, image: Tensor) -> Tensor:
         found: Tensor = self.decoder.classifier(image.float())
@@ -121,7 +125,7 @@ def test_a_spoiled_bias_is_put_right(shards: Shards, tmp_path: Path, caplog: pyt
     before = bias.detach().clone()
     with caplog.at_level(logging.INFO):
         offsets = add_class_offsets(
-            network, shards.split("train"), {"val": shards.split("val")}, THREE, CPU, False, tmp_path / "offsets.json"
+            network, shards.split("train"), {"val": shards.split("val")}, THREE, False, tmp_path / "offsets.json"
         )
     assert offsets["car"] > 11
     moved = (bias.detach() - before).tolist()
@@ -141,15 +145,57 @@ def test_offsets_that_do_not_help_elsewhere_are_dropped(
     before = bias.detach().clone()
     monkeypatch.setattr(class_offsets, "fit_offsets", lambda *_: np.array([90, 0, 0], np.float32))
     with caplog.at_level(logging.INFO):
-        assert add_class_offsets(network, shards.split("train"), {}, THREE, CPU, False, tmp_path / "offsets.json") == {}
+        assert add_class_offsets(network, shards.split("train"), {}, THREE, False, tmp_path / "offsets.json") == {}
     assert torch.equal(bias, before) and "class offsets: none" in caplog.text
     found = read_json(tmp_path / "offsets.json")
     assert found["offsets"] == {} and found["train"]["after"] < found["train"]["before"]
 
 
+def test_they_are_fitted_to_one_half_of_train_and_judged_by_the_other(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[tuple[object, list[int], int, bool]] = []
+    original = class_offsets.drawn_pixels
+
+    def spy(network: nn.Module, split: Split, frames: np.ndarray, pixels: int, *rest: Any) -> tuple[Tensor, Tensor]:
+        looked_at.append((split, frames.tolist(), pixels, rest[1]))
+        return original(network, split, frames, pixels, *rest)
+
+    monkeypatch.setattr(class_offsets, "drawn_pixels", spy)
+    train = shards.split("train")
+    validation = {"val": shards.split("val"), "holdout": shards.split("val")}
+    add_class_offsets(Colours(0, 0, -30).eval(), train, validation, THREE, True, tmp_path / "offsets.json")
+    assert all(split is train and bf16 for split, _, _, bf16 in looked_at)
+    assert [frames for _, frames, _, _ in looked_at] == [[0, 2, 4], [1, 3, 5]]
+    assert read_json(tmp_path / "offsets.json")["miou"].keys() == {"val", "holdout"}
+    looked_at.clear()
+    monkeypatch.setattr(class_offsets, "FRAMES", 4)
+    monkeypatch.setattr(class_offsets, "MOST_LOGITS", 240)
+    add_class_offsets(Colours(0, 0, -30).eval(), train, {}, THREE, False, tmp_path / "offsets.json")
+    assert [frames for _, frames, _, _ in looked_at] == [[0, 3], [1, 5]]
+    assert {pixels for _, _, pixels, _ in looked_at} == {20}  # 240 logits: of 3 classes and 4 frames
+
+
+def test_a_gpu_without_memory_left_hands_over_to_the_cpu(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, calls = class_offsets.drawn_pixels, []
+
+    def full(*arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(arguments[5])
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(class_offsets, "drawn_pixels", full)
+    train = shards.split("train")
+    assert add_class_offsets(Colours(0, 0, -30).eval(), train, {}, THREE, True, tmp_path / "offsets.json")["car"] > 11
+    assert calls == [True, False, False] and "they are fitted on the CPU" in caplog.text
+
+
 def test_one_frame_is_too_few(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert add_class_offsets(Colours(0, 0, 0), range(1), {}, THREE, CPU, False, tmp_path / "offsets.json") == {}  # type: ignore[arg-type]
+        assert add_class_offsets(Colours(0, 0, 0), range(1), {}, THREE, False, tmp_path / "offsets.json") == {}  # type: ignore[arg-type]
     assert "two frames of train" in caplog.text and not (tmp_path / "offsets.json").exists()
 
 
@@ -170,7 +216,19 @@ def test_a_training_ships_them_in_the_classifiers_bias(
         "source": "test", "split": "val", "images": 1, "miou": 0.5, "pixel_accuracy": 0.5, "mean_accuracy": 0.5,
         "runtime": "", "data_fingerprint": "", "class_iou": {}, "classes": [],
     }  # fmt: skip
-    assert "best mIoU on frames of train: sky +100.00, car +0.50" in card(release, scores)
+    assert "on frames of train (not in probabilities): sky +100.00, car +0.50" in card(release, scores)
+    assert release.class_offsets.tolist() == [0, 100, 0.5]
+    plain = stage.train_candidate  # without them the temperature is the same: it is that of the scores
+    other = tmp_path / "without"
+    other.mkdir()
+    plain(load_config(None, {"model": model, "training": {**training, "class_offsets": False}}), shards, other)
+    without = load_release(other / "model.tar.gz")
+    assert without.temperature == pytest.approx(release.temperature, rel=1e-3) and not without.class_offsets.any()
+    # A teacher's scores are learned without its offsets.
+    taught = load_config(None, {"model": model, "training": training})
+    objective = stage._objective(taught.training, shards, release, CPU, False)
+    bias = objective.distillation._teacher.decoder.classifier.bias
+    assert torch.allclose(bias, load_tensors(without.members[WEIGHTS])["decoder.classifier.bias"], atol=1e-4)
     _, tensors = checkpoint.newest(tmp_path / "checkpoints") or (0, {})
     shipped = load_tensors(release.members[WEIGHTS])
     changed = {name for name, value in shipped.items() if not torch.equal(value, tensors[f"average.{name}"])}
