@@ -146,8 +146,8 @@ def _rise(logits_NK: np.ndarray, labels_N: np.ndarray, k: int) -> float:
     gap_N = np.take_along_axis(others_NK, other_N[:, None], 1)[:, 0] - logits_NK[:, k]
     shares = np.linspace(0, 1, CANDIDATES)
     gaps = [np.quantile(some_N, shares, method="nearest") for some_N in (gap_N[labels_N == k], gap_N)]
-    above = 1e-4 * float(np.subtract(*np.quantile(gap_N, [0.75, 0.25])))  # a gap, to win that pixel
-    candidates_C = np.unique([*(np.concatenate(gaps) + above), 0.0])
+    above = 1e-5 * float(np.subtract(*np.quantile(gap_N, [0.75, 0.25])))  # a gap, to win that pixel
+    candidates_C = np.unique([float(gap_N.min()) - above, *(np.concatenate(gaps) + above), 0.0])
     # The first candidate that a pixel's gap is below: from that one on it is of class k.
     first_N = np.searchsorted(candidates_C, gap_N, side="right")
 
