@@ -445,7 +445,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="length of a short run, 2000 if not told")
     parser.add_argument("--recipe", action="store_true", help="the config as it is and as long; compiles if not told")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, help="the config's if not told: the others are known, say")
+    parser.add_argument("--first-seed", type=int, help="the config's if not told")
     parser.add_argument("--budget-s", type=float, default=560.0, help="stop after so many seconds")
     parser.add_argument("--whole", action="store_true", help="start no run that the budget would cut short")
     parser.add_argument("--close", type=float, default=1.0, help="points within which a change gets every seed")

@@ -7,8 +7,8 @@ makes their shards, `roadseg train` trains the default model on them from files.
 1. Equality: the same batch over all GPUs, fp32 (without TF32) and bf16; the largest relative difference of the
    losses up to some steps. Beside it what one GPU differs from itself by, as atomic sums come in any order, and all
    GPUs without sync-BN, which is another computation and must differ by more.
-2. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn, and one without sync-BN, whose
-   messages are what costs most; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
+2. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn, and one without sync-BN, to see
+   what its messages cost; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
    seconds), the first of each run left out, in which steps are eager and the CUDA graph is captured. Then SIGTERM
    ends the run: nothing is exported.
 With the defaults 6 to 8 minutes on 2 GPUs, by what an earlier form took: this one has run on CPU ranks alone. On a

@@ -26,6 +26,7 @@ import torch
 from roadseg.data.shards import Split
 from roadseg.files import write_json
 from roadseg.labels import LabelSet
+from roadseg.metrics.confusion import confusion
 from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.progress import progress
@@ -172,6 +173,7 @@ def _rise(logits_NK: np.ndarray, labels_N: np.ndarray, k: int) -> float:
 
 
 def _miou(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet) -> float:
-    k = label_set.num_classes
-    joint = labels_N * k + logits_NK.argmax(1) if len(labels_N) else labels_N
-    return float(scores(np.bincount(joint, minlength=k * k).reshape(k, k), label_set)["miou"] or 0.0)
+    if not len(labels_N):
+        return 0.0
+    label_1N, prediction_1N = (ids_N.astype(np.uint8)[None] for ids_N in (labels_N, logits_NK.argmax(1)))
+    return float(scores(confusion(label_1N, prediction_1N, label_set.num_classes), label_set)["miou"])

@@ -112,12 +112,12 @@ def train_candidate(
             if not ran_out(e):
                 raise
             raise out_of_memory(e, architecture, t, ranks.world, settings.bf16, device) from e
-        final = plain_batch_norm(average.inference_network())
-        offsets = {}
-        if ranks.main and t.class_offsets:
-            with stopped_at_once("while class offsets were fitted"):
-                path = folder / "class_offsets.json"
-                offsets = add_class_offsets(final, frames, validation, shards.label_set, settings.bf16, path)
+        if ranks.main:
+            final, offsets = plain_batch_norm(average.inference_network()), {}
+            if t.class_offsets:
+                with stopped_at_once("while class offsets were fitted"):
+                    path = folder / "class_offsets.json"
+                    offsets = add_class_offsets(final, frames, validation, shards.label_set, settings.bf16, path)
     if ranks.main:
         trained: dict[str, Any] = {"steps": taken, "started_from": start.words}
         if offsets:
