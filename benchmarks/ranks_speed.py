@@ -1,12 +1,12 @@
 """Images a second of training on 1 and on several GPUs, and whether both compute the same.
 
-    PYTHONPATH=. python benchmarks/ranks_speed.py [--gpus 2] [--size 768x768] [--batch 16] [--rounds 2]
+    PYTHONPATH=. python benchmarks/ranks_speed.py [--gpus 2] [--size 768x768] [--batch 16] [--rounds 2] [--only speed]
 
 Everything goes through the command line, as a user would: `roadseg transform` renders town frames and
 makes their shards, `roadseg train` trains the default model on them from files.
-1. Equality: the same batch over all GPUs, fp32 (without TF32) and bf16; the largest relative difference of the
-   losses up to some steps. Beside it what one GPU differs from itself by, as atomic sums come in any order, and all
-   GPUs without sync-BN, which is another computation and must differ by more.
+1. Equality: the same batch over all GPUs, fp32 (without TF32) and bf16, in crops of --compared-size; the largest
+   relative difference of the losses up to some steps. Beside it what one GPU differs from itself by, as atomic sums
+   come in any order, and all GPUs without sync-BN, which is another computation and must differ by more.
 2. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn, and one without sync-BN, to see
    what its messages cost; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
    seconds), the first of each run left out, in which steps are eager and the CUDA graph is captured. Then SIGTERM
@@ -86,8 +86,11 @@ def roadseg(a: argparse.Namespace, command: str, workspace: Path) -> list[str]:
         "training.class-weights": "enet", "training.pictures": 0, "training.compile": a.compile,
     }  # fmt: skip
     flags = [word for key, value in section.items() for word in (f"--{key}", str(value))]
-    flags += ["--training.crop-px", str(height), str(width)]
     return [sys.executable, "-m", "roadseg.cli", command, "--workspace", str(workspace), *flags]
+
+
+def crop(size: str) -> list[str]:
+    return ["--training.crop-px", *size.split("x")]
 
 
 def speed(
@@ -95,7 +98,7 @@ def speed(
 ) -> tuple[list[float], list[float]]:
     """(images/s, share of time waiting for data) of each ten seconds after the first."""
     steps = ["--training.steps", "1000000", "--training.validate-every", "1000000"]
-    run = Training(a, folder, name, gpus, "--training.batch-size", str(a.batch * gpus), *steps, *flags)
+    run = Training(a, folder, name, gpus, "--training.batch-size", str(a.batch * gpus), *crop(a.size), *steps, *flags)
     run.until(lambda: len(run.rows("log/timing.jsonl")) > a.rows)
     rows = run.rows("log/timing.jsonl")[1:]
     return [row["images_per_s"] for row in rows], [row["waiting_share"] for row in rows]
@@ -105,6 +108,7 @@ def curves(a: argparse.Namespace, folder: Path) -> dict[tuple[str, str], list[fl
     """Losses by (precision, how); the runs of a precision at once, as nobody looks at their speed."""
     ways = {"1 GPU": (1, ()), "1 GPU again": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, NO_SYNC)}
     steps = ["--training.steps", "100", "--training.checkpoint-every", str(a.compared), "--training.warmup-steps", "5"]
+    steps += crop(a.compared_size)
     found = {}
     for precision in ("fp32", "bf16") if a.device != "cpu" else ("fp32",):
         batch = ["--training.batch-size", str(a.batch * a.gpus), "--training.precision", precision]
@@ -132,6 +136,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=2, help="ten-second rows that count in a run")
     parser.add_argument("--compared", type=int, default=20, help="steps whose losses are compared")
+    parser.add_argument("--compared-size", default="256x256", help="crops of those steps; large ones in fp32 take long")
+    parser.add_argument("--only", choices=("curves", "speed"))
     parser.add_argument("--frames", type=int, default=96)
     parser.add_argument("--backbone", default="mobilenetv2_100")
     parser.add_argument("--compile", default="never", choices=("never", "always"))
@@ -144,12 +150,14 @@ def main() -> None:
         folder = Path(text)
         subprocess.run(roadseg(a, "transform", folder / "data"), check=True, capture_output=True, env=environment())
         print(f"{a.frames} frames and their shards: {time.monotonic() - began:.0f} s", flush=True)
-        for (precision, way), losses in (found := curves(a, folder)).items():
+        for (precision, way), losses in (found := {} if a.only == "speed" else curves(a, folder)).items():
             alone = found[precision, "1 GPU"]
             apart = [abs(x - y) / abs(y) for x, y in zip(losses, alone, strict=True)]
             upto = ", ".join(f"{max(apart[:n]):.1e} in {n}" for n in (1, 5, a.compared))
             print(f"{precision}, {way:<16} loss {losses[0]:.5f} to {losses[-1]:.5f}; differs by up to {upto} steps")
         print(f"{time.monotonic() - began:.0f} s so far", flush=True)
+        if a.only == "curves":
+            return
         ways: dict[str, tuple[int, tuple[str, ...]]] = {"1": (1, ()), f"{a.gpus}": (a.gpus, ())}
         ways[f"{a.gpus}, no sync-BN"] = (a.gpus, NO_SYNC)
         rates: dict[str, list[float]] = {way: [] for way in ways}
