@@ -4,15 +4,15 @@
 
 Everything goes through the command line, as a user would: `roadseg transform` renders town frames and
 makes their shards, `roadseg train` trains the default model on them from files.
-1. Equality: the same batch over all GPUs, fp32 (without TF32) and bf16, in crops of --compared-size; the largest
-   relative difference of the losses up to some steps. Beside it what one GPU differs from itself by, as atomic sums
-   come in any order, and all GPUs without sync-BN, which is another computation and must differ by more.
+1. Equality: the same batch over all GPUs, fp32 (without TF32) and bf16, in crops of --compared-size and in
+   deterministic mode, so that one GPU does the same again and all differ by rounding alone; the largest relative
+   difference of the losses up to some steps. Beside it all GPUs without sync-BN, which is another computation.
 2. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn, and one without sync-BN, to see
    what its messages cost; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
    seconds), the first of each run left out, in which steps are eager and the CUDA graph is captured. Then SIGTERM
    ends the run: nothing is exported.
-With the defaults 6 to 8 minutes on 2 GPUs, by what an earlier form took: this one has run on CPU ranks alone. On a
-machine without one: --device cpu --size 48x96 --batch 2 --backbone test_efficientnet.
+On two H200s the frames take 14 s and a run of the speed part 65 s; the equality part has run on CPU ranks alone:
+--device cpu --size 48x96 --compared-size 48x96 --batch 2 --backbone test_efficientnet --only curves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Training:
         self.workspace, self.log = folder / name, folder / f"{name}.log"
         (self.workspace / "stages").mkdir(parents=True)
         for stage in ("ingest", "transform"):
-            (self.workspace / "stages" / stage).symlink_to(folder / "data" / "stages" / stage)
+            (self.workspace / "stages" / stage).symlink_to(a.frames_in / "stages" / stage)
         command = [*roadseg(a, "train", self.workspace), "--training.gpus", str(gpus), *flags]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(tf32))
@@ -104,12 +104,11 @@ def speed(
     return [row["images_per_s"] for row in rows], [row["waiting_share"] for row in rows]
 
 
-def curves(a: argparse.Namespace, folder: Path) -> dict[tuple[str, str], list[float]]:
-    """Losses by (precision, how); the runs of a precision at once, as nobody looks at their speed."""
+def curves(a: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, list[float]]]:
+    """(precision, way, losses), one GPU's first; the runs of a precision at once, as nobody looks at their speed."""
     ways = {"1 GPU": (1, ()), "1 GPU again": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, NO_SYNC)}
     steps = ["--training.steps", "100", "--training.checkpoint-every", str(a.compared), "--training.warmup-steps", "5"]
-    steps += crop(a.compared_size)
-    found = {}
+    steps += [*crop(a.compared_size), "--training.deterministic", "True"]
     for precision in ("fp32", "bf16") if a.device != "cpu" else ("fp32",):
         batch = ["--training.batch-size", str(a.batch * a.gpus), "--training.precision", precision]
         runs = {}
@@ -119,13 +118,10 @@ def curves(a: argparse.Namespace, folder: Path) -> dict[tuple[str, str], list[fl
                 runs[way] = Training(a, folder, name, gpus, *steps, *batch, *flags, tf32=False)
             for way, run in runs.items():
                 run.until(lambda run=run: len(run.rows("history.jsonl")) >= a.compared)  # type: ignore[misc]
-                found[precision, way] = [row["loss"] for row in run.rows("history.jsonl") if "loss" in row][
-                    : a.compared
-                ]
+                yield precision, way, [row["loss"] for row in run.rows("history.jsonl") if "loss" in row][: a.compared]
         finally:
             for run in runs.values():
                 run.process.kill()
-    return found
 
 
 def main() -> None:
@@ -138,6 +134,8 @@ def main() -> None:
     parser.add_argument("--compared", type=int, default=20, help="steps whose losses are compared")
     parser.add_argument("--compared-size", default="256x256", help="crops of those steps; large ones in fp32 take long")
     parser.add_argument("--only", choices=("curves", "speed"))
+    parser.add_argument("--sync-bn", choices=("both", "on", "off"), default="both", help="speed is measured with it")
+    parser.add_argument("--frames-in", type=Path, help="workspace of the frames, to have them made once")
     parser.add_argument("--frames", type=int, default=96)
     parser.add_argument("--backbone", default="mobilenetv2_100")
     parser.add_argument("--compile", default="never", choices=("never", "always"))
@@ -148,18 +146,25 @@ def main() -> None:
     print(f"{what}, PyTorch {torch.__version__}, Python {platform.python_version()}, {a.batch} x {a.size} a GPU")
     with tempfile.TemporaryDirectory(prefix="ranks-speed-") as text:
         folder = Path(text)
-        subprocess.run(roadseg(a, "transform", folder / "data"), check=True, capture_output=True, env=environment())
+        a.frames_in = (a.frames_in or folder / "data").absolute()
+        subprocess.run(roadseg(a, "transform", a.frames_in), check=True, capture_output=True, env=environment())
         print(f"{a.frames} frames and their shards: {time.monotonic() - began:.0f} s", flush=True)
-        for (precision, way), losses in (found := {} if a.only == "speed" else curves(a, folder)).items():
-            alone = found[precision, "1 GPU"]
+        alone: list[float] = []
+        for precision, way, losses in () if a.only == "speed" else curves(a, folder):
+            alone = losses if way == "1 GPU" else alone
             apart = [abs(x - y) / abs(y) for x, y in zip(losses, alone, strict=True)]
             upto = ", ".join(f"{max(apart[:n]):.1e} in {n}" for n in (1, 5, a.compared))
-            print(f"{precision}, {way:<16} loss {losses[0]:.5f} to {losses[-1]:.5f}; differs by up to {upto} steps")
+            print(
+                f"{precision}, {way:<16} loss {losses[0]:.5f} to {losses[-1]:.5f}; differs by up to {upto} steps",
+                flush=True,
+            )
         print(f"{time.monotonic() - began:.0f} s so far", flush=True)
         if a.only == "curves":
             return
         ways: dict[str, tuple[int, tuple[str, ...]]] = {"1": (1, ()), f"{a.gpus}": (a.gpus, ())}
         ways[f"{a.gpus}, no sync-BN"] = (a.gpus, NO_SYNC)
+        if a.sync_bn != "both":
+            del ways[f"{a.gpus}" if a.sync_bn == "off" else f"{a.gpus}, no sync-BN"]
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for round_ in range(a.rounds):
             for i, (way, (gpus, flags)) in enumerate(ways.items()):
