@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 OUT: dict[str, Any] = {"in_key": False}
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -13,6 +13,17 @@ Positive = Annotated[int, Field(gt=0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and YAML reads `off` as false: a mistake where a number is wanted."""
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(v, bool) for v in values):
+            kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("a number is wanted, not true or false")
+        return value
 
     def key_fields(self) -> dict[str, Any]:
         """The fields that change a result, JSON-ready."""
@@ -29,3 +40,9 @@ class Section(BaseModel):
             else:
                 kept[name] = self.model_dump(mode="json")[name]
         return kept
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is put together of."""
+    parts = get_args(annotation)
+    return set().union(*map(_kinds, parts)) if parts else {annotation}

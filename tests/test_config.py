@@ -70,6 +70,16 @@ def test_python_s_words_for_lists_and_sections_are_not_shown(tmp_path: Path) -> 
     assert "training.loss: a section with keys of its own is wanted" in text
 
 
+def test_true_and_off_are_no_numbers(tmp_path: Path) -> None:
+    text = wrong(tmp_path, "training: {seed: off, crop_px: [64, true], loss: {lovasz: true}}\n")
+    for key in ("seed", "crop_px", "loss.lovasz"):
+        assert f"training.{key}: a number is wanted, not true or false" in text
+    right = tmp_path / "right.yaml"
+    right.write_text("training: {deterministic: true, class_offsets: off, seed: 1}\n")
+    training = load_config(right).training
+    assert (training.deterministic, training.class_offsets, training.seed) == (True, False, 1)
+
+
 def test_braces_in_what_a_validator_says_are_text() -> None:
     class Strict(BaseModel):
         value: int
