@@ -61,17 +61,20 @@ def add_class_offsets(
     if len(frames) < 2 or label_set.num_classes < 2:
         log.warning("class offsets: none, which takes two classes, and two frames of train: to fit to and to judge by")
         return {}
-    device = network.mean.device
+    run, device = network, network.mean.device
     try:
-        offsets_K, before, after = _fitted(network, frames, label_set, device, bf16)
+        offsets_K, before, after = _fitted(run, frames, label_set, device, bf16)
     except torch.OutOfMemoryError:  # a training that is done must not end with this
         log.warning("no memory on %s for class offsets: they are fitted on the CPU", device)
-        cpu = torch.device("cpu")
-        offsets_K, before, after = _fitted(copy.deepcopy(network).to(cpu), frames, label_set, cpu, False)
+        device, bf16 = torch.device("cpu"), False
+        run = copy.deepcopy(network).to(device)
+        offsets_K, before, after = _fitted(run, frames, label_set, device, bf16)
     if after <= before + LEAST_GAIN:
         log.info("class offsets: none, as they gain nothing on frames of train that they were not fitted to")
         offsets_K = np.zeros_like(offsets_K)
     add_to_logits(network, offsets_K)
+    if run is not network:
+        add_to_logits(run, offsets_K)
     offsets = {name: round(float(x), 4) for name, x in zip(label_set.names, offsets_K, strict=True) if x}
     found: dict[str, Any] = {"offsets": offsets, "train": {"before": before, "after": after}, "miou": {}}
     if offsets:
@@ -79,7 +82,7 @@ def add_class_offsets(
         log.info("class offsets: %s", told)
         log.info("... mIoU of frames of train that they were not fitted to: %.4f, was %.4f", after, before)
         for name, split in validation.items():
-            matrix = validate(network, split, label_set.num_classes, device, bf16, int, ALONE)
+            matrix = validate(run, split, label_set.num_classes, device, bf16, int, ALONE)
             assert matrix is not None  # nobody stops it
             found["miou"][name] = scores(matrix.numpy(), label_set)["miou"]
             log.info("... %s mIoU %.4f", name, found["miou"][name] or 0.0)

@@ -188,9 +188,19 @@ def test_a_gpu_without_memory_left_hands_over_to_the_cpu(
         return original(*arguments)
 
     monkeypatch.setattr(class_offsets, "drawn_pixels", full)
-    train = shards.split("train")
-    assert add_class_offsets(Colours(0, 0, -30).eval(), train, {}, THREE, True, tmp_path / "offsets.json")["car"] > 11
+    network, scored, validate = Colours(0, 0, -30).eval(), [], class_offsets.validate
+
+    def kept(run: Colours, *arguments: Any) -> Any:
+        scored.append((run, *arguments[2:4]))
+        return validate(run, *arguments)
+
+    monkeypatch.setattr(class_offsets, "validate", kept)
+    train, path = shards.split("train"), tmp_path / "offsets.json"
+    assert add_class_offsets(network, train, {"val": shards.split("val")}, THREE, True, path)["car"] > 11
     assert calls == [True, False, False] and "they are fitted on the CPU" in caplog.text
+    [(run, device, bf16)] = scored  # what is scored is the copy on the CPU, with the offsets
+    assert run is not network and (device, bf16) == (torch.device("cpu"), False)
+    assert torch.equal(run.decoder.classifier.bias, network.decoder.classifier.bias)
 
 
 def test_one_frame_is_too_few(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
