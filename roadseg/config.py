@@ -209,7 +209,7 @@ class Config(Section):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping. Raises ConfigError."""
-    value = load_yaml(path, todo="check the path given to --config")
+    value = load_yaml(path, todo="check the path")
     if value is None:
         return {}
     if not isinstance(value, dict):

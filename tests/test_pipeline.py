@@ -195,7 +195,7 @@ def test_on_the_command_line_that_is_4(two: Two, capsys: pytest.CaptureFixture[s
     assert "roadseg run: the champion" in err and "champion  candidate" in err
 
 
-def test_promoted_then_rolled_back_and_forth_by_hand(copy_of_two: Two) -> None:
+def test_promoted_then_rolled_back_and_forth_by_hand(copy_of_two: Two, capsys: pytest.CaptureFixture[str]) -> None:
     workspace = copy_of_two.workspace
     config = config_of(**{**LATER, "push": {"min_gain": -1}})
     store = store_of(config, workspace)
@@ -214,6 +214,10 @@ def test_promoted_then_rolled_back_and_forth_by_hand(copy_of_two: Two) -> None:
         assert release.digest == (second.digest if reference == str(result.release) else first.digest)
     with pytest.raises(StoreError, match="0 releases match"):
         find_release(config, workspace, first.digest[:7])
+    assert main(["promote", second.digest, "--workspace", str(workspace)]) == 0
+    assert capsys.readouterr().out.endswith(f"was {first.digest[:16]}\n")
+    assert main(["rollback", "--workspace", str(workspace)]) == 0
+    assert capsys.readouterr().out.endswith(f"was {second.digest[:16]}\n")
 
 
 def test_a_training_that_is_there_is_found_at_once(micro: Micro, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
-from roadseg.errors import ArchiveError
+from roadseg.errors import ArchiveError, ImageError
 from roadseg.inference.upsample import upsample_argmax
 from roadseg.labels import LabelSet
 from roadseg.processes import cores
@@ -55,12 +55,13 @@ class Predictor:
         return f"onnxruntime {ort.__version__} CPU"
 
     def logits(self, image: np.ndarray) -> np.ndarray:
-        """float32 [K, h, w] of one uint8 RGB image [H, W, 3]."""
-        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, "uint8 RGB [H, W, 3]"
+        """float32 [K, h, w] of one uint8 RGB image [H, W, 3]. Raises ImageError for another array."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ImageError(f"an array of {image.dtype} {list(image.shape)}", expected="an image: uint8 RGB [H, W, 3]")
         batch_B3HW = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
         return self._session.run(["logits"], {"image": batch_B3HW})[0][0]
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Train ids, uint8 [H, W], of one uint8 RGB image [H, W, 3] of any size."""
+        """Train ids, uint8 [H, W], of one uint8 RGB image [H, W, 3] of any size. Raises as `logits` does."""
         height, width = image.shape[:2]
         return upsample_argmax(self.logits(image), height, width)

@@ -74,7 +74,7 @@ def processes(t: Training, machines: int = 1) -> int:
     if world > there:
         raise ConfigError(
             f"{world} GPUs, but this machine has {there or 'none'}",
-            expected=f"1 to {max(there, 1)}, or 0 for all",
+            expected=f"1 to {there}, or 0 for all" if there else "1, or 0",
             where="training.gpus",
             todo="training.device cpu trains on as many processes without one",
         )

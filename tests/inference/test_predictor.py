@@ -9,7 +9,7 @@ from conftest import channel_graph, write_release
 from onnx import TensorProto, helper
 from torch.nn import functional as F
 
-from roadseg.errors import ArchiveError
+from roadseg.errors import ArchiveError, ImageError
 from roadseg.inference.predictor import Predictor
 from roadseg.release.archive import load_release
 
@@ -46,6 +46,12 @@ def test_several_threads_get_their_own_answers(predictor: Predictor) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(predictor, images))
     assert all(np.array_equal(label, predictor(pixels)) for label, pixels in zip(found, images, strict=True))
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8)])
+def test_what_is_no_image_is_named(predictor: Predictor, array: np.ndarray) -> None:
+    with pytest.raises(ImageError, match=r"an array of \w+ \[4, 4.*expected an image: uint8 RGB \[H, W, 3\]"):
+        predictor(array)
 
 
 def test_it_names_its_runtime(predictor: Predictor) -> None:

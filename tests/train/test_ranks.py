@@ -175,7 +175,7 @@ def test_as_many_processes_as_asked_for(gpus: Any) -> None:
     "there, mps, training, message",
     [
         (2, False, {"gpus": 4}, "training.gpus: 4 GPUs, but this machine has 2; expected 1 to 2, or 0 for all"),
-        (0, False, {"gpus": 2}, "this machine has none.*training.device cpu"),
+        (0, False, {"gpus": 2}, "this machine has none; expected 1, or 0.*training.device cpu"),
         (0, True, {"gpus": 2}, "2 with training.device auto, which is one"),
         (0, True, {"gpus": 2, "device": "mps"}, "training.device mps, which is one"),
         (4, False, {"gpus": 2, "device": "cuda:1"}, "cuda:1, which is one.*set training.device to cuda"),

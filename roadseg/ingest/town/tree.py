@@ -73,28 +73,26 @@ def write_tree(
     height_px: int,
     weather: Weather,
     workers: int,
-    progress: Callable[[int], None] | None = None,
+    done: Callable[[], object] = int,
 ) -> None:
     """Render splits {name: frames} into leftImg8bit/ and gtFine/ below root, which may exist.
 
     The bytes don't depend on `workers`. Nothing is synced to disk; a run that was cut off leaves part
-    of a tree, so write beside the place it is for and rename. `progress` is
-    called with the number of frames done so far. All 19 classes occur in any split of 12 frames or more.
+    of a tree, so write beside the place it is for and rename. done: called after each frame. All 19 classes
+    occur in any split of 12 frames or more.
     """
     todo = list(places(splits))
     make_folders(root, sorted({(p.split, p.town) for p in todo}))
     write = partial(_write_place, root, seed, width_px, height_px, weather)
     if workers <= 1:
-        for done, place in enumerate(todo, 1):
+        for place in todo:
             write(place)
-            if progress:
-                progress(done)
+            done()
         return
     # Forking a process that has used OpenCV's threads can hang.
     with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:
-        for done, _ in enumerate(pool.imap_unordered(write, todo, chunksize=4), 1):
-            if progress:
-                progress(done)
+        for _ in pool.imap_unordered(write, todo, chunksize=4):
+            done()
 
 
 def make_folders(root: Path, towns: Iterable[tuple[str, str]]) -> None:
