@@ -368,7 +368,7 @@ COMMANDS: dict[str, Command] = {
     "ingest": Command("check a data set and list its frames", _stage("ingest"), _stage_arguments),
     "transform": Command("... and make train-ready shards of it", _stage("transform"), _stage_arguments),
     "train": Command("... and train and export a candidate", _stage("train"), _stage_arguments),
-    "evaluate": Command("... and score it; or score any release on data of its classes", _evaluate, _evaluate_arguments),
+    "evaluate": Command("... and score it; or any release on data of its classes", _evaluate, _evaluate_arguments),
     "push": Command("... and promote it if it beats the champion", _stage("push"), _stage_arguments),
     "data": Command("diff A B: how far apart data sets are; errors: labels a release doubts", data, data_arguments),
     "predict": Command("label maps and overlays for images and folders", _predict, _predict_arguments),
