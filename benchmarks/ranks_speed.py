@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=2, help="ten-second rows that count in a run")
     parser.add_argument("--compared", type=int, default=20, help="steps whose losses are compared")
-    parser.add_argument("--compared-size", default="256x256", help="crops of those steps; large ones in fp32 take long")
+    parser.add_argument("--compared-size", default="256x256", help="crops of those steps")
     parser.add_argument("--only", choices=("curves", "speed"))
     parser.add_argument("--sync-bn", choices=("both", "on", "off"), default="both", help="speed is measured with it")
     parser.add_argument("--frames-in", type=Path, help="workspace of the frames, to have them made once")
