@@ -297,6 +297,7 @@ def trained(point: Point, shards: Shards, work: Path) -> Result:
     if (offsets := work / "log" / "class_offsets.json").exists():
         for split, miou in read_json(offsets)["miou"].items():
             last[f"{split}, offsets"], fingerprints[f"{split}, offsets"] = miou, shards.fingerprints[split]
+    timing = work / "log" / "bottleneck.json"  # not there if the last start had no step left, only the validation
     return Result(
         point.name,
         point.setting,
@@ -305,13 +306,13 @@ def trained(point: Point, shards: Shards, work: Path) -> Result:
         miou=last,
         fingerprints=fingerprints,
         train_seconds=time.monotonic() - started,
-        images_per_s=read_json(work / "log" / "bottleneck.json")["images_per_s"],
+        images_per_s=read_json(timing)["images_per_s"] if timing.exists() else None,
     )
 
 
 def scored(result: Result) -> str:
     mious = ", ".join(f"{split} {100 * (miou or 0):.2f} %" for split, miou in sorted(result.miou.items()))
-    return f"mIoU: {mious}; {result.images_per_s} images/s, {result.train_seconds} s"
+    return f"mIoU: {mious}; {result.images_per_s or '?'} images/s, {result.train_seconds or 0:.0f} s"
 
 
 # ---- figures of the networks ----------------------------------------------------------------

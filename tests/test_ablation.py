@@ -1,6 +1,7 @@
-"""benchmarks/ablation.py: the network that a row of its table is measured for."""
+"""benchmarks/ablation.py: the network that a row of its table is measured for, and what a run left behind."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from roadseg.config import Config, load_config
 from roadseg.model import Architecture, build
 from roadseg.model.surgery import set_output_stride
+from roadseg.sweep import Point
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -81,3 +83,22 @@ def test_the_base_is_short_or_the_recipe_itself(
     else:
         assert (t.steps, t.validate_every, t.compile, made.model.early_strides) == (2000, 2000, "never", (2, 2))
         assert (t.loss.cross_entropy, t.augment.class_mix, t.augment.rotate_deg) == (1, 0, 5)
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_run_that_had_only_its_validation_left_is_a_result(
+    ablation: ModuleType, timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a start trains no step, and has no speed to tell."""
+
+    def train_candidate(config: Config, shards: Any, work: Path) -> None:
+        (work / "history.jsonl").write_text(json.dumps({"step": 2, "split": "val", "miou": 0.5}) + "\n")
+        (work / "log").mkdir()
+        if timed:
+            (work / "log" / "bottleneck.json").write_text(json.dumps({"images_per_s": 12.5}))
+
+    monkeypatch.setattr(ablation.stage, "train_candidate", train_candidate)
+    shards = type("Shards", (), {"fingerprints": {"val": "f"}})()
+    result = ablation.trained(Point("p", "base", 0, config([16])), shards, tmp_path / "work")
+    assert result.miou == {"val": 0.5} and result.images_per_s == (12.5 if timed else None)
+    assert ablation.scored(result).startswith(f"mIoU: val 50.00 %; {12.5 if timed else '?'} images/s, ")
