@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py --data CAMVID [--steps 2000] [--seeds 3] [--budget-s 560] [--only fusion loss]
     python benchmarks/ablation.py --data CAMVID --recipe --only base     the config as it is, at full length, its seeds
+    python benchmarks/ablation.py --data CAMVID --recipe --steps 5000    changes to the config, at another length
     python benchmarks/ablation.py --cpu-latency | --gpu-latency | --table | --list
 
 Start it again and again: results lie in STATE/ablation.json (small, to be carried between machines), and a run
@@ -10,8 +11,9 @@ every change with the first, then more seeds for changes within --close points o
 config, so a changed base starts anew; changed code does not: take another --state for that. On several GPUs
 start it once for each, with one --state and --workspace: they share the runs out (CUDA_VISIBLE_DEVICES=0 ... & ...).
 
-The base is --config with what suits a short run (PROXY), or as it is (--recipe). Nothing is exported: that would take
-a fifth of a short run's time. Scores are the training loop's own at its last step (history.jsonl): the averaged
+The base is --config with what suits a short run (PROXY), or as it is (--recipe); at another length its weights are
+forgotten over the same share of the run, by another weight decay. Nothing is exported: that would take a fifth of a
+short run's time. Scores are the training loop's own at its last step (history.jsonl): the averaged
 network on whole frames, single scale, bf16 on CUDA, val and the held-out drive. Where the config asks for class
 offsets, ablation.json and the lines of the runs have the scores with them beside; the table is without. Latency is
 that of the network from uint8 image to logits, batch 1, random weights: on the GPU in fp16, channels last; on the
@@ -82,6 +84,15 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     *((f"low levels {' '.join(map(str, s))}", {"model.low_levels": s}) for s in ([8, 4, 2], [8, 4], [4])),
     *((f"rates {' '.join(map(str, r))}", {"model.atrous_rates": r}) for r in ([3, 6, 9], [6, 12, 18])),
     *((f"head {name}", {"model.head": name}) for name in ("separable", "dense")),
+    *(
+        (f"backbone {name}", {"model.backbone": name})
+        for name in ("lcnet_100", "tinynet_b", "mixnet_s", "semnasnet_075")
+    ),
+    (
+        "backbone resnet18 of widths 64 96 128 160",
+        {"model.backbone": "resnet18", "model.backbone_options": {"channels": [64, 96, 128, 160]}},
+    ),
+    *((f"drop path {rate}", {"model.backbone_options": {"drop_path_rate": rate}}) for rate in (0.1, 0.2)),
     ("resolution: crops of 240x320", {"training.crop_px": [240, 320]}),
     (
         "resolution: crops of 240x320, then 360x480 for the last half",
@@ -101,10 +112,10 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
         for early, low in (([2, 1], 4), ([1, 2], 4), ([1, 1], 2))
     ),
     ("output stride 8 for the last quarter", {"training.phases": [{"after": 0.75, "output_stride": 8}]}),
-    ("class_mix 0.5", {"training.augment": {"class_mix": 0.5}}),
+    *((f"class_mix {share:g}", {"training.augment": {"class_mix": share}}) for share in (0.5, 1)),
     ("class_uniform 0.5", {"training.class_uniform": 0.5}),
     ("rotation off", {"training.augment": {"rotate_deg": 0}}),
-    ("half the learning rate, twice the decay", {"training.learning_rate": 0.002, "training.weight_decay": 1.0}),
+    ("learning rate 0.002, weight decay 1", {"training.learning_rate": 0.002, "training.weight_decay": 1.0}),
     ("cosine", {"training.scheduler": "cosine"}),
 )
 
@@ -125,8 +136,11 @@ def changes(base: Config) -> list[Setting]:
 
 def base_config(a: argparse.Namespace) -> Config:
     training: dict[str, Any] = {"pictures": 0, "compile": a.compile}
-    if not a.recipe:
+    if a.steps:
         training |= {"steps": a.steps, "epochs": None, "validate_every": a.steps}
+    if a.steps and a.recipe:
+        shipped = load_config(a.config).training
+        training["weight_decay"] = round(shipped.weight_decay * shipped.steps / a.steps, 4)
     given = {"data": {"root": a.data, "holdout_sequences": [a.holdout]}, "training": training}
     return load_config(a.config, given if a.recipe else merge(PROXY, given))
 
@@ -443,8 +457,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("camvid"), help="CamVid: train/, trainannot/, val/, ...")
     parser.add_argument("--config", type=Path, default=Path("configs/camvid.yaml"))
     parser.add_argument("--holdout", default="0006R0", help="sequence taken out of train")
-    parser.add_argument("--steps", type=int, help="length of a short run, 2000 if not told")
-    parser.add_argument("--recipe", action="store_true", help="the config as it is and as long; compiles if not told")
+    parser.add_argument("--steps", type=int, help="of a run; 2000 if not told, the config's with --recipe")
+    parser.add_argument("--recipe", action="store_true", help="the config as it is; compiles if not told")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, help="the config's if not told")
     parser.add_argument("--budget-s", type=float, default=560.0, help="stop after so many seconds")
@@ -459,9 +473,7 @@ def arguments() -> argparse.Namespace:
     for name in ("cpu-latency", "gpu-latency", "table", "list"):
         parser.add_argument(f"--{name}", action="store_true")
     a = parser.parse_args()
-    if a.recipe and a.steps:
-        parser.error("--recipe is as long as the config says: leave out --steps")
-    a.steps = a.steps or 2000
+    a.steps = a.steps or (None if a.recipe else 2000)
     a.compile = a.compile or ("auto" if a.recipe else "never")
     return a
 

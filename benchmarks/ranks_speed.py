@@ -11,8 +11,8 @@ makes their shards, `roadseg train` trains the default model on them from files.
    what its messages cost; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
    seconds), the first of each run left out, in which steps are eager and the CUDA graph is captured. Then SIGTERM
    ends the run: nothing is exported.
-On two H200s the frames take 14 s and a run of the speed part 65 s; the equality part has run on CPU ranks alone:
---device cpu --size 48x96 --compared-size 48x96 --batch 2 --backbone test_efficientnet --only curves.
+On two H200s the frames take 14 s, a run of the speed part 65 s and the equality part 90 s. That part also runs on the
+CPU: --device cpu --size 48x96 --compared-size 48x96 --batch 2 --backbone test_efficientnet --only curves.
 """
 
 from __future__ import annotations

@@ -85,6 +85,17 @@ def test_the_base_is_short_or_the_recipe_itself(
         assert (t.loss.cross_entropy, t.augment.class_mix, t.augment.rotate_deg) == (1, 0, 5)
 
 
+def test_the_recipe_at_another_length_forgets_over_the_same_share(
+    ablation: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = BENCHMARKS.parent / "configs" / "camvid.yaml"
+    monkeypatch.setattr(sys, "argv", ["ablation", "--config", str(path), "--recipe", "--steps", "3500"])
+    made, shipped = ablation.base_config(ablation.arguments()).training, load_config(path).training
+    assert (made.steps, made.validate_every, made.compile) == (3500, 3500, "auto")
+    assert made.steps * made.weight_decay == pytest.approx(shipped.steps * shipped.weight_decay)
+    assert made.loss == shipped.loss and made.augment == shipped.augment
+
+
 @pytest.mark.parametrize("timed", [True, False])
 def test_a_run_that_had_only_its_validation_left_is_a_result(
     ablation: ModuleType, timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
