@@ -49,6 +49,7 @@ class Stages:
     words: Words | None = None
     outputs: dict[str, Output] = field(default_factory=dict)
     _inputs: Inputs | None = None
+    _looked_ahead: bool = False
 
     def keep(self, stage: str, output: Output) -> Output:
         self.outputs[stage] = output
@@ -73,9 +74,12 @@ class Stages:
             del fields["town"]
         root = self.root()
         inputs = {"source": source_digest(data, root)}
-        output = self.workspace.make(
-            "ingest", VERSION, fields, inputs, lambda work: ingest(data, root, work, only_splits, self.folder)
-        )
+
+        def build(work: Path) -> None:
+            self._look_ahead()
+            ingest(data, root, work, only_splits, self.folder)
+
+        output = self.workspace.make("ingest", VERSION, fields, inputs, build)
         if self.folder and (output.folder / DATA_REPORT).exists():
             write_atomic(self.folder / Path(DATA_REPORT).name, (output.folder / DATA_REPORT).read_bytes())
         return self.keep("ingest", output)
@@ -108,14 +112,13 @@ class Stages:
 
         manifest, root, limits = self.manifest()
         settings = self.config.transform
-        output = self.workspace.make(
-            "transform",
-            VERSION,
-            settings.key_fields(),
-            {"ingest": self.outputs["ingest"].content},
-            lambda work: transform(settings, manifest, root, work, limits, self.config.data.workers),
-            resumes=True,
-        )
+
+        def build(work: Path) -> None:
+            self._look_ahead()
+            transform(settings, manifest, root, work, limits, self.config.data.workers)
+
+        inputs = {"ingest": self.outputs["ingest"].content}
+        output = self.workspace.make("transform", VERSION, settings.key_fields(), inputs, build, resumes=True)
         return self.keep("transform", output)
 
     def train(self) -> Output:
@@ -225,6 +228,15 @@ class Stages:
             refuse_uneven(c.training, (self.words.here.world if self.words else 1) * max(c.training.gpus, 1))
             self._inputs = training_inputs(c, lambda reference: find_release(c, self.workspace.path, reference))
         return self._inputs
+
+    def _look_ahead(self) -> None:
+        """Before data is made that is to be trained on: raises ConfigError for what can't be, whatever the data."""
+        if self._inputs is None or self._looked_ahead:
+            return
+        from roadseg.train.ahead import refuse_ahead
+
+        refuse_ahead(self.config, self.words.here.world if self.words else 1)
+        self._looked_ahead = True
 
     def _shards(self) -> tuple[Callable[[], Shards], str]:
         """What reads the shards to train from, and their content digest."""

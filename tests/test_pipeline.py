@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import MICRO, Micro
+from safetensors.torch import save_file
 
 from roadseg.cli import main
 from roadseg.config import Config, load_config
@@ -39,6 +42,47 @@ def config_of(**sections: dict[str, Any]) -> Config:
 
 def made(workspace: Path, stage: str) -> set[str]:
     return {p.name for p in (workspace / "stages" / stage).iterdir()}
+
+
+# ---- before the data ------------------------------------------------------------------------
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        pytest.param({"training": {"device": "cuda"}}, "training.device: cuda", marks=no_gpu),
+        pytest.param({"training": {"device": "cuda", "gpus": 2}}, "training.gpus: 2 GPUs", marks=no_gpu),
+        ({"training": {"crop_px": [8, 8]}}, "one cell of the map at output stride 16"),
+        ({"training": {"batch_size": 1}}, "statistics from one image"),
+        ({"training": {"phases": [{"after": 0.5, "output_stride": 32}]}}, "stride"),
+        ({"model": {"backbone": "no_such_model"}}, "no model 'no_such_model'"),
+        ({"model": {"backbone": "ghostnet_100"}}, "no feature maps at output stride 16"),
+        ({"model": {"backbone_options": {"no_such": 1}}}, "no_such"),
+        ({"model": {"low_levels": [3]}}, "no map at stride 3"),
+    ],
+)
+@pytest.mark.parametrize("until", ["train", "push"])
+def test_what_fits_no_data_is_told_before_there_is_any(
+    section: dict[str, Any], said: str, until: Stage, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        run(config_of(**section), until, workspace=tmp_path)
+    assert not [path for path in (tmp_path / "stages").glob("*/*") if path.is_dir()]
+
+
+def test_weights_of_another_backbone_are_told_before_there_is_data(tmp_path: Path) -> None:
+    save_file({"conv.weight": torch.zeros(1)}, weights := tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match="tensors do not fit the backbone"):
+        run(config_of(model={"backbone_weights": str(weights)}), "train", workspace=tmp_path / "w")
+    assert not [path for path in (tmp_path / "w" / "stages").glob("*/*") if path.is_dir()]
+
+
+@no_gpu
+def test_who_wants_only_data_is_not_asked_for_a_gpu(tmp_path: Path) -> None:
+    result = run(config_of(training={"device": "cuda"}), "transform", workspace=tmp_path)
+    assert list(result.outputs) == ["ingest", "transform"]
 
 
 # ---- a run, and again -----------------------------------------------------------------------

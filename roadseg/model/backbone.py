@@ -276,6 +276,11 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+@cache  # once a process: they are looked at before the data is made, and read when training begins
+def _tell_source(hub_id: str) -> None:
+    log.info("ImageNet weights: %s of %s, from the Hugging Face hub or its cache", HUB_FILE, hub_id)
+
+
 def _from_hub(backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
     hub_id = backbone.pretrained_cfg.get("hf_hub_id")  # type: ignore[union-attr,operator]
     if not hub_id:
@@ -284,7 +289,7 @@ def _from_hub(backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
             where="model.backbone_weights",
             todo="set it to none, or to the path of a .safetensors",
         )
-    log.info("ImageNet weights: %s of %s, from the Hugging Face hub or its cache", HUB_FILE, hub_id)
+    _tell_source(hub_id)
     try:
         with _quiet("huggingface_hub"):  # without a network it tells each of its retries in two lines
             state = timm.models.load_state_dict_from_hf(hub_id, filename=HUB_FILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from math import floor, sqrt
 
@@ -36,12 +36,25 @@ def refuse_impossible(
     architecture: of the first phase. frames: of train. world: processes that share a batch. allow: codes of
     the data's faults that are accepted. Warns of classes without a pixel in train, or in any split.
     """
-    crops = list(dict.fromkeys(_crops(t, architecture)))
-    problems = [p for crop_px in dict.fromkeys(c for c, _ in crops) for p in _padding(t, frames, crop_px)]
-    problems += [p for crop_px, stride in crops for p in _single_cell(crop_px, stride)]
+    crops = dict.fromkeys(crop_px for crop_px, _ in _crops(t, architecture))
+    problems = [p for crop_px in crops for p in _padding(t, frames, crop_px)]
     problems += [*_classes(shards, MISSING in allow), *_early_stopping(t, shards, steps_of(t, len(frames)))]
     problems += _empty_phases(t, len(frames))
-    problems += [*_shares(t, world)] or [*_batch_norm(t, world)]
+    _refuse([*problems, *_whatever_the_data(t, architecture, world)])
+
+
+def refuse_whatever_the_data(t: Training, architecture: Architecture, world: int = 1) -> None:
+    """As `refuse_impossible`, for what can be told without the data."""
+    _refuse([*_whatever_the_data(t, architecture, world)])
+
+
+def _whatever_the_data(t: Training, architecture: Architecture, world: int) -> Iterator[str]:
+    for crop_px, stride in dict.fromkeys(_crops(t, architecture)):
+        yield from _single_cell(crop_px, stride)
+    yield from [*_shares(t, world)] or _batch_norm(t, world)
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if problems:
         count = f"{len(problems)} thing{'s' * (len(problems) > 1)} that can't be trained"
         raise ConfigError(f"{count}:\n" + "\n".join(f"  {p}" for p in problems))

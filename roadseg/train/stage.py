@@ -77,7 +77,7 @@ def train_candidate(
     if not frames or not len(frames):
         raise ConfigError("the data set has no train split", where="data", todo="evaluate a release on it instead")
     steps = steps_of(t, len(frames))
-    architecture = _architecture(config, shards)
+    architecture = architecture_of(config, shards.label_set.num_classes)
     refuse_impossible(t, architecture, shards, frames, ranks.world, config.data.allow)
     start = _start(config, architecture, shards, init)
     refuse_strides(start.network, t)
@@ -155,10 +155,11 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     return device
 
 
-def _architecture(config: Config, shards: Shards) -> Architecture:
+def architecture_of(config: Config, num_classes: int) -> Architecture:
+    """Of the network that is trained, with its auxiliary heads; of the first phase."""
     m = config.model
     return Architecture(
-        shards.label_set.num_classes,
+        num_classes,
         m.backbone,
         m.output_stride,
         m.fusion,
