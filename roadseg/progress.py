@@ -1,9 +1,12 @@
-"""Progress with rate and time left: a bar for people, a plain line every ten seconds for a pipe."""
+"""What people are shown meanwhile: progress with rate and time left, a bar or for a pipe plain lines; not too much."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -37,3 +40,17 @@ def progress(total: int, what: str, unit: str, initial: int = 0) -> tqdm[Any]:
         total=total, desc=what, unit=f" {unit}", initial=initial, delay=2, mininterval=10, maxinterval=30,
         bar_format=form, file=lines, leave=False, disable=hidden,
     )  # fmt: skip
+
+
+@contextmanager
+def quiet(*names: str, below: int = logging.ERROR) -> Iterator[None]:
+    """Inside, the loggers of these names say nothing below this level."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(below)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -235,7 +235,8 @@ class Stages:
             return
         from roadseg.train.ahead import refuse_ahead
 
-        refuse_ahead(self.config, self.words.here.world if self.words else 1)
+        init = self._inputs.init
+        refuse_ahead(self.config, init.release if init else None, self.words.here.world if self.words else 1)
         self._looked_ahead = True
 
     def _shards(self) -> tuple[Callable[[], Shards], str]:

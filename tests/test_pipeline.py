@@ -72,11 +72,25 @@ def test_what_fits_no_data_is_told_before_there_is_any(
     assert not [path for path in (tmp_path / "stages").glob("*/*") if path.is_dir()]
 
 
-def test_weights_of_another_backbone_are_told_before_there_is_data(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_told_before_there_is_data(micro: Micro, tmp_path: Path) -> None:
     save_file({"conv.weight": torch.zeros(1)}, weights := tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="tensors do not fit the backbone"):
-        run(config_of(model={"backbone_weights": str(weights)}), "train", workspace=tmp_path / "w")
-    assert not [path for path in (tmp_path / "w" / "stages").glob("*/*") if path.is_dir()]
+    sections: dict[str, dict[str, dict[str, Any]]] = {
+        "tensors do not fit the backbone": {"model": {"backbone_weights": str(weights)}},
+        "has another architecture": {"model": {"channels": 24}, "training": {"init_from": str(micro.result.release)}},
+        "training.weights_from": {"training": {"weights_from": str(weights)}},
+    }
+    for said, section in sections.items():
+        with pytest.raises(ConfigError, match=said):
+            run(config_of(**section), "train", workspace=tmp_path / "w")
+        assert not [path for path in (tmp_path / "w" / "stages").glob("*/*") if path.is_dir()]
+
+
+def test_what_is_taken_of_a_release_is_said_once(
+    micro: Micro, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        run(config_of(training={"init_from": str(micro.result.release), "steps": 1}), "train", workspace=tmp_path)
+    assert caplog.text.count("auxiliary heads: they are new") == 1
 
 
 @no_gpu

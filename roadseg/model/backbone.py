@@ -10,8 +10,7 @@ import difflib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from roadseg.errors import ConfigError
 from roadseg.model.depthwise import speed_up_dilated
 from roadseg.model.dropout import share_draws
+from roadseg.progress import quiet
 
 log = logging.getLogger(__name__)
 HUB_FILE = "model.safetensors"
@@ -265,17 +265,6 @@ def _hub_name(backbone: nn.Module) -> str:
     return str(cfg.get("hf_hub_id") or cfg.get("architecture"))
 
 
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 @cache  # once a process: they are looked at before the data is made, and read when training begins
 def _tell_source(hub_id: str) -> None:
     log.info("ImageNet weights: %s of %s, from the Hugging Face hub or its cache", HUB_FILE, hub_id)
@@ -291,7 +280,7 @@ def _from_hub(backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
         )
     _tell_source(hub_id)
     try:
-        with _quiet("huggingface_hub"):  # without a network it tells each of its retries in two lines
+        with quiet("huggingface_hub"):  # without a network it tells each of its retries in two lines
             state = timm.models.load_state_dict_from_hf(hub_id, filename=HUB_FILE)
     except OSError as e:
         raise ConfigError(

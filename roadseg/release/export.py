@@ -6,10 +6,8 @@ Shapes: B images, K classes, H x W pixels of the image, h x w at the decoder's s
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from torch.nn import functional as F
 
 from roadseg.errors import ExportError, NonFiniteLoss
 from roadseg.files import write_atomic
+from roadseg.progress import quiet
 
 INPUT, OUTPUT = "image", "logits"
 
@@ -41,7 +40,9 @@ def export_onnx(network: nn.Module, path: Path) -> None:
     batch, height, width = TRACED_BHW
     sample = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
     try:
-        with _quiet():
+        # The exporter talks about its own insides; what matters comes as an exception.
+        with quiet("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 _plain_copy(network),
                 (sample,),
@@ -94,22 +95,6 @@ def _plain_copy(network: nn.Module) -> nn.Module:
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     return plain
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing of the exporter's talk about its own insides; what matters comes as an exception."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _strip(model: onnx.ModelProto) -> None:

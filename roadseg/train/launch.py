@@ -29,6 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from roadseg.errors import Interrupted, RoadsegError
 from roadseg.processes import cores, end_with_parent
+from roadseg.progress import quiet
 from roadseg.train.place import Place
 from roadseg.train.ranks import outside
 from roadseg.train.words import MEET_WITHIN, packed, unpacked
@@ -206,15 +207,10 @@ def _signals_passed_on() -> Iterator[Callable[[], int]]:
 def _quiet() -> Iterator[None]:
     """Inside, elastic does not log; what it would say of failures is told better by `_verdict`."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith(LAUNCHERS)]
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [(logger, logger.level) for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with quiet(*names, below=logging.CRITICAL + 1):
+            yield
     finally:
-        for logger, level in levels:
-            logger.setLevel(level)
         os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
 
 

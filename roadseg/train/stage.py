@@ -178,7 +178,7 @@ def _start(config: Config, architecture: Architecture, shards: Shards, init: Rel
     weights, t = config.model.backbone_weights, config.training
     own = weights == "none"
     mean, std = (shards.mean, shards.std) if own else (IMAGENET_MEAN, IMAGENET_STD)
-    return starting_network(architecture, t.seed, weights, mean, std, init, t.weights_from, shards.label_set)
+    return starting_network(architecture, t.seed, weights, mean, std, init, t.weights_from, shards.label_set.names)
 
 
 def _prepared(network: DeepLabV3Plus, t: Training, ranks: Ranks) -> DeepLabV3Plus:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from roadseg.errors import ArchiveError, ConfigError
 from roadseg.files import sha256_file
-from roadseg.labels import LabelSet
 from roadseg.model.deeplab import AS_BEFORE, Architecture, DeepLabV3Plus, build
 from roadseg.model.foreign import load_foreign
 from roadseg.model.foreign_names import WHERE
@@ -65,7 +64,7 @@ def starting_network(
     std: Sequence[float],
     init: Release | None,
     weights_from: str,
-    label_set: LabelSet,
+    classes: tuple[str, ...],
 ) -> Start:
     """The network on the CPU, a function of `seed` where nothing else fills it.
 
@@ -83,13 +82,13 @@ def starting_network(
         return Start(network, weights if named else f"backbone weights {sha256_file(Path(weights))}", random=random)
     network = build(architecture, seed=seed, mean=mean, std=std)
     if init is not None:
-        made_anew = _take(network, _of_release(init), label_set)
+        made_anew = _take(network, _of_release(init), classes)
         return Start(network, f"release {init.digest}", made_anew, terms=init.members[TERMS].decode(errors="replace"))
     path = Path(weights_from)
     if (found := averaged(path)) is not None:
         tensors, of = found
         name = f"checkpoint {path.name}"
-        made_anew = _take(network, _Learned("checkpoint", name, WHERE, tensors, of.classes, of.architecture), label_set)
+        made_anew = _take(network, _Learned("checkpoint", name, WHERE, tensors, of.classes, of.architecture), classes)
         return Start(network, f"checkpoint {sha256_file(path)}", made_anew, terms=of.terms)
     taken = load_foreign(network, path)
     words = f"{taken.project} weights {sha256_file(path)}"
@@ -119,10 +118,10 @@ def _of_release(init: Release) -> _Learned:
     return _Learned("release", name, "training.init_from", tensors, init.label_set.names, architecture)
 
 
-def _take(network: DeepLabV3Plus, other: _Learned, label_set: LabelSet) -> tuple[str, ...]:
+def _take(network: DeepLabV3Plus, other: _Learned, classes: tuple[str, ...]) -> tuple[str, ...]:
     """Fill `network` in place; the parts that are not from the other."""
     own = network.state_dict()
-    other_classes = other.classes != label_set.names
+    other_classes = other.classes != classes
     heads = [key for key in own if _within(key, AUXILIARY)]
     all_there = all(key in other.tensors and other.tensors[key].shape == own[key].shape for key in heads)
     made_anew = [CLASSIFIER] * other_classes + [AUXILIARY] * (bool(heads) and (other_classes or not all_there))
@@ -137,7 +136,7 @@ def _take(network: DeepLabV3Plus, other: _Learned, label_set: LabelSet) -> tuple
     network.load_state_dict(state, strict=False)
     _warn_of_other_rates(network.architecture, other)
     if other_classes:
-        theirs, ours = ", ".join(other.classes), ", ".join(label_set.names)
+        theirs, ours = ", ".join(other.classes), ", ".join(classes)
         log.info("%s knows other classes (%s); made anew for %s: %s", other.name, theirs, ours, ", ".join(made_anew))
     elif made_anew:
         log.info("%s has no auxiliary heads: they are new", other.name)

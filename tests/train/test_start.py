@@ -29,7 +29,7 @@ FOUR = LabelSet("four", (*THREE.classes, replace(THREE.classes[0], name="sign", 
 
 def start(a: Architecture = A, init: Release | None = None, labels: LabelSet = THREE, **given: Any) -> Start:
     options = {"weights": "none", "weights_from": "", "mean": MEAN, "std": STD, "seed": 5, **given}
-    return starting_network(a, init=init, label_set=labels, **options)
+    return starting_network(a, init=init, classes=labels.names, **options)
 
 
 @pytest.fixture(scope="module")
