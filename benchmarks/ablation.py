@@ -140,6 +140,8 @@ def base_config(a: argparse.Namespace) -> Config:
         training |= {"steps": a.steps, "epochs": None, "validate_every": a.steps}
     if a.steps and a.recipe:
         shipped = load_config(a.config).training
+        if not shipped.steps:
+            raise SystemExit(f"{a.config} counts epochs: for another length it has to say training.steps")
         training["weight_decay"] = round(shipped.weight_decay * shipped.steps / a.steps, 4)
     given = {"data": {"root": a.data, "holdout_sequences": [a.holdout]}, "training": training}
     return load_config(a.config, given if a.recipe else merge(PROXY, given))

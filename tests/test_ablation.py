@@ -94,6 +94,11 @@ def test_the_recipe_at_another_length_forgets_over_the_same_share(
     assert (made.steps, made.validate_every, made.compile) == (3500, 3500, "auto")
     assert made.steps * made.weight_decay == pytest.approx(shipped.steps * shipped.weight_decay)
     assert made.loss == shipped.loss and made.augment == shipped.augment
+    monkeypatch.setattr(
+        sys, "argv", ["ablation", "--config", str(path.with_name("cityscapes-baseline.yaml")), *sys.argv[3:]]
+    )
+    with pytest.raises(SystemExit, match="counts epochs"):
+        ablation.base_config(ablation.arguments())
 
 
 @pytest.mark.parametrize("timed", [True, False])

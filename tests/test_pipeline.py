@@ -56,7 +56,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
         pytest.param({"training": {"device": "cuda", "gpus": 2}}, "training.gpus: 2 GPUs", marks=no_gpu),
         ({"training": {"crop_px": [8, 8]}}, "one cell of the map at output stride 16"),
         ({"training": {"batch_size": 1}}, "statistics from one image"),
-        ({"training": {"phases": [{"after": 0.5, "output_stride": 32}]}}, "stride"),
+        ({"training": {"phases": [{"after": 0.5, "output_stride": 32}]}}, "rates 1/2/3 at output stride 16 would be"),
         ({"model": {"backbone": "no_such_model"}}, "no model 'no_such_model'"),
         ({"model": {"backbone": "ghostnet_100"}}, "no feature maps at output stride 16"),
         ({"model": {"backbone_options": {"no_such": 1}}}, "no_such"),

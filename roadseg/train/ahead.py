@@ -17,8 +17,8 @@ ANY_CLASSES = ("one", "another")  # what they are, the data says
 def refuse_ahead(config: Config, init: Release | None, machines: int = 1) -> None:
     """Raises ConfigError for a device or GPUs that are not here and a network or weights that can't be had.
 
-    And for crops and batches that fit no data. init: the release to start from. machines: processes that were
-    started together, each of which may start more.
+    And for crops and batches that fit no data; ArchiveError for a release that can't be read. init: the release to
+    start from. machines: processes that were started together, each of which may start more.
     """
     t = config.training
     world = machines * processes(t, machines)
