@@ -80,6 +80,7 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("EMA off", {"training.ema_decay": 0}),
     *((f"class weights {name}", {"training.class_weights": name}) for name in ("none", "enet", "median")),
     ("label smoothing off", {"training.label_smoothing": 0}),
+    ("label smoothing 0.1", {"training.label_smoothing": 0.1}),
     ("auxiliary heads off", {"training.auxiliary_weight": 0}),
     *((f"low levels {' '.join(map(str, s))}", {"model.low_levels": s}) for s in ([8, 4, 2], [8, 4], [4])),
     *((f"rates {' '.join(map(str, r))}", {"model.atrous_rates": r}) for r in ([3, 6, 9], [6, 12, 18])),
@@ -89,8 +90,8 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
         for name in ("lcnet_100", "tinynet_b", "mixnet_s", "semnasnet_075")
     ),
     (
-        "backbone resnet18 of widths 64 96 128 160",
-        {"model.backbone": "resnet18", "model.backbone_options": {"channels": [64, 96, 128, 160]}},
+        "backbone resnet18 of widths 64 96 144 192",
+        {"model.backbone": "resnet18", "model.backbone_options": {"channels": [64, 96, 144, 192]}},
     ),
     *((f"drop path {rate}", {"model.backbone_options": {"drop_path_rate": rate}}) for rate in (0.1, 0.2)),
     ("resolution: crops of 240x320", {"training.crop_px": [240, 320]}),
@@ -121,8 +122,13 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def changes(base: Config) -> list[Setting]:
-    """The base, CHANGES, and each term of the loss added where the base lacks it and left out where it has it."""
-    loss = {name: getattr(base.training.loss, name) for name in Loss.model_fields}
+    """The base, CHANGES, and what is told by the base's own values.
+
+    That is each term of the loss, added where the base lacks it and left out where it has it; cross-entropy and
+    weight decay doubled; and a learning rate that stays at its mean, averaged over the run's last eighth.
+    """
+    t = base.training
+    loss = {name: getattr(t.loss, name) for name in Loss.model_fields}
     terms = []
     for term, weight in loss.items():
         if not weight:
@@ -131,7 +137,14 @@ def changes(base: Config) -> list[Setting]:
             terms.append(Setting(f"loss without {term}", {"training.loss": {term: 0}}))
     stays = [{"after": 0.75, "output_stride": base.model.output_stride}]  # a phase at the base's own stride
     named = [Setting(name, values) for name, values in CHANGES if values.get("training.phases") != stays]
-    return [Setting(BASE), *terms, *named]
+    steady: dict[str, Any] = {"training.scheduler": "constant", "training.learning_rate": t.learning_rate / 2}
+    steady["training.ema_decay"] = round(1 - 8 / t.steps, 6) if t.steps else t.ema_decay
+    scaled = [
+        Setting("cross_entropy doubled", {"training.loss": {"cross_entropy": 2 * t.loss.cross_entropy}}),
+        Setting("weight decay doubled", {"training.weight_decay": 2 * t.weight_decay}),
+        Setting("half the learning rate, constant, EMA over an eighth of the run", steady),
+    ]
+    return [Setting(BASE), *terms, *named, *scaled]
 
 
 def base_config(a: argparse.Namespace) -> Config:
