@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from roadseg.config import Config, merge, read_yaml, validated
+
+if TYPE_CHECKING:
+    from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 
 def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description: str) -> Config:
@@ -23,6 +26,8 @@ def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description:
 
     raw = read_yaml(path) if path else {}
     base = _valid_part(raw)
+    rules = tyro.constructors.ConstructorRegistry()
+    rules.primitive_rule(_unjudged)
     parsed = tyro.cli(
         _mirror(Config),
         args=list(flags),
@@ -30,10 +35,34 @@ def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description:
         prog=prog,
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        registry=rules,
     )
     given = [flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
     where = " and ".join([str(path)] * bool(path) + ["the flags"] * bool(given)) or "the flags"
     return validated(merge(raw, _picked(dataclasses.asdict(parsed), given)), where)
+
+
+def _unjudged(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A number or one of a few choices; what is neither stays a word, for pydantic to refuse as it does in YAML."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    choices = {str(value): value for value in get_args(info.type)} if info.type_origin is Literal else {}
+    if not choices and info.type not in (int, float):
+        return None
+
+    def read(words: list[str]) -> Any:
+        try:
+            return choices[words[0]] if choices else info.type(words[0])
+        except (KeyError, ValueError):
+            return words[0]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}" if choices else info.type.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: value in choices.values() if choices else isinstance(value, info.type),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _valid_part(raw: dict[str, Any]) -> Config:

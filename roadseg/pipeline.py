@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import multiprocessing
 import re
@@ -16,6 +17,7 @@ from roadseg.errors import ConfigError, GateRefused, UsageError
 from roadseg.files import read_json, write_atomic, write_json
 from roadseg.release.archive import load_release
 from roadseg.release.find import find_release
+from roadseg.release.store import DECISION
 from roadseg.stages import Stages
 from roadseg.train.place import Place, place
 from roadseg.train.signals import stopped_at_once
@@ -172,6 +174,10 @@ def _report(this: Stages, folder: Path, evaluation: dict[str, Any], decision: De
 
     best, worst = read_scenes(this.outputs["evaluate"].folder)
     train = this.outputs["train"].folder
+    told = decision.to_json() if decision else None
+    if decision and decision.outcome == "unchanged":  # what is told is why it was let through, if that was on this data
+        first = json.loads(this.store().document(decision.candidate, DECISION) or "{}")
+        told = first if first.get("data_fingerprint") == decision.data_fingerprint else told
     html = render(
         evaluation,
         best,
@@ -180,7 +186,7 @@ def _report(this: Stages, folder: Path, evaluation: dict[str, Any], decision: De
         contact_sheet=(train / "contact_sheet.jpg").read_bytes(),
         timing=read_json_lines(train / "log" / "timing.jsonl"),
         pictures=film(train / "log" / "pictures"),
-        decision=decision.to_json() if decision else None,
+        decision=told,
         title=f"roadseg run on {evaluation['source']}",
     )
     write_atomic(folder / "report.html", html.encode())

@@ -82,7 +82,7 @@ def test_an_unknown_command_names_the_nearest(roadseg_) -> None:
     [
         (["run", "--nmae", "x"], ["--nmae"]),
         (["run", "--training.epoch", "3"], ["--training.epoch", "--training.epochs"]),
-        (["run", "--training.epochs", "many"], ["many", "--training.epochs"]),
+        (["run", "--training.epochs", "many"], ["training.epochs: input should be a valid integer", "(found 'many')"]),
         (["run", "--training.batch-size", "0"], ["training.batch_size", "greater than 0 (found 0)"]),
         (["run", "--config", "absent.yaml"], ["absent.yaml", "no such file"]),
         (["run", "--name", "../else"], ["'../else'", "--name"]),

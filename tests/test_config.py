@@ -103,6 +103,22 @@ def test_flags_override_the_file_with_dashes_and_underscores(tmp_path: Path) -> 
     assert config.data.holdout_sequences == ("a", "b")
 
 
+def test_a_flag_s_word_for_a_number_or_a_choice_is_told_as_in_yaml(tmp_path: Path) -> None:
+    text = wrong(
+        tmp_path,
+        "model: {early_strides: [one, 2], output_stride: wide, fusion: foo, low_levels: [8, fine]}\n"
+        "training: {steps: some, batch_size: many, crop_px: [64, all], learning_rate: fast}\n",
+    )
+    flags = "--model.early-strides one 2 --model.output-stride=wide --model.fusion foo --model.low-levels 8 fine "
+    flags += "--training.steps some --training.batch-size many --training.crop-px 64 all --training.learning-rate fast"
+    said = wrong(tmp_path, "", flags.split())
+    assert said.splitlines()[1:] == text.splitlines()[1:] and said.startswith("8 wrong values in ")
+    assert (
+        "training.batch_size: input should be a valid integer, unable to parse string as an integer (found 'many')"
+        in said
+    )
+
+
 def test_length_is_epochs_or_steps_not_both(tmp_path: Path) -> None:
     assert "epochs (2) and steps (3) are both set" in wrong(tmp_path, "training: {epochs: 2, steps: 3}")
 

@@ -155,6 +155,9 @@ def test_a_second_run_makes_nothing_and_is_quick(micro: Micro) -> None:
     assert {p: p.stat().st_mtime_ns for p in (micro.workspace / "stages").rglob("*")} == before
     assert again.decision and again.decision.outcome == "unchanged"
     assert len(store_of(micro.config, micro.workspace).history()) == 1
+    first, second = (r.folder / "report.html" for r in (micro.result, again))
+    assert second.read_bytes() == first.read_bytes()  # it goes on telling why the release was let through
+    assert read_json(again.folder / "decision.json")["outcome"] == "unchanged"
 
 
 def test_elsewhere_with_other_workers_the_same_comes_out(
@@ -289,6 +292,12 @@ found = run(load_config({str(MICRO)!r}), "train", workspace={str(workspace)!r})
 assert found.outputs["train"].cached and "torch" not in sys.modules, sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_report_on_other_data_does_not_tell_why_the_champion_was_let_through(copy_of_two: Two) -> None:
+    result = run(config_of(data={"split": "train"}), workspace=copy_of_two.workspace, name="other")
+    page = (result.folder / "report.html").read_text()
+    assert "the candidate is the champion already" in page and "there was no champion" not in page
 
 
 # ---- a champion that can't be compared with -------------------------------------------------
