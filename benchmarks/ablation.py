@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import logging
+import math
 import os
 import platform
 import signal
@@ -52,7 +53,7 @@ from roadseg.files import json_bytes, read_json, read_json_lines, sha256_bytes, 
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.release.export import export_onnx
 from roadseg.sweep import BASE, Plan, Point, Setting, forget, interruptible, plan
-from roadseg.sweep_table import Result, Row, difference_text, rows, spread_text
+from roadseg.sweep_table import Result, Row, Spread, rows, spread_text
 from roadseg.train import stage
 from roadseg.train.version import VERSION
 
@@ -88,6 +89,16 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     *(
         (f"backbone {name}", {"model.backbone": name})
         for name in ("lcnet_100", "tinynet_b", "mixnet_s", "semnasnet_075")
+    ),
+    (
+        "backbone lcnet_100, early strides 1 1, output stride 8, low levels 2",
+        {
+            "model.backbone": "lcnet_100",
+            "model.early_strides": [1, 1],
+            "model.output_stride": 8,
+            "model.atrous_rates": [6, 12, 18],
+            "model.low_levels": [2],
+        },
     ),
     (
         "backbone resnet18 of widths 64 96 144 192",
@@ -434,37 +445,44 @@ def table(made: Plan, state: State) -> str:
     known = {row.setting: row for row in rows(state.results(points), made.base, HOLDOUT)}
     order = [*known, *(s.label for s in made.settings if s.label not in known)]
     heads = ["change", "parameters", f"GMAC at {HEIGHT}x{WIDTH}", "GPU eager ms", "GPU graph ms", "CPU ms"]
-    heads += [f"mIoU of {HOLDOUT}", "to the base (points)", "verdict", "mIoU of val", "images/s in training", "seeds"]
+    heads += [f"mIoU of {HOLDOUT}", "to the base", "mIoU of val", "to the base", "images/s in training", "seeds"]
     machines = sorted({str(n[k]) for n in state.networks.values() for k in ("gpu", "cpu") if k in n})
     lines = [
         f"{made.points[0].config.training.steps} steps a run. Scores: the training loop's at the last step "
         "(history.jsonl): averaged network, whole frames, single scale. Latency: "
-        f"{', '.join(machines) or 'not measured'}; batch 1, GPU fp16, CPU one thread.\n",
+        f"{', '.join(machines) or 'not measured'}; batch 1, GPU fp16, CPU one thread. Differences of means, in "
+        "points; bold: more than twice their standard error, taking the base's deviation for all.\n",
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
     ]
     for label in order:
         network = state.networks.get(network_key(architecture_of(points[label, made.seeds[0]].config)), {})
-        lines.append("| " + " | ".join([label, *cells(network, known.get(label))]) + " |")
+        lines.append("| " + " | ".join([label, *cells(network, known.get(label), known.get(made.base))]) + " |")
     failed = [run for row in known.values() for run in row.runs if run.error]
     return "\n".join([*lines, *(f"\nfailed: {r.setting}, seed {r.seed}: {r.error}" for r in failed)]) + "\n"
 
 
-def cells(network: Mapping[str, Any], row: Row | None) -> list[str]:
+def cells(network: Mapping[str, Any], row: Row | None, base: Row | None) -> list[str]:
     size = [f"{network['parameters'] / 1e6:.2f}M", f"{network['gmac']:.2f}"] if "gmac" in network else ["", ""]
     times = [f"{network[k]:.2f}" if k in network else "" for k in ("gpu_eager_ms", "gpu_graph_ms", "cpu_ms")]
     if row is None:
-        return [*size, *times, "", "", "not run", "", "", "0"]
-    return [
-        *size,
-        *times,
-        spread_text(row.miou.get(HOLDOUT)),
-        difference_text(row.difference.get(HOLDOUT)),
-        row.verdict,
-        spread_text(row.miou.get("val")),
-        f"{row.images_per_s.mean:.0f}" if row.images_per_s else "",
-        str(sum(not run.error for run in row.runs)),
-    ]
+        return [*size, *times, "", "", "", "", "", "0"]
+    scores = []
+    for split in (HOLDOUT, "val"):
+        ours = row.miou.get(split)
+        scores += [spread_text(ours), against(ours, base.miou.get(split)) if base and base is not row else ""]
+    rate = f"{row.images_per_s.mean:.0f}" if row.images_per_s else ""
+    return [*size, *times, *scores, rate, str(sum(not run.error for run in row.runs))]
+
+
+def against(ours: Spread | None, base: Spread | None) -> str:
+    """The difference of the means in points. Paired seeds would carry one base run's noise into all of its seed."""
+    if ours is None or base is None:
+        return ""
+    points = 100 * (ours.mean - base.mean)
+    error = 100 * (base.deviation or math.inf) * math.sqrt(1 / ours.n + 1 / base.n)
+    text = f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"**{text}**" if abs(points) > 2 * error else text
 
 
 def arguments() -> argparse.Namespace:

@@ -5,7 +5,8 @@
 Everything goes through the command line, as a user would: `roadseg transform` renders town frames and
 makes their shards, `roadseg train` trains the default model on them from files.
 1. Equality: the same batch over all GPUs, fp32 (without TF32) and bf16, in crops of --compared-size and in
-   deterministic mode, so that one GPU does the same again and all differ by rounding alone; the largest relative
+   deterministic mode, with the terms of the loss that are defined on a whole batch, so that one GPU does the same again
+   and all differ by rounding alone; the largest relative
    difference of the losses up to some steps. Beside it all GPUs without sync-BN, which is another computation.
 2. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn, and one without sync-BN, to see
    what its messages cost; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
@@ -109,6 +110,7 @@ def curves(a: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, list
     ways = {"1 GPU": (1, ()), "1 GPU again": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, NO_SYNC)}
     steps = ["--training.steps", "100", "--training.checkpoint-every", str(a.compared), "--training.warmup-steps", "5"]
     steps += [*crop(a.compared_size), "--training.deterministic", "True"]
+    steps += [word for term in ("ohem", "lovasz", "dice") for word in (f"--training.loss.{term}", "0.5")]
     for precision in ("fp32", "bf16") if a.device != "cpu" else ("fp32",):
         batch = ["--training.batch-size", str(a.batch * a.gpus), "--training.precision", precision]
         runs = {}

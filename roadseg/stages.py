@@ -76,7 +76,7 @@ class Stages:
         inputs = {"source": source_digest(data, root)}
 
         def build(work: Path) -> None:
-            self._look_ahead()
+            self.look_ahead()
             ingest(data, root, work, only_splits, self.folder)
 
         output = self.workspace.make("ingest", VERSION, fields, inputs, build)
@@ -114,7 +114,7 @@ class Stages:
         settings = self.config.transform
 
         def build(work: Path) -> None:
-            self._look_ahead()
+            self.look_ahead()
             transform(settings, manifest, root, work, limits, self.config.data.workers)
 
         inputs = {"ingest": self.outputs["ingest"].content}
@@ -215,8 +215,21 @@ class Stages:
 
         c, inputs = self.config, self.inputs()  # first: what is wrong with them is told before hours of data
         shards, content = self._shards()
-        fields = {"model": c.model.key_fields(), "training": c.training.key_fields()}
+        fields = {"model": c.model.key_fields(), "training": c.training.key_fields(), **self._ranks()}
         return inputs, shards, (VERSION, fields, {"transform": content, **inputs.digests})
+
+    def _ranks(self) -> dict[str, int]:
+        """How many ranks train, where that changes the result.
+
+        Without sync-BN each normalises by its own images; with several micro-batches each cuts them from its own.
+        """
+        t, started = self.config.training, self.words.here.world if self.words else 1
+        if t.sync_batch_norm and t.accumulate == 1:
+            return {}
+        from roadseg.train.job import processes
+
+        world = started * (t.gpus or processes(t, started))
+        return {"ranks": world} if world > 1 else {}
 
     def inputs(self) -> Inputs:
         """The releases that training starts from and learns from. Raises ConfigError for what the ranks can't share."""
@@ -229,8 +242,10 @@ class Stages:
             self._inputs = training_inputs(c, lambda reference: find_release(c, self.workspace.path, reference))
         return self._inputs
 
-    def _look_ahead(self) -> None:
-        """Before data is made that is to be trained on: raises ConfigError for what can't be, whatever the data."""
+    def look_ahead(self) -> None:
+        """Once its inputs were asked for, so that training is to come: raises ConfigError for what can't be, whatever
+        the data, before any is made.
+        """
         if self._inputs is None or self._looked_ahead:
             return
         from roadseg.train.ahead import refuse_ahead

@@ -27,6 +27,7 @@ from roadseg.files import lock, read_json, read_json_lines
 from roadseg.pipeline import RunResult, run, run_folder
 from roadseg.release.archive import load_release
 from roadseg.stages import HOLDOUT
+from roadseg.sweep_ahead import refuse_untrainable
 from roadseg.sweep_record import refuse_other, write_tables
 from roadseg.sweep_table import Result, Row, rows
 from roadseg.train.place import place
@@ -213,6 +214,7 @@ def run_sweep(
 
     A run that fails is recorded and the sweep goes on, unless the data that all share is refused. Raises
     Interrupted, with the tables of what is done written; Busy when another process is at it and not `wait`;
+    ConfigError, before the first run, for settings that can't be trained whatever the data;
     UsageError for another sweep of that name, and for several processes: all would wait for the one with the lock.
     """
     _refuse_several()
@@ -223,8 +225,9 @@ def run_sweep(
     lock_path = folder.with_name(f"{plan.name}.lock")
     with lock(lock_path, f"sweep {plan.name}", wait=wait, say=log.warning), interruptible() as caught:
         refuse_other(plan, base, until, folder)
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            refuse_untrainable(plan, workspace, wait)
+            folder.mkdir(parents=True, exist_ok=True)
             for i, point in enumerate(plan.points, 1):
                 results.append(run_point(point, until, workspace, wait, data_shared=shared))
                 say(f"[{i}/{len(plan.points)}] {_told(point, results[-1], by)}")

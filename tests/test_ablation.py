@@ -14,6 +14,7 @@ from roadseg.config import Config, load_config
 from roadseg.model import Architecture, build
 from roadseg.model.surgery import set_output_stride
 from roadseg.sweep import Point
+from roadseg.sweep_table import spread
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -56,6 +57,15 @@ def test_rates_follow_the_output_stride_as_in_training(
         if stride:
             set_output_stride(network, stride)
     assert found == network.architecture
+
+
+def test_a_difference_is_bold_beyond_twice_its_standard_error(ablation: ModuleType) -> None:
+    base, one = spread([0.5530, 0.5310, 0.5404]), spread([0.5410])  # 54.1 and 1.1 points
+    assert ablation.against(spread([0.4885]), base) == "**−5.3**"
+    assert ablation.against(spread([0.5181]), base) == "−2.3"  # of one run 2.5 points tell
+    assert ablation.against(spread([0.5180, 0.5181, 0.5182]), base) == "**−2.3**"
+    assert ablation.against(spread([0.7]), one) == "+15.9"  # of one run of the base nothing is known
+    assert ablation.against(None, base) == ""
 
 
 def test_a_row_is_measured_for_what_the_change_ships(ablation: ModuleType) -> None:

@@ -27,11 +27,14 @@ from roadseg.data.shards import Shards
 from roadseg.errors import Busy, ConfigError, DataError, GateRefused, Interrupted, StoreError, UsageError
 from roadseg.files import lock, read_json, sha256_file
 from roadseg.ingest.stage import HOLDOUT
+from roadseg.model.foreign import Taken
 from roadseg.pipeline import Stage, evaluate_release, run, run_folder
 from roadseg.push.stage import promote_by_hand
 from roadseg.release.archive import load_release
 from roadseg.release.find import find_release, store_of
-from roadseg.workspace import leftovers
+from roadseg.stages import Stages
+from roadseg.train.ahead import refuse_ahead
+from roadseg.workspace import Workspace, leftovers
 
 LATER = {"push": {"min_gain": 0.9}, "training": {"seed": 5}}  # no six steps gain 0.9
 
@@ -56,6 +59,12 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
         pytest.param({"training": {"device": "cuda", "gpus": 2}}, "training.gpus: 2 GPUs", marks=no_gpu),
         ({"training": {"crop_px": [8, 8]}}, "one cell of the map at output stride 16"),
         ({"training": {"batch_size": 1}}, "statistics from one image"),
+        ({"training": {"steps": 20, "patience": 20}}, "a run of 20 steps never ends early"),
+        ({"training": {"phases": [{"after": 0.05, "crop_px": [32, 96]}]}}, "first phase has none of the 6 steps"),
+        ({"training": {"freeze": ["backbone", "aspp", "decoder"]}}, "training.freeze: backbone, aspp, decoder are all"),
+        ({"training": {"frames_on_gpu": "always"}}, "training.frames_on_gpu: always, training on cpu"),
+        ({"training": {"augment_device": "cuda"}}, "training.augment_device: cuda, but training runs on cpu"),
+        ({"training": {"gpus": 2, "batch_size": 6, "augment": {"class_mix": 0.5}}}, "set 4 or 8, or training.augment"),
         ({"training": {"phases": [{"after": 0.5, "output_stride": 32}]}}, "rates 1/2/3 at output stride 16 would be"),
         ({"model": {"backbone": "no_such_model"}}, "no model 'no_such_model'"),
         ({"model": {"backbone": "ghostnet_100"}}, "no feature maps at output stride 16"),
@@ -83,6 +92,40 @@ def test_weights_that_do_not_fit_are_told_before_there_is_data(micro: Micro, tmp
         with pytest.raises(ConfigError, match=said):
             run(config_of(**section), "train", workspace=tmp_path / "w")
         assert not [path for path in (tmp_path / "w" / "stages").glob("*/*") if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "training"),
+    [
+        ("roadseg.train.stage", "checkpoint_activations", {"activation_checkpointing": True}),
+        ("roadseg.train.mirrors", "_opener", {"mirrors": ["tensorboard"]}),
+        ("roadseg.train.ahead", "refuse_unknown_norms", {"sync_batch_norm": True, "gpus": 2}),
+    ],
+)
+def test_so_are_a_backbone_without_blocks_or_of_other_norms_and_a_mirror_without_its_package(
+    module: str, name: str, training: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("not here", where=f"training.{next(iter(training))}")
+
+    monkeypatch.setattr(f"{module}.{name}", refuse)
+    with pytest.raises(ConfigError, match="not here"):
+        run(config_of(training=training), "train", workspace=tmp_path)
+    assert not [path for path in (tmp_path / "stages").glob("*/*") if path.is_dir()]
+
+
+def test_parts_of_another_project_that_are_new_may_not_be_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number of classes is of the data: a classifier that would be made anew for two may yet be taken."""
+    new = ("decoder.classifier", "decoder.refinements.0")
+    monkeypatch.setattr("roadseg.train.start.load_foreign", lambda *_: Taken("smp", (), new))
+    save_file({"encoder.weight": torch.zeros(1)}, weights := tmp_path / "smp.safetensors")
+    training = {"weights_from": str(weights), "freeze": ["decoder"]}
+    with pytest.raises(ConfigError, match=r"decoder, in which decoder\.refinements\.0 is new and random"):
+        refuse_ahead(config_of(training=training), None)
+    new = new[:1]
+    refuse_ahead(config_of(training=training), None)
 
 
 def test_what_is_taken_of_a_release_is_said_once(
@@ -292,6 +335,18 @@ found = run(load_config({str(MICRO)!r}), "train", workspace={str(workspace)!r})
 assert found.outputs["train"].cached and "torch" not in sys.modules, sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_the_number_of_ranks_is_in_the_key_where_it_changes_the_result(micro: Micro) -> None:
+    def key(**training: Any) -> str:
+        this = Stages(config_of(training={"device": "cpu", **training}), Workspace(micro.workspace))
+        return this.workspace.key("train", *this._training()[2])
+
+    assert key(gpus=1) == key(gpus=2) == micro.result.outputs["train"].key
+    for parts in ({"sync_batch_norm": False}, {"batch_size": 8, "accumulate": 2}):
+        one, two, again = (key(gpus=gpus, **parts) for gpus in (1, 2, 2))
+        assert one != two == again
+        assert key(gpus=0, **parts) == one  # of a CPU: one process
 
 
 def test_a_report_on_other_data_does_not_tell_why_the_champion_was_let_through(copy_of_two: Two) -> None:

@@ -18,9 +18,10 @@ from roadseg import cli, sweep_table
 from roadseg.cli import Command, main
 from roadseg.cli_sweep import sweep, sweep_arguments
 from roadseg.config import Config, load_config
-from roadseg.errors import DataError, Interrupted, NonFiniteLoss, UsageError
+from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, UsageError
 from roadseg.files import lock, read_json, write_json
 from roadseg.pipeline import RunResult
+from roadseg.stages import Stages
 from roadseg.sweep import parse_seeds, parse_vary, plan_of, settings_of
 from roadseg.sweep_record import described
 from roadseg.sweep_table import Result, Spread, paired, rows, spread, student_t
@@ -323,6 +324,61 @@ def test_one_that_fails_is_recorded_and_the_others_go_on(
     assert record["base"] == "training.learning_rate=0.3" and record["runs_to_come"] == 0
     assert {p.name for p in (tmp_path / "sweeps").iterdir()} == {"sweep"}  # no lock is left
     assert_inert((tmp_path / "sweeps" / "sweep" / "sweep.html").read_text())
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_settings_that_can_not_be_trained_are_told_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cheap, looked, ahead = Cheap(tmp_path, lambda config: None), [], Stages.look_ahead
+    monkeypatch.setattr("roadseg.sweep.run", cheap)
+    monkeypatch.setattr(Stages, "look_ahead", lambda this: looked.append(this.config) or ahead(this))
+    vary = ["--vary", "training.batch_size=1,2", "--vary", "model.channels=8,16", "--vary", "data.town.seed=1,2"]
+    vary += ["--vary", "model.low_levels=[4],[3]", "--seeds", "2"]
+    assert sweep_(tmp_path, *vary) == 2 and cheap.calls == 0 and not (tmp_path / "sweeps" / "sweep").exists()
+    assert len(looked) == 8  # the data changes nothing of it, nor a seed
+    err = capsys.readouterr().err
+    assert (
+        "12 of 16 settings can't be trained:\n  training.batch_size=1, model.channels=8, data.town.seed=1, model" in err
+    )
+    both = (
+        "  training.batch_size=1, model.channels=16, data.town.seed=2, model.low_levels=[4]:\n    training.batch_size: "
+    )
+    assert f"{both}batch norm would take its statistics from one image" in err and "1 thing" not in err
+    assert err.count("batch norm would take") == 1 and err.count("no map at stride 3") == 1
+    assert sweep_(tmp_path, "--vary", "training.batch_size=2,4") == 0 and cheap.calls == 2
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_a_release_to_start_from_is_looked_for_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cheap = Cheap(tmp_path, lambda config: None)
+    monkeypatch.setattr("roadseg.sweep.run", cheap)
+    assert sweep_(tmp_path, "--vary", "training.init_from='',0123456789ab") == 2 and cheap.calls == 0
+    told = "1 of 2 settings can't be trained:\n  training.init_from=0123456789ab:\n    training.init_from: "
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_what_was_trained_elsewhere_needs_no_gpu_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap = Cheap(tmp_path, lambda config: None)
+    monkeypatch.setattr("roadseg.sweep.run", cheap)
+    monkeypatch.setattr(Stages, "look_ahead", lambda this: refuse_gpu())
+
+    def refuse_gpu() -> None:
+        raise ConfigError("cuda, and there is none", where="training.device")
+
+    given = ["--vary", "training.learning_rate=0.4,0.5"]
+    assert sweep_(tmp_path, *given) == 2 and cheap.calls == 0
+    for number, rate in ((1, "0.4"), (2, "0.5")):
+        output = {"stage": "train", "key": f"{rate}-0", "content": "c", "cached": False}
+        (tmp_path / "stages" / "train" / output["key"]).mkdir(parents=True)
+        (folder := tmp_path / "runs" / f"sweep-00{number}").mkdir(exist_ok=True)
+        write_json(folder / "run.json", {"outputs": {"train": output}})
+    assert sweep_(tmp_path, *given) == 0 and cheap.calls == 2
+    shutil.rmtree(tmp_path / "stages" / "train" / "0.5-0")
+    assert sweep_(tmp_path, *given) == 2 and cheap.calls == 2
 
 
 @pytest.mark.usefixtures("quiet_log")

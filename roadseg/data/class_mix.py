@@ -11,7 +11,6 @@ import torch
 
 from roadseg.data.augment import generator
 from roadseg.data.loader import Batch
-from roadseg.errors import ConfigError
 from roadseg.labels import IGNORE
 
 
@@ -20,15 +19,9 @@ def class_mix(batch: Batch, share: float, seed: int, step: int, first_row: int, 
 
     What is pasted keeps its place and its label; void is never pasted. The draws are a function of
     (seed, step, row), where the batch holds rows first_row and on of the `rows` of all processes.
-    Raises ConfigError where two neighbours would be in two processes.
     """
-    if first_row % 2 or (len(batch.label_BHW) % 2 and len(batch.label_BHW) != rows):
-        raise ConfigError(
-            f"batches of {len(batch.label_BHW)} crops a process, of which neighbours are mixed",
-            expected="an even number",
-            where="training.batch_size",
-            todo="or set training.augment.class_mix to 0",
-        )
+    # A batch whose neighbours would be in two processes is refused before training.
+    assert first_row % 2 == 0 and (len(batch.label_BHW) % 2 == 0 or len(batch.label_BHW) == rows)
     rng = generator(seed, 9, step)
     mixed, picks = rng.random(rows) < share, rng.random((rows, 256)) < 0.5
     mine = slice(first_row, first_row + len(batch.label_BHW))

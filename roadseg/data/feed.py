@@ -40,16 +40,15 @@ def choose_feed(
 
     Raises ConfigError for what contradicts itself or what this device can't do.
     """
+    refuse_places(device, augment_device, frames_on_gpu)
     cuda = device.type == "cuda"
-    if frames_on_gpu == "always" and (not cuda or augment_device == "cpu" or train_bytes > gpu_bytes):
+    if frames_on_gpu == "always" and train_bytes > gpu_bytes:
         raise ConfigError(
-            f"always, with {train_bytes / 1e9:.1f} GB of frames, training on {device.type} ({gpu_bytes / 1e9:.1f} GB) "
-            f"and training.augment_device {augment_device}",
-            expected="a CUDA device with room for them, on which they are augmented too",
+            f"always, with {train_bytes / 1e9:.1f} GB of frames, training on {device.type} ({gpu_bytes / 1e9:.1f} GB)",
+            expected="room for them",
             where="training.frames_on_gpu",
+            todo="set it to auto or never",
         )
-    if augment_device == "cuda" and not cuda:
-        raise ConfigError(f"cuda, but training runs on {device.type}", where="training.augment_device", todo="use auto")
     fits = train_bytes <= RESIDENT_SHARE * gpu_bytes
     if frames_on_gpu == "always" or (frames_on_gpu == "auto" and cuda and augment_device != "cpu" and fits):
         why = f"all {train_bytes / 1e9:.1f} GB of train lie in the GPU's {gpu_bytes / 1e9:.1f}; no loader processes"
@@ -60,6 +59,20 @@ def choose_feed(
         large = f"; train's {train_bytes / 1e9:.1f} GB are over a quarter of {gpu_bytes / 1e9:.1f}" * (not fits)
         return Feed(False, True, processes, f"boxes are read by {readers} and augmented by the GPU{large}")
     return Feed(False, False, processes, f"crops are read and augmented by {readers}, on the CPU")
+
+
+def refuse_places(device: torch.device, augment_device: str, frames_on_gpu: str) -> None:
+    """As `choose_feed`, for what can be told without the data. Of `device` only the type counts."""
+    cuda = device.type == "cuda"
+    if frames_on_gpu == "always" and (not cuda or augment_device == "cpu"):
+        raise ConfigError(
+            f"always, training on {device.type} with training.augment_device {augment_device}",
+            expected="a CUDA device, on which frames are augmented too",
+            where="training.frames_on_gpu",
+            todo="set it to auto" if not cuda else "set it to auto, or training.augment_device to auto",
+        )
+    if augment_device == "cuda" and not cuda:
+        raise ConfigError(f"cuda, but training runs on {device.type}", where="training.augment_device", todo="use auto")
 
 
 def feed(

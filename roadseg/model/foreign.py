@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +64,19 @@ def load_foreign(network: DeepLabV3Plus, path: Path) -> Taken:
         "weights of %s from %s: taken %s; made anew %s; %s",
         *(found.project, path.name, ", ".join(parts)),
         ", ".join(f"{part} ({unlike[part]})" for part in made_anew) or "nothing",
-        "; ".join((*found.remarks, *_untold(network.architecture))),
+        "; ".join((*found.remarks, *_untold(network.architecture, parts))),
     )
     return Taken(found.project, parts, made_anew)
 
 
-def _untold(a: Architecture) -> list[str]:
-    """What is in no file, and has to be set as it was."""
+def _untold(a: Architecture, parts: Sequence[str]) -> list[str]:
+    """What is in no file: taken to be as it is here, or to be set as it was. parts: that are taken."""
     told = ["set model.atrous_rates to those it was trained with"]
+    if CLASSIFIER in parts:
+        told.append(
+            f"the file does not say which {a.num_classes} classes its classifier tells apart: "
+            "taken to be the data's, in the same order"
+        )
     if a.early_strides != EARLY_STRIDES:
         early, usual = (" ".join(map(str, strides)) for strides in (a.early_strides, EARLY_STRIDES))
         told.append(f"with model.early_strides {early} its layers see finer maps than they were trained on ({usual})")

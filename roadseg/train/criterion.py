@@ -1,6 +1,6 @@
 """The loss of a batch: a weighted sum of terms for each head, computed in parts that add up to it.
 
-Shapes: B images, K classes, H W the label, h w a head's logits.
+Shapes: B images of a part, K classes, H W the label, h w a head's logits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from roadseg.model.deeplab import TrainingOutput
 from roadseg.train.losses import at_least_float32, class_weight_of, cross_entropy_sum, focal_sum, positive_or_1
 from roadseg.train.pixel_choice import hardest, near_another_class
+from roadseg.train.ranks import ALONE, Ranks
 from roadseg.train.region_losses import lovasz_softmax, region_mutual_information, soft_dice, truth_on_grid
 
 
@@ -36,7 +37,7 @@ class Criterion:
     class_weights_K: float32 on the logits' device; they weigh the pixels of cross_entropy, focal, ohem
     and boundary. label_smoothing: of cross_entropy, ohem and boundary, which share one pass over the
     upsampled logits. ohem_threshold, ohem_keep: see pixel_choice.hardest. boundary_px: see
-    near_another_class.
+    near_another_class. ranks: those that compute the batch together.
     """
 
     main: Terms
@@ -48,6 +49,7 @@ class Criterion:
     ohem_keep: float
     focal_gamma: float
     boundary_px: int
+    ranks: Ranks = ALONE
 
     def counts(self, label_BHW: Tensor) -> Tensor:
         """float32 [2]: the weights of all valid pixels and of those near another class, summed.
@@ -62,9 +64,9 @@ class Criterion:
     def __call__(self, output: Tensor | TrainingOutput, label_BHW: Tensor, counts_total: Tensor, parts: int) -> Tensor:
         """One part's share of the batch's loss: a scalar in float32, or in float64 for float64 logits.
 
-        Added over the `parts` equal parts (micro-batches x ranks) the shares of cross_entropy, focal and
-        boundary are the whole batch's means; ohem, lovasz, dice and rmi are the mean of the parts'
-        values. counts_total: the sum of all parts' counts; a term whose count is 0 is 0.
+        Added over the `parts` equal parts (micro-batches x ranks) the shares of cross_entropy, focal, boundary
+        and rmi are the whole batch's means; ohem, lovasz and dice are the mean over the micro-batches, each
+        of all ranks' images. counts_total: the sum of all parts' counts; a term whose count is 0 is 0.
         """
         counts = positive_or_1(counts_total)
         boundary = self._boundary_of(label_BHW)
@@ -90,7 +92,7 @@ class Criterion:
             loss = focal_sum(logits, label, self.class_weights_K, self.focal_gamma)
             total = total + terms.focal * loss / counts[0]
         if terms.lovasz or terms.dice or terms.rmi:
-            total = total + _regions(logits, label, terms) / parts
+            total = total + self._regions(logits, label, parts, terms)
         return total
 
     def _cross_entropies(
@@ -104,23 +106,22 @@ class Criterion:
         if boundary is not None:
             weights = weights + terms.boundary / counts[1] * boundary
         if terms.ohem:
-            hard = hardest(logits, label, self.ohem_threshold, self.ohem_keep)
-            count = (hard * class_weight_of(label, self.class_weights_K)).sum()
-            weights = weights + terms.ohem / parts / positive_or_1(count) * hard
+            hard = hardest(logits, label, self.ohem_threshold, self.ohem_keep, self.ranks)
+            count = self.ranks.sum_((hard * class_weight_of(label, self.class_weights_K)).sum())
+            weights = weights + terms.ohem * self.ranks.world / parts / positive_or_1(count) * hard
         return cross_entropy_sum(logits, label, self.class_weights_K, self.label_smoothing, weights)
 
-
-def _regions(logits: Tensor, label: Tensor, terms: Terms) -> Tensor:
-    fine = at_least_float32(logits)
-    truth = truth_on_grid(label, logits.shape[2], logits.shape[3], logits.shape[1])
-    total = torch.zeros((), device=logits.device)
-    if terms.lovasz or terms.dice:
-        p = fine.softmax(dim=1)
-        if terms.lovasz:
-            total = total + terms.lovasz * lovasz_softmax(p, truth)
-        if terms.dice:
-            total = total + terms.dice * soft_dice(p, truth)
-    if terms.rmi:
-        stride = label.shape[1] / logits.shape[2]
-        total = total + terms.rmi * region_mutual_information(fine, truth, stride)
-    return total
+    def _regions(self, logits: Tensor, label: Tensor, parts: int, terms: Terms) -> Tensor:
+        fine = at_least_float32(logits)
+        truth = truth_on_grid(label, logits.shape[2], logits.shape[3], logits.shape[1])
+        total, micro_batches = torch.zeros((), device=logits.device), parts // self.ranks.world
+        if terms.lovasz or terms.dice:
+            p = fine.softmax(dim=1)
+            if terms.lovasz:
+                total = total + terms.lovasz / micro_batches * lovasz_softmax(p, truth, self.ranks)
+            if terms.dice:
+                total = total + terms.dice / micro_batches * soft_dice(p, truth, self.ranks)
+        if terms.rmi:
+            stride = label.shape[1] / logits.shape[2]
+            total = total + terms.rmi / parts * region_mutual_information(fine, truth, stride)
+        return total

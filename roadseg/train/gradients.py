@@ -51,6 +51,11 @@ class Gradients:
         self._until_capture = EAGER_STEPS
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the next call compiles the network, which may take minutes."""
+        return not self._trusted
+
     def close(self) -> None:
         """Free the graph: while one with NCCL's messages in it stands, leaving the other ranks waits for ever."""
         if self._graph is not None:

@@ -16,7 +16,7 @@ from roadseg.release.archive import Release, load_release
 from roadseg.train.inputs import Inputs
 from roadseg.train.place import place, refuse_uneven
 from roadseg.train.ranks import Ranks, joined
-from roadseg.train.stage import choose_device, train_candidate
+from roadseg.train.stage import choose_device, device_name, train_candidate
 from roadseg.train.words import Words
 
 
@@ -57,9 +57,8 @@ def _release(archive: tuple[str, str] | None) -> Release | None:
 
 def processes(t: Training, machines: int = 1) -> int:
     """How many processes of this machine, as of each, train. Raises ConfigError if they lack GPUs or share unevenly."""
-    cuda = torch.cuda.is_available()
-    kind = t.device if t.device != "auto" else "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = torch.cuda.device_count() if cuda and kind == "cuda" else 0
+    kind = device_name(t.device)
+    there = torch.cuda.device_count() if torch.cuda.is_available() and kind == "cuda" else 0
     world = t.gpus or max(there, 1)
     if world == 1 or (kind == "cpu" and t.device == "cpu"):
         refuse_uneven(t, world * machines)

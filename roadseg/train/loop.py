@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from roadseg.train.objective import Objective
 from roadseg.train.optimizer import make_optimizer
 from roadseg.train.ranks import ALONE, Ranks
 from roadseg.train.schedule import lr_factor
-from roadseg.train.signals import stop_signals
+from roadseg.train.signals import stop_signals, stopped_at_once
 from roadseg.train.taken import Taken, mark, non_finite, on_its_way
 from roadseg.train.timing import Timing, spared
 from roadseg.train.validation import validate
@@ -194,6 +194,10 @@ def train(
                 draw(average.network, step)
         return True
 
+    def at_once(step: int, during: str) -> AbstractContextManager[None]:
+        """For what may take minutes. Nothing is lost by it: what came before the stretch is saved."""
+        return stopped_at_once(f"while {during}, after step {step}")
+
     def steps(stopped: Callable[[], int]) -> Generator[tuple[int, Batch | None, Gradients, float], None, None]:
         """(step, its batch or None when it was stopped, what computes its gradients, when it began)."""
         for stretch in stretches:
@@ -205,13 +209,15 @@ def train(
                 compiled=s.compiled, accumulate=s.accumulate, ranks=ranks,
             )  # fmt: skip
             # One of several ranks must not leave the others waiting: it goes on until all have heard.
-            asked = stopped if ranks.world == 1 else bool
-            with closing(gradients), closing(stretch.batches(first, asked)) as source:
+            alone = ranks.world == 1
+            with closing(gradients), closing(stretch.batches(first, stopped if alone else bool)) as source:
                 for step in range(first, stretch.last):
                     began = time.monotonic()
-                    yield step, next(source, None), gradients, began
+                    with at_once(step, "the first batch was made") if alone and step == first else nullcontext():
+                        batch = next(source, None)
+                    yield step, batch, gradients, began
 
-    done, last_save = start, time.monotonic()
+    done, last_save, ends = start, time.monotonic(), {stretch.last for stretch in stretches}
     with (
         stop_signals() as stopped,
         mirrors(start) as mirror,
@@ -236,7 +242,10 @@ def train(
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            loss = gradients(batch)
+            if gradients.compiles and stopped():
+                raise _interrupted(stopped(), step)
+            with at_once(step, "the network was compiled") if gradients.compiles else nullcontext():
+                loss = gradients(batch)
             norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
             optimizer.step()
             average.update(step)
@@ -252,7 +261,7 @@ def train(
                 signalled = settle(last, mirror, bar) or signalled
             bar.update()
             cut_short = due and not signalled and not score(done, stopped, mirror)
-            if due or signalled or (ranks.main and _due(done, last_save, s) and last.finite()):
+            if due or signalled or done in ends or (ranks.main and _due(done, last_save, s) and last.finite()):
                 settle(last, mirror, bar)  # of a loss that is not finite all ranks tell together, in the next step
                 save(done)
                 last_save = time.monotonic()

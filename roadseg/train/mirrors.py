@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,6 +166,13 @@ def mirrors(
         until = time.monotonic() + CLOSE_S
         for mirror in running:
             mirror.end(status, max(0.0, until - time.monotonic()))
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """Raises ConfigError for those whose package is not there or can't use its address, as `mirrors` does."""
+    with tempfile.TemporaryDirectory(prefix="roadseg-mirrors-") as folder:
+        for name in names:
+            _opener(name, Path(folder), "", {}, 0)
 
 
 def _finished(folder: Path) -> Path:

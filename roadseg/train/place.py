@@ -93,11 +93,18 @@ def _of_host(resources: Path) -> Place:
 
 def refuse_uneven(t: Training, world: int) -> None:
     """Raise ConfigError if `world` ranks can't share a step's batch evenly."""
-    if t.batch_size % (world * t.accumulate):
-        parts = f"{world} GPUs" + f" x {t.accumulate} micro-batches" * (t.accumulate > 1)
+    parts = world * t.accumulate
+    if t.batch_size % parts:
+        by = f"{world} process{'es' * (world > 1)}" + f" x {t.accumulate} micro-batches" * (t.accumulate > 1)
         raise ConfigError(
-            f"{t.batch_size} samples can't be shared evenly by {parts}",
-            expected=f"a multiple of {world * t.accumulate}",
+            f"{t.batch_size} samples can't be shared evenly by {by}",
+            expected=f"a multiple of {parts}",
             where="training.batch_size",
-            todo="it counts the samples of a step over all GPUs and micro-batches",
+            todo=f"set {nearest_multiples(t.batch_size, parts)}: it counts the samples of a step over all of them",
         )
+
+
+def nearest_multiples(number: int, of: int) -> str:
+    """The one below, unless that is 0, and the one above."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roadseg.errors import Interrupted
@@ -50,6 +51,38 @@ class Ranks:
             with answered():
                 dist.all_reduce(tensor)
         return tensor
+
+    def summed(self, own: Tensor) -> Tensor:
+        """The sum over all ranks as a new tensor; its gradient is passed on to this rank's own."""
+        return own if self.world == 1 else self.sum_(own.detach().clone()) + (own - own.detach())
+
+    def share_of(self, whole: Tensor) -> Tensor:
+        """This rank's share of a loss that every rank computes: they add up to it; the gradient is that of it all."""
+        return whole if self.world == 1 else whole.detach() / self.world + (whole - whole.detach())
+
+    def whole_rows(self, own_KN: Tensor) -> Tensor:
+        """[ceil(K / ranks), ranks x N]: some of the rows for this rank, with all ranks' columns in their order.
+
+        Every rank gives as many rows, padded with zeros to a multiple of the ranks, and as many columns.
+        """
+        if self.world == 1:
+            return own_KN
+        padded = F.pad(own_KN, (0, 0, 0, -len(own_KN) % self.world))
+        return self._exchanged(padded.unflatten(0, (self.world, -1))).transpose(0, 1).flatten(1)
+
+    def own_columns(self, whole_SM: Tensor, rows: int) -> Tensor:
+        """[rows, N]: the way back from `whole_rows`."""
+        if self.world == 1:
+            return whole_SM
+        return self._exchanged(whole_SM.unflatten(1, (self.world, -1)).transpose(0, 1)).flatten(0, 1)[:rows]
+
+    def _exchanged(self, parts: Tensor) -> Tensor:
+        """Part r of every rank, for rank r."""
+        parts = parts.contiguous()
+        got = torch.empty_like(parts)
+        with answered():
+            dist.all_to_all_single(got, parts)
+        return got
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum every .grad over all ranks, in place, as one flat float32 message; a loop has one order of them."""

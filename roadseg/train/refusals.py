@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from math import floor, sqrt
+from math import floor, lcm, sqrt
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from roadseg.errors import ConfigError, RoadsegError
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.model.surgery import blocks, set_output_stride
 from roadseg.train.memory import step_bytes
+from roadseg.train.place import nearest_multiples, refuse_uneven
+from roadseg.train.without_effect import terms_used
 
 log = logging.getLogger(__name__)
 LEAST_IMAGE = 0.5  # of what crops show, over frames and drawn scales; the rest is padding
@@ -25,6 +27,7 @@ STEERED_BY = "val"  # the split that early stopping looks at
 FILLED = 0.9  # of a GPU, by an estimate that may be off
 CROP_STEP_PX = 32
 MISSING = "class-missing"  # ingest's code for it
+OF_A_PART = ("ohem", "lovasz", "dice")  # terms of the loss that are no sum over micro-batches
 _RAN_OUT = ("can't allocate memory", "out of memory", "Cannot allocate memory", "_STATUS_ALLOC_FAILED")
 
 
@@ -38,20 +41,27 @@ def refuse_impossible(
     """
     crops = dict.fromkeys(crop_px for crop_px, _ in _crops(t, architecture))
     problems = [p for crop_px in crops for p in _padding(t, frames, crop_px)]
-    problems += [*_classes(shards, MISSING in allow), *_early_stopping(t, shards, steps_of(t, len(frames)))]
-    problems += _empty_phases(t, len(frames))
-    _refuse([*problems, *_whatever_the_data(t, architecture, world)])
+    problems += [*_classes(shards, MISSING in allow), *_no_steering_split(t, shards)]
+    _refuse([*problems, *_whatever_the_data(t, architecture, world, steps_of(t, len(frames)))])
 
 
 def refuse_whatever_the_data(t: Training, architecture: Architecture, world: int = 1) -> None:
     """As `refuse_impossible`, for what can be told without the data."""
-    _refuse([*_whatever_the_data(t, architecture, world)])
+    _refuse([*_whatever_the_data(t, architecture, world, t.steps)])
 
 
-def _whatever_the_data(t: Training, architecture: Architecture, world: int) -> Iterator[str]:
+def _whatever_the_data(t: Training, architecture: Architecture, world: int, steps: int | None) -> Iterator[str]:
+    """steps: of the run; None where the number of frames decides."""
     for crop_px, stride in dict.fromkeys(_crops(t, architecture)):
         yield from _single_cell(crop_px, stride)
-    yield from [*_shares(t, world)] or _batch_norm(t, world)
+    if steps is not None:
+        yield from [*_endless_patience(t, steps), *_empty_phases(t, steps)]
+    try:
+        refuse_uneven(t, world)
+    except ConfigError as e:
+        yield str(e)
+    else:
+        yield from [*_batch_norm(t, world), *_parted_neighbours(t, world)]
 
 
 def _refuse(problems: Sequence[str]) -> None:
@@ -100,8 +110,7 @@ def _single_cell(crop_px: tuple[int, int], stride: int) -> Iterator[str]:
         )
 
 
-def _empty_phases(t: Training, frames: int) -> Iterator[str]:
-    steps = steps_of(t, frames)
+def _empty_phases(t: Training, steps: int) -> Iterator[str]:
     starts = [0, *(round(phase.after * steps) for phase in t.phases), steps]
     for number, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
         if first == last:
@@ -114,16 +123,6 @@ def steps_of(t: Training, frames: int) -> int:
     return t.steps or -(-(t.epochs or 60) * frames // t.batch_size)
 
 
-def _shares(t: Training, world: int) -> Iterator[str]:
-    parts = t.accumulate * world
-    if t.batch_size % parts:
-        less, more = t.batch_size // parts * parts, (t.batch_size // parts + 1) * parts
-        yield (
-            f"training.batch_size: {t.batch_size} can't be shared by {world} processes in {t.accumulate} "
-            f"micro-batches each; set {f'{less} or ' if less else ''}{more}"
-        )
-
-
 def _classes(shards: Shards, accepted: bool) -> Iterator[str]:
     names, pixels = shards.label_set.names, shards.class_pixels
     seen, absent = ([n for n, count in zip(names, pixels["train"], strict=False) if bool(count) == s] for s in (1, 0))
@@ -133,7 +132,10 @@ def _classes(shards: Shards, accepted: bool) -> Iterator[str]:
     }  # fmt: skip
     if len(seen) < 2:
         what = f"no class but {seen[0]}" if seen else "no class"
-        yield f"data: {what} has a pixel in train: nothing can be told apart; check the labels and data.classes"
+        yield (
+            f"data: {what} has a pixel in train: nothing can be told apart; check the masks, and which classes they "
+            "become (data.taxonomy; of source folder, the YAML that data.labels names)"
+        )
     elif any(scored.values()) and not accepted:
         there = "; ".join(f"{split} has {', '.join(found)}" for split, found in scored.items() if found)
         yield (
@@ -147,15 +149,18 @@ def _classes(shards: Shards, accepted: bool) -> Iterator[str]:
         )  # fmt: skip
 
 
-def _early_stopping(t: Training, shards: Shards, steps: int) -> Iterator[str]:
+def _no_steering_split(t: Training, shards: Shards) -> Iterator[str]:
     if t.patience and STEERED_BY not in shards.shards:
         there = ", ".join(name for name in shards.shards if name != "train") or "none"
         yield (
             f"training.patience: it looks at the split {STEERED_BY}, which is not there (besides train: {there}); "
             "set it to 0, or make such a split"
         )
+
+
+def _endless_patience(t: Training, steps: int) -> Iterator[str]:
     # The first validation sets the mark, and what the last one says changes nothing any more.
-    elif t.patience and (every := validation_steps(t, steps)) * (t.patience + 1) >= steps:
+    if t.patience and (every := validation_steps(t, steps)) * (t.patience + 1) >= steps:
         most = max((steps - 1) // every - 1, 0)
         waits = f"{t.patience} validation{'s' * (t.patience > 1)} after the first, {every} steps apart"
         yield (
@@ -177,6 +182,20 @@ def _batch_norm(t: Training, world: int) -> Iterator[str]:
             f"step, over {world} process{'es' * (world > 1)} in {t.accumulate} micro-batch{'es' * (t.accumulate > 1)} "
             "each); set a larger training.batch_size, a smaller training.accumulate, or training.freeze batch_norm"
         )
+
+
+def _parted_neighbours(t: Training, world: int) -> Iterator[str]:
+    """class_mix pastes between the crops 2k and 2k + 1 of a batch."""
+    if _parts_neighbours(t, world, t.batch_size):
+        yield (
+            f"training.batch_size: {t.batch_size} samples are {t.batch_size // world} for each of {world} processes; "
+            "expected an even number for each, as class_mix pastes between neighbours; set "
+            f"{nearest_multiples(t.batch_size, lcm(2, t.accumulate) * world)}, or training.augment.class_mix 0"
+        )
+
+
+def _parts_neighbours(t: Training, world: int, batch_size: int) -> bool:
+    return t.augment.class_mix > 0 and world > 1 and batch_size // world % 2 == 1
 
 
 def _least_rows(t: Training, world: int) -> int:
@@ -202,11 +221,22 @@ def ran_out(error: BaseException) -> bool:
 
 
 def out_of_memory(
-    error: BaseException, architecture: Architecture, t: Training, world: int, bf16: bool, device: torch.device
+    error: BaseException,
+    architecture: Architecture,
+    t: Training,
+    world: int,
+    bf16: bool,
+    device: torch.device,
+    frames_bytes: int = 0,
+    teacher_bytes: int = 0,
 ) -> RoadsegError:
-    """The error to raise from `error`: what was tried, and which changes would fit by the estimate of memory.py."""
+    """The error to raise from `error`: what was tried, and which changes would fit by the estimate of memory.py.
+
+    frames_bytes, teacher_bytes: what lies on `device` for as long as training lasts, beside what that estimates.
+    """
     rows, crop_px = t.batch_size // (world * t.accumulate), max((c for c, _ in _crops(t, architecture)), key=_area)
-    there = _memory_bytes(device)
+    whole = _memory_bytes(device)
+    there = max(1, whole - frames_bytes - teacher_bytes) if whole else 0
     stride = min(s for _, s in _crops(t, architecture))
     costliest = replace(architecture, output_stride=stride)
     again = t.activation_checkpointing
@@ -219,11 +249,14 @@ def out_of_memory(
         for change, form in forms.items()
         if not there or step_bytes(costliest, crop_px, rows, *form) < FILLED * there
     ]
-    changes = what_fits(t, world, rows, crop_px, (needs[0], needs[1]), there) + fitting
+    changes = what_fits(t, world, rows, crop_px, (needs[0], needs[1]), there, frames_bytes) + fitting
     precision = "bf16" if bf16 else "fp32"
-    estimate = f"; about {needs[1] / 2**30:.0f} GiB are needed, of {there / 2**30:.0f}" if there else ""
-    if there > needs[1]:
-        estimate += ", so frames, a teacher or other processes hold the rest"
+    estimate = ""
+    if whole:
+        held = {"of train's frames": frames_bytes, "of the teacher's weights": teacher_bytes}
+        beside = " and ".join(f"{size / 2**30:.1f} GiB {what}" for what, size in held.items() if size > 1 << 26)
+        estimate = f"; about {needs[1] / 2**30:.0f} GiB are needed{' beside ' * bool(beside)}{beside}"
+        estimate += f", of {whole / 2**30:.0f}" + ", so the estimate is too low" * (there > needs[1])
     return RoadsegError(
         f"no memory for {rows} crops of {_px(crop_px)} at once in {precision} on {device}{estimate} "
         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
@@ -238,27 +271,42 @@ def what_fits(
     crop_px: tuple[int, int],
     needs_bytes: tuple[int, int],
     there_bytes: int,
+    frames_bytes: int = 0,
 ) -> list[str]:
-    """Single changes of batch or crop that should fit, best first.
+    """Single changes of what lies there, batch or crop that should fit, best first.
 
     rows: crops a forward, that did not fit. needs_bytes: of a step without crops, and with `rows`.
-    there_bytes: of the GPU; 0 where that is not known, and half of it all is advised.
+    there_bytes: of the GPU, for steps; 0 where that is not known, and half of it all is advised.
+    frames_bytes: more of it that frames of train take.
     """
     without, with_rows = needs_bytes
-    # What failed needs more than there is, whatever the estimate says: frames, or others, may be there too.
+    # What failed needs more than there is, whatever the estimate says.
     a_row = max(with_rows - without, there_bytes - without, 1) / rows
     fit = (FILLED * there_bytes - without) / a_row if there_bytes else rows / 2
     changes = []
+    if frames_bytes and max(with_rows, there_bytes) < FILLED * (there_bytes + frames_bytes):
+        changes.append("training.frames_on_gpu never")
     share, most, least = t.batch_size // world, min(floor(fit), rows - 1), _least_rows(t, world)
     if most >= least:
         parts = [n for n in range(1, share + 1) if share % n == 0 and least <= share // n <= most]
-        changes += [f"training.accumulate {n} (the same batch in parts)" for n in parts[:1]]
-        changes.append(f"training.batch_size {most * world * t.accumulate}")
+        changes += [f"training.accumulate {n} ({_in_parts(t)})" for n in parts[:1]]
+        batches = [n * world * t.accumulate for n in (most, most - 1) if n >= least]
+        changes += [f"training.batch_size {n}" for n in batches if not _parts_neighbours(t, world, n)][:1]
     side = sqrt(min(max(fit, 0) / rows, FILLED))
     smaller = [floor(px * side / CROP_STEP_PX) * CROP_STEP_PX for px in crop_px]
     if min(smaller) > 0:
         changes.append(f"training.crop_px {smaller[0]} {smaller[1]}" + " (and those of phases)" * bool(t.phases))
     return changes
+
+
+def _in_parts(t: Training) -> str:
+    """What micro-batches change of a step."""
+    changed = ["batch norm"] * ("batch_norm" not in t.freeze) + [n for n in OF_A_PART if n in terms_used(t)]
+    if not changed:
+        return "the same batch in parts"
+    *others, last = changed
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"{listed} then see{'s' * (not others)} a part of the batch at a time"
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -5,7 +5,10 @@ with the label of the pixel that lies at each cell's centre: sorted or unfolded,
 of all classes would take gigabytes. A random crop moves the grid, so that every pixel has its turn.
 None waits for the device, and shapes never depend on values.
 
-Shapes: B images, K classes, H W the label, h w the logits, N cells.
+Lovasz-softmax and Dice are those of the images of all ranks; each rank returns its share, of which the gradients add up
+to the gradient of the whole.
+
+Shapes: B images of this rank, K classes, H W the label, h w the logits, N cells.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from roadseg.train.losses import at_least_float32, positive_or_1, sum_over_images
+from roadseg.train.ranks import ALONE, Ranks
 
 REGION = 3  # cells on a side of RMI's regions
 CELL_PX = 8  # pixels on a side of one of its cells; the paper's best is 4, at four times the arithmetic
@@ -33,17 +37,20 @@ def truth_on_grid(label_BHW: Tensor, rows: int, columns: int, num_classes: int) 
     return (label_BHW[:, None] == classes).float()
 
 
-def lovasz_softmax(p_BKhw: Tensor, truth_BKhw: Tensor) -> Tensor:
+def lovasz_softmax(p_BKhw: Tensor, truth_BKhw: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Lovasz extension of 1 - Jaccard index (Berman et al. 2018), over all images at once.
 
-    The mean over the classes that occur in truth; void cells count nowhere; 0 where all is void.
+    The mean over the classes that occur in truth; void cells count nowhere; 0 where all is void. Of several ranks each
+    sorts some classes' cells of all of them.
     """
     valid = truth_BKhw.sum(dim=1, keepdim=True)
     errors_KN = ((truth_BKhw - p_BKhw).abs() * valid).transpose(0, 1).flatten(1)
     truth_KN = truth_BKhw.transpose(0, 1).flatten(1)
     with torch.no_grad():
-        slopes_KN = _jaccard_slopes(torch.where(valid.flatten() > 0, errors_KN, -1.0), truth_KN)
-    return _mean_of_present((errors_KN * slopes_KN).sum(1), truth_KN)
+        keys_SM = ranks.whole_rows(torch.where(valid.flatten() > 0, errors_KN, -1.0))
+        truth_SM = ranks.whole_rows(truth_KN.to(torch.uint8))
+        slopes_KN = ranks.own_columns(_jaccard_slopes(keys_SM, truth_SM), len(errors_KN))
+    return _mean_of_present((errors_KN * slopes_KN).sum(1), ranks.sum_(truth_KN.sum(1)))
 
 
 def _jaccard_slopes(errors_KN: Tensor, truth_KN: Tensor) -> Tensor:
@@ -61,20 +68,20 @@ def _jaccard_slopes(errors_KN: Tensor, truth_KN: Tensor) -> Tensor:
     return torch.empty_like(slopes).scatter_(1, order, slopes)
 
 
-def _mean_of_present(losses_K: Tensor, truth_KN: Tensor) -> Tensor:
-    present = (truth_KN.sum(1) > 0).to(losses_K.dtype)
+def _mean_of_present(losses_K: Tensor, cells_K: Tensor) -> Tensor:
+    present = (cells_K > 0).to(losses_K.dtype)
     return (losses_K * present).sum() / positive_or_1(present.sum())
 
 
-def soft_dice(p_BKhw: Tensor, truth_BKhw: Tensor) -> Tensor:
+def soft_dice(p_BKhw: Tensor, truth_BKhw: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """1 - 2 sum(p t) / (sum(p) + sum(t)), sums over all images, mean over the classes that occur in truth.
 
     Void cells count nowhere; 0 where all is void.
     """
     p_KN = (p_BKhw * truth_BKhw.sum(dim=1, keepdim=True)).transpose(0, 1).flatten(1)
     truth_KN = truth_BKhw.transpose(0, 1).flatten(1)
-    dice_K = 2 * (p_KN * truth_KN).sum(1) / positive_or_1(p_KN.sum(1) + truth_KN.sum(1))
-    return _mean_of_present(1 - dice_K, truth_KN)
+    both_K, p_K, truth_K = ranks.summed(torch.stack([(p_KN * truth_KN).sum(1), p_KN.sum(1), truth_KN.sum(1)]))
+    return ranks.share_of(_mean_of_present(1 - 2 * both_K / positive_or_1(p_K + truth_K), truth_K))
 
 
 def region_mutual_information(logits_BKhw: Tensor, truth_BKhw: Tensor, stride: float) -> Tensor:

@@ -27,7 +27,7 @@ from roadseg.images import encode_jpeg
 from roadseg.labels import IGNORE, LabelSet
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus
 from roadseg.model.surgery import checkpoint_activations, freeze
-from roadseg.release.archive import TERMS, Release
+from roadseg.release.archive import TERMS, WEIGHTS, Release
 from roadseg.release.network import load_network
 from roadseg.train.candidate import write_candidate
 from roadseg.train.class_offsets import add_class_offsets, add_to_logits
@@ -84,7 +84,7 @@ def train_candidate(
     refuse_frozen_at_random(start, t.freeze)
     if ranks.main:
         warn_without_effect(t)
-    network = _prepared(start.network, t, ranks)
+    network = prepared(start.network, t, ranks)
     settings = _settings(t, steps, device)
     validation = {name: shards.split(name) for name in shards.shards if name != "train"}
     # A held-out split is for scoring alone.
@@ -105,13 +105,17 @@ def train_candidate(
         try:
             average, taken = train(
                 network, _stretches(t, frames, shards, architecture, steps, device, ranks), validation,
-                shards.label_set, _objective(t, shards, teacher, device, settings.bf16), settings, device, work,
+                shards.label_set, _objective(t, shards, teacher, device, settings.bf16, ranks), settings, device, work,
                 ranks=ranks, mirrors=opened, draw=draw, terms=terms,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as e:
             if not ran_out(e):
                 raise
-            raise out_of_memory(e, architecture, t, ranks.world, settings.bf16, device) from e
+            frames_bytes = split_bytes(frames) if _feed(t, frames, device, ranks).frames_on_gpu else 0
+            teacher_bytes = len(teacher.members[WEIGHTS]) if teacher else 0
+            raise out_of_memory(
+                e, architecture, t, ranks.world, settings.bf16, device, frames_bytes, teacher_bytes
+            ) from e
         if ranks.main:
             final, offsets = plain_batch_norm(average.inference_network()), {}
             if t.class_offsets:
@@ -131,13 +135,19 @@ def train_candidate(
             write_candidate(config, shards, final.cpu(), trained, shown, terms, work, profiled_on)
 
 
+def device_name(name: str) -> str:
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU; of several ranks each has its own GPU.
+    """As `device_name`; of several ranks each has its own GPU.
 
     Raises ConfigError if a named one is not there.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = device_name(name)
     if name == "cuda" and ranks.world > 1:
         name = f"cuda:{ranks.local_rank}"
     device = torch.device(name)
@@ -181,7 +191,8 @@ def _start(config: Config, architecture: Architecture, shards: Shards, init: Rel
     return starting_network(architecture, t.seed, weights, mean, std, init, t.weights_from, shards.label_set.names)
 
 
-def _prepared(network: DeepLabV3Plus, t: Training, ranks: Ranks) -> DeepLabV3Plus:
+def prepared(network: DeepLabV3Plus, t: Training, ranks: Ranks) -> DeepLabV3Plus:
+    """`network`, changed in place to what is trained. Raises ConfigError where that can't be made of it."""
     freeze(network, t.freeze)
     if t.activation_checkpointing:
         checkpoint_activations(network.backbone)
@@ -253,7 +264,9 @@ def _crops(t: Training, frames: Split, crop_px: tuple[int, int], shards: Shards)
     return Crops(frames, augmentation, t.seed, (r, g, b))
 
 
-def _objective(t: Training, shards: Shards, teacher: Release | None, device: torch.device, bf16: bool) -> Objective:
+def _objective(
+    t: Training, shards: Shards, teacher: Release | None, device: torch.device, bf16: bool, ranks: Ranks
+) -> Objective:
     pixels = shards.class_pixels["train"][:-1]
     weights = {"none": lambda _: None, "enet": enet_weights, "median": median_frequency_weights}[t.class_weights](
         pixels
@@ -268,6 +281,7 @@ def _objective(t: Training, shards: Shards, teacher: Release | None, device: tor
         t.ohem_keep,
         t.focal_gamma,
         t.boundary_px,
+        ranks,
     )
     if teacher is None:
         return Objective(criterion)

@@ -132,24 +132,30 @@ def sync_batch_norm(network: Network, ranks: Ranks) -> Network:
     """Make every batch norm of `network`, in place, one over the batches of all ranks; `network` again.
 
     The ranks must be connected: by NCCL they train on CUDA. Nothing changes if this process is alone.
-    Raises ConfigError for a kind of batch norm that none of this is known for.
+    Raises as `refuse_unknown_norms`.
     """
     if ranks.world == 1:
         return network
+    refuse_unknown_norms(network)
     kinds = ON_CUDA if dist.get_backend() == "nccl" else ON_CPU
-    for name, module in network.named_modules():
+    for module in network.modules():
         if synced := kinds.get(type(module)):
             module.__class__ = synced  # type: ignore[assignment]
             if isinstance(module, nn.SyncBatchNorm):
                 module.process_group = None  # all ranks
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in PLAIN:
+    return network
+
+
+def refuse_unknown_norms(network: nn.Module) -> None:
+    """Raises ConfigError for a kind of batch norm that `sync_batch_norm` does not know."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in (*ON_CPU, *PLAIN):
             raise ConfigError(
                 f"{type(module).__name__} ({name}) can't be shared by several processes",
-                expected=", ".join(kind.__name__ for kind in kinds),
+                expected=", ".join(kind.__name__ for kind in ON_CPU),
                 where="model.backbone",
                 todo="choose another, or set training.sync_batch_norm to false",
             )
-    return network
 
 
 def plain_batch_norm(network: Network) -> Network:

@@ -19,7 +19,7 @@ def warn_without_effect(t: Training) -> None:
 def _without_effect(t: Training) -> Iterator[tuple[str, str]]:
     """(key, why)."""
     default = Training()
-    terms = _terms(t.loss) | (_terms(t.auxiliary_loss) if t.auxiliary_weight else set())
+    terms = terms_used(t)
     smoothed = {"cross_entropy", "ohem", "boundary"}
     idle = {
         "class_weights": ("no term of the loss takes them", not terms & (smoothed | {"focal"})),
@@ -44,6 +44,11 @@ def _without_effect(t: Training) -> Iterator[tuple[str, str]]:
         if phase.crop_px in (None, crop_px) and phase.output_stride in (None, stride):
             yield "phases", f"the one after {phase.after:g} changes neither crop nor output stride"
         crop_px, stride = phase.crop_px or crop_px, phase.output_stride or stride
+
+
+def terms_used(t: Training) -> set[str]:
+    """Names of the terms that have a weight, in whichever head's loss."""
+    return _terms(t.loss) | (_terms(t.auxiliary_loss) if t.auxiliary_weight else set())
 
 
 def _terms(loss: Loss) -> set[str]:

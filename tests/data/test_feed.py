@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from roadseg.data import feed as module
 from roadseg.data.augment import Augmentation
-from roadseg.data.feed import choose_feed, feed
+from roadseg.data.feed import choose_feed, feed, refuse_places
 from roadseg.data.loader import Crops
 from roadseg.data.sampler import Batches, Order
 from roadseg.data.shards import Shards
@@ -81,8 +83,13 @@ def test_the_choice(
     ],
 )
 def test_what_can_not_be(device: torch.device, train_gb: int, settings: tuple[str, str], where: str) -> None:
-    with pytest.raises(ConfigError, match=where):
+    with pytest.raises(ConfigError, match=where) as caught:
         choose_feed(train_gb * GB, device, 80 * GB * (device.type == "cuda"), *settings)
+    if train_gb == 81:  # only the data tells that
+        refuse_places(device, *settings)
+    else:
+        with pytest.raises(ConfigError, match=re.escape(str(caught.value))):
+            refuse_places(device, *settings)
 
 
 @pytest.mark.gpu

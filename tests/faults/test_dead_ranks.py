@@ -18,6 +18,7 @@ from conftest import MICRO, Micro
 from processes import DEADLINE_S, gone, running, when
 
 from roadseg.config import load_config
+from roadseg.config_training import Loss
 from roadseg.errors import ConfigError, NonFiniteLoss
 from roadseg.files import content_digest, read_json_lines
 from roadseg.pipeline import run
@@ -186,6 +187,8 @@ def test_nobody_waits_for_what_is_there(
 def test_the_same_batch_on_one_two_and_four_ranks(micro: Micro, tmp_path: Path) -> None:
     flags = ["--training.batch-size", "8", "--training.steps", "8", "--training.validate-every", "8"]
     flags += ["--training.optimizer", "sgd", "--training.learning-rate", "0.02"]  # Adam makes steps of rounding errors
+    for term in Loss.model_fields:
+        flags += [f"--training.loss.{term}", "0.5"]
     curves = {}
     for gpus in ("1", "2", "4"):
         curves[gpus] = losses(finished(with_data(micro, tmp_path / gpus), *flags, "--training.gpus", gpus))

@@ -24,6 +24,7 @@ from roadseg.release.archive import WEIGHTS, load_release
 from roadseg.release.card import card
 from roadseg.train import checkpoint, class_offsets, stage
 from roadseg.train.class_offsets import add_class_offsets, fit_offsets
+from roadseg.train.ranks import ALONE
 
 CPU = torch.device("cpu")
 
@@ -236,7 +237,7 @@ def test_a_training_ships_them_in_the_classifiers_bias(
     assert without.temperature == pytest.approx(release.temperature, rel=1e-3) and not without.class_offsets.any()
     # A teacher's scores are learned without its offsets.
     taught = load_config(None, {"model": model, "training": training})
-    objective = stage._objective(taught.training, shards, release, CPU, False)
+    objective = stage._objective(taught.training, shards, release, CPU, False, ALONE)
     bias = objective.distillation._teacher.decoder.classifier.bias
     assert torch.allclose(bias, load_tensors(without.members[WEIGHTS])["decoder.classifier.bias"], atol=1e-4)
     _, tensors = checkpoint.newest(tmp_path / "checkpoints") or (0, {})

@@ -292,6 +292,46 @@ def test_every_stretchs_graph_is_freed_however_it_ends(
     assert [gradients.graph.freed for gradients in made] == [1] * (1 if at == 1 else 2)
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["while it compiles", "before"])
+def test_a_signal_to_what_compiles_ends_it_at_once_and_loses_nothing(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    whole = run(shards, tmp_path / "whole", stretches=two_stretches(shards))
+    compiled: list[int] = []
+
+    def kill_self() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def slow_compile(net: DeepLabV3Plus, dynamic: bool) -> Callable[[torch.Tensor], Any]:
+        def forward(image: torch.Tensor) -> Any:
+            compiled.append(net.architecture.output_stride)
+            if not early and compiled == [16] * 4 + [8]:
+                kill_self()
+                time.sleep(20)
+            return net(image)
+
+        return forward
+
+    def save(folder: Path, step: int, *rest: Any) -> None:
+        saved(folder, step, *rest)
+        if early and step == 4:
+            kill_self()
+
+    saved = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(torch, "compile", slow_compile)
+    settings, began = replace(SETTINGS, compiled=True, checkpoint_every=100, validate_every=100), time.monotonic()
+    said = (
+        "SIGTERM after step 4" if early else "SIGTERM while the network was compiled, after step 4; run again to go on"
+    )
+    with pytest.raises(Interrupted, match=said) as caught:
+        run(shards, tmp_path / "cut", settings, stretches=two_stretches(shards))
+    assert caught.value.exit_code == 143 and time.monotonic() - began < 15
+    assert len(compiled) == (4 if early else 5) and (found := checkpoint.newest(tmp_path / "cut" / "checkpoints"))
+    assert found[0] == 4
+    assert same(whole, run(shards, tmp_path / "cut", settings, stretches=two_stretches(shards)))
+
+
 def test_run_again_after_its_last_step_it_has_the_last_stride(shards: Shards, tmp_path: Path) -> None:
     first = run(shards, tmp_path, stretches=two_stretches(shards))
     again = run(shards, tmp_path, stretches=two_stretches(shards))  # killed before the archive was written
@@ -434,6 +474,8 @@ class Device:
             return 1000 * (later.at_s - self.at_s)
 
     class Gradients:
+        compiles = False
+
         def __init__(self, *given: Any, **named: Any) -> None:
             pass
 

@@ -201,6 +201,8 @@ def test_a_package_that_is_not_there_is_refused_at_once(
     with refused, mirrors.mirrors([name], tmp_path, "run", CONFIG):
         raise AssertionError("training began")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match=f"the mirror {name} needs a package"):
+        mirrors.refuse_missing([name])
 
 
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:

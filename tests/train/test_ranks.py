@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from roadseg.config_training import Training
 from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, RoadsegError, UsageError
+from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.job import processes
 from roadseg.train.launch import _verdict, launch
 from roadseg.train.place import Place, place, refuse_uneven
@@ -21,6 +23,7 @@ from roadseg.train.ranks import ALONE, Ranks, joined
 from roadseg.train.words import PeerLost, packed, unpacked
 
 CPU = torch.device("cpu")
+TERMS = [f.name for f in fields(Terms)]
 
 
 def layers(seed: int) -> nn.Module:
@@ -29,12 +32,36 @@ def layers(seed: int) -> nn.Module:
     return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+def scene() -> tuple[Tensor, Tensor]:
+    """Logits [4, 5, 12, 10] and labels [4, 48, 40]: void mostly in the first two, class 3 in the last two alone."""
+    draw = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 3, (4, 6, 5), generator=draw).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    label[:2, 10:], label[2, :9] = 255, 3
+    logits = torch.randn(4, 5, 12, 10, generator=draw)
+    logits[1] = 0  # pixels that tie
+    return logits, label.to(torch.uint8)
+
+
+def loss_of_part(name: str, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """This rank's share of the loss of `scene`, and the gradient of its logits."""
+    terms = Terms(**{"cross_entropy": 0.0, name: 1.0})
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0, 1.0])
+    criterion = Criterion(terms, terms, 0.0, weights, 0.1, 0.05, 0.7, 2.0, 2, ranks)
+    logits, label = (x.chunk(ranks.world)[ranks.rank] for x in scene())
+    logits.requires_grad_()
+    loss = criterion(logits, label, ranks.sum_(criterion.counts(label)), ranks.world)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
 def task(ranks: Ranks, folder: str) -> None:
     found: dict[str, Any] = {"ranks": ranks, "threads": torch.get_num_threads()}
     with joined(ranks, CPU):
         found["sum"] = ranks.sum_(torch.tensor([1.0, 10.0]) * (ranks.rank + 1))
         found["whole"] = ranks.sum_(torch.tensor([2**40 + ranks.rank]))
         found["given"] = ranks.from_main({"step": 3} if ranks.main else None)
+        found["losses"] = {name: loss_of_part(name, ranks) for name in TERMS}
+        found["rows"] = ranks.whole_rows(10 * torch.arange(3)[:, None] + torch.arange(2) + 2 * ranks.rank)
+        found["columns"] = ranks.own_columns(found["rows"], 3)
         network = layers(seed=ranks.rank)
         ranks.same_weights(network)
         found["weights"] = {k: v.clone() for k, v in network.state_dict().items()}
@@ -97,6 +124,23 @@ def test_gradients_are_those_of_both_batches(found: tuple[list[dict[str, Any]], 
         assert "2.bias" not in f["gradients"] and "0.weight" in f["gradients"]
         for name, gradient in f["gradients"].items():
             torch.testing.assert_close(gradient, network.get_parameter(name).grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_loss_of_several_ranks_is_that_of_all_their_images(name: str, found: Any) -> None:
+    loss, gradient = loss_of_part(name, ALONE)
+    shares, gradients = zip(*(f["losses"][name] for f in found[0]), strict=True)
+    assert loss > 0.01
+    torch.testing.assert_close(sum(shares), loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_rows_are_shared_out_and_come_back(found: tuple[list[dict[str, Any]], list[str]]) -> None:
+    assert [f["rows"].tolist() for f in found[0]] == [
+        [[0, 1, 2, 3], [10, 11, 12, 13]],
+        [[20, 21, 22, 23], [0, 0, 0, 0]],
+    ]
+    assert [f["columns"].tolist() for f in found[0]] == [[[0, 1], [10, 11], [20, 21]], [[2, 3], [12, 13], [22, 23]]]
 
 
 def test_rank_0_is_heard_and_the_others_when_they_warn(found: tuple[list[dict[str, Any]], list[str]]) -> None:
@@ -183,9 +227,9 @@ def test_as_many_processes_as_asked_for(gpus: Any) -> None:
             0,
             False,
             {"gpus": 2, "device": "cpu", "batch_size": 3},
-            "training.batch_size: 3 .*by 2 GPUs; .*multiple of 2",
+            "training.batch_size: 3 .*by 2 processes; expected a multiple of 2; set 2 or 4: it counts",
         ),
-        (4, False, {"gpus": 0, "batch_size": 6}, "by 4 GPUs; expected a multiple of 4"),
+        (4, False, {"gpus": 0, "batch_size": 6}, "by 4 processes; expected a multiple of 4; set 4 or 8"),
     ],
 )
 def test_impossible_numbers_of_gpus_are_refused(
@@ -198,7 +242,7 @@ def test_impossible_numbers_of_gpus_are_refused(
 
 def test_micro_batches_count_too() -> None:
     refuse_uneven(Training(batch_size=8, accumulate=2), 4)
-    with pytest.raises(ConfigError, match="by 4 GPUs x 4 micro-batches; expected a multiple of 16"):
+    with pytest.raises(ConfigError, match="by 4 processes x 4 micro-batches; expected a multiple of 16; set 16"):
         refuse_uneven(Training(batch_size=8, accumulate=4), 4)
 
 

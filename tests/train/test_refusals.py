@@ -18,10 +18,18 @@ from roadseg.model.deeplab import Architecture, build
 from roadseg.model.surgery import blocks, checkpoint_activations
 from roadseg.train import refusals
 from roadseg.train.memory import CONTEXT_BYTES, activation_bytes, step_bytes
-from roadseg.train.refusals import image_share, out_of_memory, ran_out, refuse_impossible, what_fits
+from roadseg.train.refusals import (
+    image_share,
+    out_of_memory,
+    ran_out,
+    refuse_impossible,
+    refuse_whatever_the_data,
+    what_fits,
+)
 
 SMALL = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2))
 FITS = Training(crop_px=(48, 96), batch_size=4)  # frames are 48x96
+IN_PARTS = "batch norm then sees a part of the batch at a time"
 
 
 def refused(shards: Shards, t: Training, world: int = 1, architecture: Architecture = SMALL) -> str:
@@ -47,12 +55,14 @@ def test_all_problems_are_told_in_one_error(shards: Shards) -> None:
     assert text.startswith("4 things that can't be trained:\n")
     assert "training.crop_px: 9" in text and "frames are 48x96 (most of them) and drawn at 0.5 to 2 times" in text
     assert "set at most 48 96, or raise training.augment.scale" in text
-    assert "training.batch_size: 5 can't be shared by 2 processes in 1 micro-batches each; set 4 or 6" in text
-    assert "data: no class but road has a pixel in train" in text
-    assert "training.patience: it looks at the split val, which is not there (besides train: none)" in text
-    assert "training.batch_size: 1 can't be shared by 2 processes in 1 micro-batches each; set 2" in refused(
-        shards, change(batch_size=1), world=2
+    assert (
+        "training.batch_size: 5 samples can't be shared evenly by 2 processes; expected a multiple of 2; set 4" in text
     )
+    assert "data: no class but road has a pixel in train" in text
+    assert "become (data.taxonomy; of source folder, the YAML that data.labels names)" in text
+    assert "training.patience: it looks at the split val, which is not there (besides train: none)" in text
+    one = refused(shards, change(batch_size=1), world=2)
+    assert "expected a multiple of 2; set 2: it counts the samples of a step over all of them" in one
 
 
 @pytest.mark.parametrize(
@@ -64,6 +74,9 @@ def test_patience_that_never_acts_is_refused(shards: Shards, values: dict[str, i
     advice = f"set it to {f'{most} at most' if most else 0}, or validate more often"
     assert f"a run of {values['steps']} steps never ends early; {advice}" in text
     assert ("1 validation after" if values["patience"] == 1 else "9 validations after") in text
+    assert text.startswith("1 thing ")
+    with pytest.raises(ConfigError, match="never ends early"):  # the steps are given
+        refuse_whatever_the_data(change(epochs=None, **values), SMALL)
     refuse_impossible(change(epochs=None, **{**values, "patience": most}), SMALL, shards, shards.split("train"))
 
 
@@ -79,6 +92,11 @@ def test_phases_without_a_step_are_refused(shards: Shards) -> None:
     said = refused(shards, change(steps=2, phases=phases))
     assert "what comes before the first phase has none of the 2 steps" in said
     assert "the phase after 0.8 has none of the 2 steps" in said and "phase after 0.1" not in said
+    with pytest.raises(ConfigError, match=r"the phase after 0\.8 has none of the 2 steps"):
+        refuse_whatever_the_data(change(steps=2, phases=phases), SMALL)
+    few = change(epochs=1, phases=phases)  # six frames, so two steps: the data says that
+    assert "the phase after 0.8 has none of the 2 steps" in refused(shards, few)
+    refuse_whatever_the_data(few, SMALL)
     refuse_impossible(change(steps=10, phases=phases), SMALL, shards, shards.split("train"))
 
 
@@ -144,6 +162,26 @@ def test_one_cell_of_one_image(shards: Shards) -> None:
     assert refused(shards, change(batch_size=1, crop_px=(16, 16))).startswith("2 things that can't be trained")
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "world", "advised"),
+    [(6, 1, 2, "4 or 8"), (2, 1, 2, "4"), (9, 1, 3, "6 or 12"), (18, 3, 2, "12 or 24"), (10, 5, 2, "20")],
+)
+def test_class_mix_between_processes_is_refused(batch_size: int, accumulate: int, world: int, advised: str) -> None:
+    t = change(batch_size=batch_size, accumulate=accumulate, augment=Augment(class_mix=0.5))
+    with pytest.raises(ConfigError) as caught:
+        refuse_whatever_the_data(t, SMALL, world)
+    assert str(caught.value) == (
+        "1 thing that can't be trained:\n"
+        f"  training.batch_size: {batch_size} samples are {batch_size // world} for each of {world} processes; "
+        "expected an even number for each, as class_mix pastes between neighbours; "
+        f"set {advised}, or training.augment.class_mix 0"
+    )
+    for fitting in map(int, advised.split(" or ")):
+        refuse_whatever_the_data(t.model_copy(update={"batch_size": fitting}), SMALL, world)
+    refuse_whatever_the_data(t.model_copy(update={"augment": Augment()}), SMALL, world)
+    refuse_whatever_the_data(t.model_copy(update={"batch_size": 9, "accumulate": 1}), SMALL, 1)
+
+
 # ── out of memory ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -205,19 +243,57 @@ def test_what_fits_is_estimated_to_fit() -> None:
     t, gib = change(crop_px=(768, 768), batch_size=32, accumulate=2), 2**30
     changes = what_fits(t, 1, 16, (768, 768), (2 * gib, 34 * gib), 24 * gib)
     assert changes == [
-        "training.accumulate 4 (the same batch in parts)",  # 9.8 of 16 fit; 8 divide the batch
+        f"training.accumulate 4 ({IN_PARTS})",  # 9.8 of 16 fit; 8 divide the batch
         "training.batch_size 18",
         "training.crop_px 576 576",
     ]
     fewer = what_fits(t, 2, 8, (768, 768), (2 * gib, 34 * gib), 24 * gib)
-    assert fewer[:2] == ["training.accumulate 4 (the same batch in parts)", "training.batch_size 16"]
+    assert fewer[:2] == [f"training.accumulate 4 ({IN_PARTS})", "training.batch_size 16"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"freeze": ["batch_norm"]}, "the same batch in parts"),
+        ({"loss": {"dice": 1, "ohem": 0.5}}, "batch norm, ohem and dice then see a part of the batch at a time"),
+        (
+            {"freeze": ["batch_norm"], "auxiliary_loss": {"lovasz": 1, "rmi": 1}},
+            "lovasz then sees a part of the batch at a time",
+        ),
+        ({"auxiliary_loss": {"lovasz": 1}, "auxiliary_weight": 0}, IN_PARTS),
+    ],
+)
+def test_what_micro_batches_change_is_told(fields: dict[str, object], told: str) -> None:
+    gib = 2**30
+    changes = what_fits(change(batch_size=8, **fields), 1, 8, (768, 768), (2 * gib, 34 * gib), 24 * gib)
+    assert changes[0] == f"training.accumulate 2 ({told})"
+
+
+def test_frames_that_lie_on_the_gpu_can_make_room() -> None:
+    t, gib = change(crop_px=(768, 768), batch_size=16), 2**30
+    needs = (2 * gib, 66 * gib)  # 4 a crop
+    beside = what_fits(t, 1, 16, (768, 768), needs, 60 * gib, 20 * gib)
+    assert beside[:2] == ["training.frames_on_gpu never", f"training.accumulate 2 ({IN_PARTS})"]
+    assert beside[2] == "training.batch_size 13"  # 13 need 54 of the 60 GiB, and 17 would of 80
+    for there, frames in ((80, 0), (50, 20), (60, 6)):  # none; 66 of 70 are too near; of 66 even more so
+        assert "frames_on_gpu" not in str(what_fits(t, 1, 16, (768, 768), needs, there * gib, frames * gib))
+    low = what_fits(t, 1, 16, (768, 768), (2 * gib, 10 * gib), 78 * gib, 2 * gib)  # more than 78 were needed
+    assert "frames_on_gpu" not in str(low)
+
+
+def test_what_parts_neighbours_is_never_advised() -> None:
+    t, gib = change(crop_px=(768, 768), batch_size=32, augment=Augment(class_mix=0.5)), 2**30
+    needs = (2 * gib, 34 * gib)
+    assert "training.batch_size 18" in what_fits(change(batch_size=32), 2, 16, (768, 768), needs, 24 * gib)
+    assert "training.batch_size 16" in what_fits(t, 2, 16, (768, 768), needs, 24 * gib)
+    assert "training.batch_size 9" in what_fits(t, 1, 16, (768, 768), needs, 24 * gib)
 
 
 def test_what_failed_is_never_advised() -> None:
     """Also where the estimate says that it fits, and where not even one crop does."""
     t, gib = change(crop_px=(768, 768), batch_size=8), 2**30
     changes = what_fits(t, 1, 8, (768, 768), (2 * gib, 10 * gib), 80 * gib)
-    assert changes[:2] == ["training.accumulate 2 (the same batch in parts)", "training.batch_size 7"]
+    assert changes[:2] == [f"training.accumulate 2 ({IN_PARTS})", "training.batch_size 7"]
     assert "training.crop_px 704 704" in changes
     one = change(crop_px=(768, 768), batch_size=1, freeze=["batch_norm"])
     assert what_fits(one, 1, 1, (768, 768), (2 * gib, 90 * gib), 24 * gib) == ["training.crop_px 352 352"]
@@ -229,7 +305,7 @@ def test_what_failed_is_never_advised() -> None:
     [
         (1, [], []),  # one image would fit, and batch norm needs two
         (1, ["batch_norm"], ["training.accumulate 8 (the same batch in parts)", "training.batch_size 1"]),
-        (2, [], ["training.accumulate 4 (the same batch in parts)", "training.batch_size 2"]),
+        (2, [], [f"training.accumulate 4 ({IN_PARTS})", "training.batch_size 2"]),
     ],
 )
 def test_what_batch_norm_can_not_take_is_never_advised(world: int, frozen: list[str], advised: list[str]) -> None:
@@ -258,6 +334,13 @@ def test_the_message_names_batch_crop_and_precision(monkeypatch: pytest.MonkeyPa
     assert "no memory for 32 crops of 1024x1024 at once in fp32 on cuda:1; about" in str(told)
     assert "(CUDA out of memory. Tried to allocate 2.25 GiB.)" in str(told)
     assert "set one of: training.accumulate" in str(told) and "(and those of phases)" in str(told)
+    assert "GiB are needed, of 4 (" in str(told)
+    monkeypatch.setattr(refusals, "_memory_bytes", lambda device: 80 << 30)
+    beside = out_of_memory(error, SMALL, t, 2, False, torch.device("cuda", 1), 20 << 30, 300 << 20)
+    held = (
+        "GiB are needed beside 20.0 GiB of train's frames and 0.3 GiB of the teacher's weights, of 80, so the estimate"
+    )
+    assert f"{held} is too low (" in str(beside)
     monkeypatch.undo()
     other = out_of_memory(MemoryError(), SMALL, FITS, 1, False, torch.device("cpu"))
     assert "on cpu (MemoryError); set one of: training.accumulate 2" in str(other)

@@ -15,6 +15,7 @@ from conftest import RGB, THREE, write_release, write_shards
 from safetensors.torch import load as load_tensors
 
 from roadseg.config import Config, load_config
+from roadseg.data.feed import Feed
 from roadseg.data.shards import Shards
 from roadseg.errors import ArchiveError, ConfigError, RoadsegError
 from roadseg.files import read_json, read_json_lines, sha256_file
@@ -328,6 +329,28 @@ def test_what_this_device_can_not_do_is_refused(made: tuple[Shards, Path], tmp_p
     for settings in ({"augment_device": "cuda"}, {"frames_on_gpu": "always"}):
         with pytest.raises(ConfigError, match=f"training.{next(iter(settings))}: .*training .*on cpu"):
             train_candidate(config(**settings), shards, tmp_path)
+
+
+def test_what_lies_on_the_gpu_for_good_is_told_when_memory_runs_out(
+    made: tuple[Shards, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, work = made
+
+    def run_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def told(*given: Any) -> RoadsegError:
+        return RoadsegError(f"{given[-2]} bytes of frames, {given[-1]} of a teacher")
+
+    monkeypatch.setattr(stage, "train", run_out)
+    monkeypatch.setattr(stage, "out_of_memory", told)
+    teacher = load_release(work / "model.tar.gz")
+    with pytest.raises(RoadsegError, match="^0 bytes of frames, 0 of a teacher"):
+        train_candidate(config(), shards, tmp_path)
+    monkeypatch.setattr(stage, "_feed", lambda *_: Feed(True, True, 0, "all"))
+    held = 6 * 4 * 48 * 96, len(teacher.members[WEIGHTS])
+    with pytest.raises(RoadsegError, match=f"^{held[0]} bytes of frames, {held[1]} of a teacher"):
+        train_candidate(config(), shards, tmp_path, teacher=teacher)
 
 
 def test_the_contact_sheet_is_the_same_for_the_same_seed(made: tuple[Shards, Path], tmp_path: Path) -> None:
