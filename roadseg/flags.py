@@ -43,10 +43,11 @@ def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description:
 
 
 def _unjudged(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """A number or one of a few choices; what is neither stays a word, for pydantic to refuse as it does in YAML."""
+    """A number, true or false or one of a few choices; what is none stays a word, for pydantic to judge as in YAML."""
     from tyro.constructors import PrimitiveConstructorSpec
 
-    choices = {str(value): value for value in get_args(info.type)} if info.type_origin is Literal else {}
+    values = get_args(info.type) if info.type_origin is Literal else (True, False) if info.type is bool else ()
+    choices = {str(value): value for value in values}
     if not choices and info.type not in (int, float):
         return None
 
@@ -60,7 +61,7 @@ def _unjudged(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         nargs=1,
         metavar="{" + ",".join(choices) + "}" if choices else info.type.__name__.upper(),
         instance_from_str=read,
-        is_instance=lambda value: value in choices.values() if choices else isinstance(value, info.type),
+        is_instance=lambda value: value in values if choices else isinstance(value, info.type),
         str_from_instance=lambda value: [str(value)],
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import multiprocessing
 import re
@@ -17,7 +16,7 @@ from roadseg.errors import ConfigError, GateRefused, UsageError
 from roadseg.files import read_json, write_atomic, write_json
 from roadseg.release.archive import load_release
 from roadseg.release.find import find_release
-from roadseg.release.store import DECISION
+from roadseg.release.store import DECISION, read_document
 from roadseg.stages import Stages
 from roadseg.train.place import Place, place
 from roadseg.train.signals import stopped_at_once
@@ -176,8 +175,8 @@ def _report(this: Stages, folder: Path, evaluation: dict[str, Any], decision: De
     train = this.outputs["train"].folder
     told = decision.to_json() if decision else None
     if decision and decision.outcome == "unchanged":  # what is told is why it was let through, if that was on this data
-        first = json.loads(this.store().document(decision.candidate, DECISION) or "{}")
-        told = first if first.get("data_fingerprint") == decision.data_fingerprint else told
+        first = read_document(this.store(), decision.candidate, DECISION)
+        told = first if first and first.get("data_fingerprint") == decision.data_fingerprint else told
     html = render(
         evaluation,
         best,

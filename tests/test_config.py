@@ -107,16 +107,24 @@ def test_a_flag_s_word_for_a_number_or_a_choice_is_told_as_in_yaml(tmp_path: Pat
     text = wrong(
         tmp_path,
         "model: {early_strides: [one, 2], output_stride: wide, fusion: foo, low_levels: [8, fine]}\n"
-        "training: {steps: some, batch_size: many, crop_px: [64, all], learning_rate: fast}\n",
+        "training: {steps: some, batch_size: many, crop_px: [64, all], learning_rate: fast, deterministic: maybe}\n",
     )
     flags = "--model.early-strides one 2 --model.output-stride=wide --model.fusion foo --model.low-levels 8 fine "
     flags += "--training.steps some --training.batch-size many --training.crop-px 64 all --training.learning-rate fast"
+    flags += " --training.deterministic maybe"
     said = wrong(tmp_path, "", flags.split())
-    assert said.splitlines()[1:] == text.splitlines()[1:] and said.startswith("8 wrong values in ")
+    assert said.splitlines()[1:] == text.splitlines()[1:] and said.startswith("9 wrong values in ")
     assert (
         "training.batch_size: input should be a valid integer, unable to parse string as an integer (found 'many')"
         in said
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("true", True), ("True", True), ("yes", True), ("false", False), ("no", False)]
+)
+def test_a_flag_says_true_and_false_as_yaml_does(word: str, value: bool) -> None:
+    assert parse_flags(None, ["--training.deterministic", word], "p", "d").training.deterministic is value
 
 
 def test_length_is_epochs_or_steps_not_both(tmp_path: Path) -> None:

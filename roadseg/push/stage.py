@@ -13,7 +13,7 @@ from roadseg.files import sha256_file
 from roadseg.push.gate import Decision, decide
 from roadseg.release.archive import Release
 from roadseg.release.card import card
-from roadseg.release.store import CARD, DECISION, EVALUATION, Champion, Store, resolve, stamp
+from roadseg.release.store import CARD, DECISION, EVALUATION, Champion, Store, read_document, resolve, stamp
 
 ATTEMPTS = 20
 
@@ -129,8 +129,7 @@ def promote_by_hand(store: Store, reference: str | None, cache: Path) -> Champio
 def _known_evaluation(store: Store, digest: str, past: Champion | None) -> dict[str, Any]:
     if past:
         return {"miou": past.miou, "data_fingerprint": past.data_fingerprint}
-    document = store.document(digest, EVALUATION)
-    if document is None:
+    evaluation = read_document(store, digest, EVALUATION)
+    if evaluation is None:
         raise StoreError(f"release {digest[:12]} has no {EVALUATION}", where=store.address, todo="push it first")
-    evaluation: dict[str, Any] = json.loads(document)
     return evaluation

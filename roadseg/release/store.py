@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from roadseg.errors import PointerMoved, ReleaseNotFound, StoreError
 from roadseg.files import lock, sha256_bytes, sha256_file, write_atomic
@@ -75,6 +75,25 @@ class Store(Protocol):
     def history(self) -> list[Champion]:
         """All champions, oldest first."""
         ...
+
+
+def read_document(store: Store, digest: str, name: str) -> dict[str, Any] | None:
+    """The JSON document `name` of a release, None if it has none. Raises StoreError for a damaged one."""
+    data = store.document(digest, name)
+    if data is None:
+        return None
+    try:
+        found = json.loads(data)
+        if not isinstance(found, dict):
+            raise ValueError
+    except ValueError as e:
+        raise StoreError(
+            f"{name} of release {digest[:12]} is damaged",
+            expected="a JSON object",
+            where=store.address,
+            todo="restore it from a backup",
+        ) from e
+    return found
 
 
 def parse_champion(data: bytes, where: str, version: str) -> Champion:

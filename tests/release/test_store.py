@@ -22,7 +22,16 @@ from conftest import AWS_SECRET
 from roadseg.aws import aws_client
 from roadseg.errors import ConfigError, PointerMoved, RoadsegError, StoreError
 from roadseg.files import sha256_bytes
-from roadseg.release.store import ARCHIVE, Champion, FolderStore, Store, champion_bytes, open_store, resolve
+from roadseg.release.store import (
+    ARCHIVE,
+    Champion,
+    FolderStore,
+    Store,
+    champion_bytes,
+    open_store,
+    read_document,
+    resolve,
+)
 from roadseg.release.store_s3 import S3Store
 
 pytestmark = [pytest.mark.aws, pytest.mark.usefixtures("aws_credentials")]
@@ -123,6 +132,15 @@ def test_a_release_is_immutable(store: Store, archive: Path) -> None:
     assert store.document(digest, "card.md") == b"first"
     assert store.document(digest, "decision.json") == b"{}"
     assert store.releases() == [digest]
+
+
+@pytest.mark.parametrize("damaged", [b'{"outcome": "prom', b"[]", b"\xff"])
+def test_a_damaged_document_is_told(store: Store, archive: Path, damaged: bytes) -> None:
+    digest = store.publish(archive, {"decision.json": b'{"outcome": "promoted"}', "evaluation.json": damaged})
+    assert read_document(store, digest, "decision.json") == {"outcome": "promoted"}
+    assert read_document(store, "0" * 64, "decision.json") is None
+    with pytest.raises(StoreError, match=f"evaluation.json of release {digest[:12]} is damaged.*restore it"):
+        read_document(store, digest, "evaluation.json")
 
 
 def test_a_damaged_archive_is_not_handed_out(store: Store, archive: Path, tmp_path: Path) -> None:
