@@ -149,7 +149,7 @@ def changes(base: Config) -> list[Setting]:
     stays = [{"after": 0.75, "output_stride": base.model.output_stride}]  # a phase at the base's own stride
     named = [Setting(name, values) for name, values in CHANGES if values.get("training.phases") != stays]
     steady: dict[str, Any] = {"training.scheduler": "constant", "training.learning_rate": t.learning_rate / 2}
-    steady["training.ema_decay"] = round(1 - 8 / t.steps, 6) if t.steps else t.ema_decay
+    steady["training.ema_decay"] = max(0.0, round(1 - 8 / t.steps, 6)) if t.steps else t.ema_decay
     scaled = [
         Setting("cross_entropy doubled", {"training.loss": {"cross_entropy": 2 * t.loss.cross_entropy}}),
         Setting("weight decay doubled", {"training.weight_decay": 2 * t.weight_decay}),

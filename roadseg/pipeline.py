@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from roadseg.config import Config
-from roadseg.errors import ConfigError, GateRefused, UsageError
+from roadseg.errors import ConfigError, GateRefused, StoreError, UsageError
 from roadseg.files import read_json, write_atomic, write_json
 from roadseg.release.archive import load_release
 from roadseg.release.find import find_release
@@ -175,7 +175,11 @@ def _report(this: Stages, folder: Path, evaluation: dict[str, Any], decision: De
     train = this.outputs["train"].folder
     told = decision.to_json() if decision else None
     if decision and decision.outcome == "unchanged":  # what is told is why it was let through, if that was on this data
-        first = read_document(this.store(), decision.candidate, DECISION)
+        try:
+            first = read_document(this.store(), decision.candidate, DECISION)
+        except StoreError as e:
+            log.warning("%s", e)
+            first = None
         told = first if first and first.get("data_fingerprint") == decision.data_fingerprint else told
     html = render(
         evaluation,

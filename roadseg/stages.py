@@ -146,6 +146,10 @@ class Stages:
             self.words.finish(await_others=together)
         return self.keep("train", output)
 
+    def trained(self) -> Output | None:
+        """The finished training of this config, if it is there."""
+        return self.workspace.find("train", *self._training()[2])
+
     def follow(self) -> None:
         """What a rank other than 0 does: its part of the training, if there is one to be done, and no more.
 
@@ -172,19 +176,19 @@ class Stages:
         assert self.words is not None
         theirs, their_key = self.words.told("training").split()
         who = f"process {self.words.here.rank} of {self.words.here.world}"
-        if key != their_key:
-            raise ConfigError(
-                f"{who} would make the training {key}, and the first one {their_key}",
-                expected="the same settings and the same data for all",
-                where="the config and the data",
-                todo="give all the same command and the whole of the data",
-            )
         if world != int(theirs):
             raise ConfigError(
                 f"{who} would start {world} to train, and the first one {theirs}",
                 expected="as many on each machine",
                 where="training.gpus",
                 todo="say how many, or take machines of one kind",
+            )
+        if key != their_key:
+            raise ConfigError(
+                f"{who} would make the training {key}, and the first one {their_key}",
+                expected="the same settings and the same data for all",
+                where="the config and the data",
+                todo="give all the same command and the whole of the data",
             )
 
     def _train_together(self, inputs: Inputs, shards: Shards, work: Path, world: int) -> None:
@@ -226,10 +230,12 @@ class Stages:
         t, started = self.config.training, self.words.here.world if self.words else 1
         if t.sync_batch_norm and t.accumulate == 1:
             return {}
-        from roadseg.train.job import processes
+        here = t.gpus
+        if not here:
+            from roadseg.train.job import processes
 
-        world = started * (t.gpus or processes(t, started))
-        return {"ranks": world} if world > 1 else {}
+            here = processes(t, started)
+        return {"ranks": started * here} if started * here > 1 else {}
 
     def inputs(self) -> Inputs:
         """The releases that training starts from and learns from. Raises ConfigError for what the ranks can't share."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from roadseg.config import Config
-from roadseg.errors import ArchiveError, ConfigError
-from roadseg.files import read_json
+from roadseg.errors import ArchiveError, ConfigError, RoadsegError, StoreError
 from roadseg.progress import progress
-from roadseg.stages import RECORD, Stages
+from roadseg.stages import Stages
 from roadseg.sweep_record import counted
-from roadseg.workspace import Workspace
+from roadseg.workspace import Output, Workspace
 
 if TYPE_CHECKING:
     from roadseg.sweep import Plan
@@ -21,22 +21,21 @@ SECTIONS = {"model", "training", "store", "aws"}  # what is looked at: the last 
 
 
 def refuse_untrainable(plan: Plan, workspace: Path, wait: bool) -> None:
-    """Raises ConfigError that lists every setting that no data could be trained with; StoreError of their store.
+    """Raises ConfigError that lists every setting that no data could be trained with.
 
-    What was trained already is not looked at: it may have been on another machine.
+    What was trained already is not refused: it may have been on another machine.
     """
-    to_come: dict[str, Config] = {}
+    configs: dict[str, list[Config]] = {}
     for point in plan.points:
-        if not _is_trained(workspace, point.name):
-            to_come.setdefault(point.setting, point.config)
+        configs.setdefault(point.setting, []).append(point.config)
     refusals: dict[str, str] = {}
     labels: dict[str, list[str]] = {}
-    with progress(len(to_come), "settings looked at", "setting") as bar:
-        for label, config in to_come.items():
-            sections = _looked_at(config)
+    with progress(len(configs), "settings looked at", "setting") as bar:
+        for label, seeds in configs.items():
+            sections = _looked_at(seeds[0])
             if sections not in refusals:
-                refusals[sections] = _refusal(config, workspace, wait)
-            if refusal := refusals[sections]:
+                refusals[sections] = _refusal(seeds[0], workspace, wait)
+            if (refusal := refusals[sections]) and not all(_is_trained(config, workspace) for config in seeds):
                 labels.setdefault(refusal, []).append(label)
             bar.update()
     if labels:
@@ -45,10 +44,32 @@ def refuse_untrainable(plan: Plan, workspace: Path, wait: bool) -> None:
         raise ConfigError(f"{count} of {counted(len(plan.settings), 'setting')} can't be trained:\n" + "\n".join(told))
 
 
-def _is_trained(workspace: Path, name: str) -> bool:
-    record = workspace / "runs" / name / RECORD
-    output = read_json(record)["outputs"].get("train") if record.exists() else None
-    return output is not None and (workspace / "stages" / "train" / output["key"]).is_dir()
+class _NotThereError(Exception):
+    pass
+
+
+class _AsItIs(Workspace):
+    """Makes nothing."""
+
+    def make(
+        self,
+        stage: str,
+        version: int,
+        fields: dict[str, Any],
+        inputs: dict[str, str],
+        build: Callable[[Path], Any],
+        resumes: bool = False,
+    ) -> Output:
+        if found := self.find(stage, version, fields, inputs):
+            return found
+        raise _NotThereError
+
+
+def _is_trained(config: Config, workspace: Path) -> bool:
+    try:
+        return Stages(config, _AsItIs(workspace)).trained() is not None
+    except (RoadsegError, _NotThereError):
+        return False
 
 
 def _looked_at(config: Config) -> str:
@@ -64,7 +85,7 @@ def _refusal(config: Config, workspace: Path, wait: bool) -> str:
     try:
         stages.inputs()
         stages.look_ahead()
-    except (ConfigError, ArchiveError) as e:
+    except (ConfigError, ArchiveError, StoreError) as e:
         lines = str(e).splitlines()
         of_several = lines[1:] if lines[0].endswith(":") else []  # the first counts them
         return "\n".join(f"    {line.strip()}" for line in of_several or lines)

@@ -361,24 +361,27 @@ def test_a_release_to_start_from_is_looked_for_before_the_first_run(
 
 
 @pytest.mark.usefixtures("quiet_log")
-def test_what_was_trained_elsewhere_needs_no_gpu_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cheap = Cheap(tmp_path, lambda config: None)
-    monkeypatch.setattr("roadseg.sweep.run", cheap)
-    monkeypatch.setattr(Stages, "look_ahead", lambda this: refuse_gpu())
+def test_what_was_trained_elsewhere_needs_no_gpu_here(
+    micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under whatever name."""
+    shutil.copytree(micro.workspace / "stages", tmp_path / "stages")
 
-    def refuse_gpu() -> None:
+    def refuse_gpu(this: Stages) -> None:
         raise ConfigError("cuda, and there is none", where="training.device")
 
-    given = ["--vary", "training.learning_rate=0.4,0.5"]
-    assert sweep_(tmp_path, *given) == 2 and cheap.calls == 0
-    for number, rate in ((1, "0.4"), (2, "0.5")):
-        output = {"stage": "train", "key": f"{rate}-0", "content": "c", "cached": False}
-        (tmp_path / "stages" / "train" / output["key"]).mkdir(parents=True)
-        (folder := tmp_path / "runs" / f"sweep-00{number}").mkdir(exist_ok=True)
-        write_json(folder / "run.json", {"outputs": {"train": output}})
-    assert sweep_(tmp_path, *given) == 0 and cheap.calls == 2
-    shutil.rmtree(tmp_path / "stages" / "train" / "0.5-0")
-    assert sweep_(tmp_path, *given) == 2 and cheap.calls == 2
+    monkeypatch.setattr(Stages, "look_ahead", refuse_gpu)
+    rate = micro.config.training.learning_rate
+    asked = ["sweep", "--config", str(MICRO), "--workspace", str(tmp_path), "--until", "train", "--vary"]
+    assert main([*asked, f"training.learning_rate={rate}"]) == 0
+    for others in (["0.5", "--name", "b"], ["0.5", "--name", "c", "--data.town.seed", "9"]):
+        capsys.readouterr()
+        assert main([*asked, f"training.learning_rate={rate},{others[0]}", *others[1:]]) == 2
+        told = "1 of 2 settings" if others[-1] == "b" else "2 of 2 settings"
+        assert (
+            told in (err := capsys.readouterr().err)
+            and "  training.learning_rate=0.5:\n    training.device: cuda" in err
+        )
 
 
 @pytest.mark.usefixtures("quiet_log")

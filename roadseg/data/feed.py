@@ -78,7 +78,8 @@ def refuse_places(device: torch.device, augment_device: str, frames_on_gpu: str)
 def feed(
     chosen: Feed, crops_of: Crops, batches: Batches, device: torch.device, stopped: Callable[[], object] = bool
 ) -> Generator[Batch, None, None]:
-    """The batches, on `device`; no more of them once `stopped` while it waits for one."""
-    if chosen.frames_on_gpu:
-        return batches_from_memory(load(crops_of.split, device), crops_of, batches)
-    return batches_from_workers(crops_of, batches, chosen.workers, device, chosen.augment_on_gpu, stopped)
+    """The batches, on `device`; no more of them once `stopped` while it waits for one, or for the frames."""
+    if not chosen.frames_on_gpu:
+        yield from batches_from_workers(crops_of, batches, chosen.workers, device, chosen.augment_on_gpu, stopped)
+    elif resident := load(crops_of.split, device, stopped):
+        yield from batches_from_memory(resident, crops_of, batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,8 +59,8 @@ class Resident:
     flat: torch.Tensor
 
 
-def load(split: Split, device: torch.device) -> Resident:
-    """Raises RoadsegError if `split_bytes` are not free there."""
+def load(split: Split, device: torch.device, stopped: Callable[[], object] = bool) -> Resident | None:
+    """None once `stopped`. Raises RoadsegError if `split_bytes` are not free there."""
     try:
         made = Resident(FrameBytes(split), torch.empty(split_bytes(split), dtype=torch.uint8, device=device))
     except torch.OutOfMemoryError as e:
@@ -71,6 +71,8 @@ def load(split: Split, device: torch.device) -> Resident:
         ) from e
     with progress(len(split), "frames to the GPU" if device.type == "cuda" else "frames", "frame") as bar:
         for index, start in enumerate(made.frames.starts):
+            if stopped():
+                return None
             image, label = split.read(index)
             for array, at in ((image, start), (label, start + image.size)):
                 # A copy, as PyTorch warns of what is read-only; it costs little beside the one to the device.

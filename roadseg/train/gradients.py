@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from roadseg.data.loader import Batch
 from roadseg.train.objective import Objective
 from roadseg.train.ranks import ALONE, Ranks
+from roadseg.train.words import PeerLost
 
 log = logging.getLogger(__name__)
 EAGER_STEPS = 11  # before capture: libraries choose algorithms, allocators settle
@@ -141,7 +142,7 @@ class Gradients:
             # The loader pins memory in a thread of its own meanwhile; it must not spoil the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss = self._compute(self._image, self._label, self._counts)
-        except RuntimeError as e:
+        except (RuntimeError, PeerLost) as e:  # where a message can't be captured it is told as a lost peer
             log.warning("steps stay eager: the CUDA graph could not be captured (%s)", str(e).splitlines()[0])
             torch.cuda.synchronize()
             draws.graphsafe_set_state(before)  # a capture that fails leaves it waiting for the capture's end

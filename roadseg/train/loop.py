@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,8 @@ def train(
     average = EMA(network, s.ema_decay)
     optimizer = make_optimizer(network, s.optimizer, s.learning_rate, s.backbone_lr_factor, s.weight_decay, s.momentum)
     folder = work / "checkpoints"
+    # One of several ranks must not leave the others waiting: it goes on until all have heard of a signal.
+    alone = ranks.world == 1
     start = 0
     if found := ranks.from_main(checkpoint.newest(folder) if ranks.main and folder.exists() else None):
         start, tensors = found
@@ -194,10 +196,6 @@ def train(
                 draw(average.network, step)
         return True
 
-    def at_once(step: int, during: str) -> AbstractContextManager[None]:
-        """For what may take minutes. Nothing is lost by it: what came before the stretch is saved."""
-        return stopped_at_once(f"while {during}, after step {step}")
-
     def steps(stopped: Callable[[], int]) -> Generator[tuple[int, Batch | None, Gradients, float], None, None]:
         """(step, its batch or None when it was stopped, what computes its gradients, when it began)."""
         for stretch in stretches:
@@ -208,14 +206,10 @@ def train(
                 network, objective, device, s.bf16, s.cuda_graph,
                 compiled=s.compiled, accumulate=s.accumulate, ranks=ranks,
             )  # fmt: skip
-            # One of several ranks must not leave the others waiting: it goes on until all have heard.
-            alone = ranks.world == 1
             with closing(gradients), closing(stretch.batches(first, stopped if alone else bool)) as source:
                 for step in range(first, stretch.last):
                     began = time.monotonic()
-                    with at_once(step, "the first batch was made") if alone and step == first else nullcontext():
-                        batch = next(source, None)
-                    yield step, batch, gradients, began
+                    yield step, next(source, None), gradients, began
 
     done, last_save, ends = start, time.monotonic(), {stretch.last for stretch in stretches}
     with (
@@ -242,9 +236,12 @@ def train(
             factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            if gradients.compiles and stopped():
-                raise _interrupted(stopped(), step)
-            with at_once(step, "the network was compiled") if gradients.compiles else nullcontext():
+            if alone and gradients.compiles:  # for minutes; what came before the stretch is saved
+                if stopped():
+                    raise _interrupted(stopped(), step)
+                with stopped_at_once(f"while the network was compiled, after step {step}"):
+                    loss = gradients(batch)
+            else:
                 loss = gradients(batch)
             norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
             optimizer.step()
@@ -257,7 +254,7 @@ def train(
             signalled = settle(last, mirror, bar) if last else False
             last = taken
             due = validation_due(done)
-            if due or signalled or last.arrived is None or (ranks.world == 1 and stopped()):
+            if due or signalled or done in ends or last.arrived is None or (alone and stopped()):
                 signalled = settle(last, mirror, bar) or signalled
             bar.update()
             cut_short = due and not signalled and not score(done, stopped, mirror)

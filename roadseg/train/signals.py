@@ -44,13 +44,15 @@ def stopped_at_once(during: str = "") -> Iterator[None]:
 
     old = {s: signal.signal(s, stop) for s in STOPPING}
     try:
-        yield
-    except KeyboardInterrupt:
-        if not caught:
-            raise
-        name = signal.Signals(caught[0]).name
-        text = " ".join(filter(None, ("stopped by", name, during)))
-        raise Interrupted(f"{text}; run again to go on", signal_number=caught[0]) from None
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not caught:
+                raise
+        if caught:  # also where a destructor or a callback swallowed it
+            name = signal.Signals(caught[0]).name
+            text = " ".join(filter(None, ("stopped by", name, during)))
+            raise Interrupted(f"{text}; run again to go on", signal_number=caught[0]) from None
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -143,6 +143,20 @@ def test_rows_are_shared_out_and_come_back(found: tuple[list[dict[str, Any]], li
     assert [f["columns"].tolist() for f in found[0]] == [[[0, 1], [10, 11], [20, 21]], [[2, 3], [12, 13], [22, 23]]]
 
 
+def exchange_task(ranks: Ranks, folder: str) -> None:
+    with joined(ranks, CPU):
+        own = 10 * torch.arange(5)[:, None] + ranks.rank
+        rows = ranks.whole_rows(own)
+        assert torch.equal(ranks.own_columns(rows, 5), own)
+    Path(folder, f"{ranks.rank}.json").write_text(json.dumps(rows.tolist()))
+
+
+def test_rows_that_the_ranks_do_not_divide_are_filled_up(tmp_path: Path) -> None:
+    launch(exchange_task, (str(tmp_path),), 3)
+    rows = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert rows == [[[0, 1, 2], [10, 11, 12]], [[20, 21, 22], [30, 31, 32]], [[40, 41, 42], [0, 0, 0]]]
+
+
 def test_rank_0_is_heard_and_the_others_when_they_warn(found: tuple[list[dict[str, Any]], list[str]]) -> None:
     assert sorted(found[1]) == ["rank 0 speaks", "rank 0 warns", "rank 1: rank 1 warns"]
 

@@ -26,6 +26,15 @@ def test_a_signal_says_during_what_it_came_and_handlers_are_put_back(number: sig
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_a_signal_that_something_swallows_is_told_in_the_end() -> None:
+    with pytest.raises(Interrupted, match="stopped by SIGTERM now"), stopped_at_once("now"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        except BaseException:  # as destructors and callbacks of C do
+            pass
+
+
 def test_ctrl_c_of_another_origin_is_let_through() -> None:
     with pytest.raises(KeyboardInterrupt), stopped_at_once("now"):
         raise KeyboardInterrupt
