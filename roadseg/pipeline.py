@@ -164,6 +164,19 @@ def dataset(config: Config, workspace: Path, wait: bool = True) -> tuple[Manifes
     return Stages(config, Workspace(workspace, wait)).manifest()
 
 
+def _told(this: Stages, decision: Decision) -> dict[str, Any]:
+    """The decision; of a candidate that is the champion already, why it was let through, if that was on this data."""
+    if decision.outcome == "unchanged":
+        try:
+            first = read_document(this.store(), decision.candidate, DECISION)
+        except StoreError as e:
+            log.warning("%s", e)
+        else:
+            if first and first.get("data_fingerprint") == decision.data_fingerprint:
+                return first
+    return decision.to_json()
+
+
 def _report(this: Stages, folder: Path, evaluation: dict[str, Any], decision: Decision | None) -> None:
     """The run's report: the Evaluation with the training curves, augmented samples and decision."""
     from roadseg.evaluate.report import render
@@ -173,14 +186,6 @@ def _report(this: Stages, folder: Path, evaluation: dict[str, Any], decision: De
 
     best, worst = read_scenes(this.outputs["evaluate"].folder)
     train = this.outputs["train"].folder
-    told = decision.to_json() if decision else None
-    if decision and decision.outcome == "unchanged":  # what is told is why it was let through, if that was on this data
-        try:
-            first = read_document(this.store(), decision.candidate, DECISION)
-        except StoreError as e:
-            log.warning("%s", e)
-            first = None
-        told = first if first and first.get("data_fingerprint") == decision.data_fingerprint else told
     html = render(
         evaluation,
         best,
@@ -189,7 +194,7 @@ def _report(this: Stages, folder: Path, evaluation: dict[str, Any], decision: De
         contact_sheet=(train / "contact_sheet.jpg").read_bytes(),
         timing=read_json_lines(train / "log" / "timing.jsonl"),
         pictures=film(train / "log" / "pictures"),
-        decision=told,
+        decision=_told(this, decision) if decision else None,
         title=f"roadseg run on {evaluation['source']}",
     )
     write_atomic(folder / "report.html", html.encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +51,7 @@ class _AsItIs(Workspace):
     """Makes nothing."""
 
     def make(
-        self,
-        stage: str,
-        version: int,
-        fields: dict[str, Any],
-        inputs: dict[str, str],
-        build: Callable[[Path], Any],
-        resumes: bool = False,
+        self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str], *_: Any, **__: Any
     ) -> Output:
         if found := self.find(stage, version, fields, inputs):
             return found

@@ -337,6 +337,17 @@ assert found.outputs["train"].cached and "torch" not in sys.modules, sorted(sys.
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+def test_a_damaged_decision_in_the_store_ends_no_run(
+    micro: Micro, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace = shutil.copytree(micro.workspace, tmp_path / "w")
+    next((workspace / "store").glob("releases/*/decision.json")).write_text("{")
+    result = run(micro.config, workspace=workspace, name="again")
+    assert result.decision and result.decision.outcome == "unchanged"
+    assert "decision.json of release" in caplog.text and "is damaged" in caplog.text
+    assert "the candidate is the champion already" in (result.folder / "report.html").read_text()
+
+
 def test_the_number_of_ranks_is_in_the_key_where_it_changes_the_result(micro: Micro) -> None:
     def key(**training: Any) -> str:
         this = Stages(config_of(training={"device": "cpu", **training}), Workspace(micro.workspace))

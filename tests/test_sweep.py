@@ -18,7 +18,7 @@ from roadseg import cli, sweep_table
 from roadseg.cli import Command, main
 from roadseg.cli_sweep import sweep, sweep_arguments
 from roadseg.config import Config, load_config
-from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, UsageError
+from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, StoreError, UsageError
 from roadseg.files import lock, read_json, write_json
 from roadseg.pipeline import RunResult
 from roadseg.stages import Stages
@@ -358,6 +358,13 @@ def test_a_release_to_start_from_is_looked_for_before_the_first_run(
     assert sweep_(tmp_path, "--vary", "training.init_from='',0123456789ab") == 2 and cheap.calls == 0
     told = "1 of 2 settings can't be trained:\n  training.init_from=0123456789ab:\n    training.init_from: "
     assert told in capsys.readouterr().err
+
+    def unreachable(this: Stages) -> None:
+        raise StoreError("no answer", where="s3://models")
+
+    monkeypatch.setattr(Stages, "inputs", unreachable)
+    assert sweep_(tmp_path, "--vary", "training.learning_rate=0.1") == 2 and cheap.calls == 0
+    assert "1 of 1 setting can't be trained" in (err := capsys.readouterr().err) and "s3://models: no answer" in err
 
 
 @pytest.mark.usefixtures("quiet_log")

@@ -254,11 +254,12 @@ def train(
             signalled = settle(last, mirror, bar) if last else False
             last = taken
             due = validation_due(done)
-            if due or signalled or done in ends or last.arrived is None or (alone and stopped()):
+            kept = due or done in ends
+            if kept or signalled or last.arrived is None or (alone and stopped()):
                 signalled = settle(last, mirror, bar) or signalled
             bar.update()
             cut_short = due and not signalled and not score(done, stopped, mirror)
-            if due or signalled or done in ends or (ranks.main and _due(done, last_save, s) and last.finite()):
+            if kept or signalled or (ranks.main and _due(done, last_save, s) and last.finite()):
                 settle(last, mirror, bar)  # of a loss that is not finite all ranks tell together, in the next step
                 save(done)
                 last_save = time.monotonic()

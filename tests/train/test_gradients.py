@@ -14,6 +14,7 @@ from roadseg.model.deeplab import Architecture, build
 from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.gradients import EAGER_STEPS, Gradients
 from roadseg.train.objective import Objective
+from roadseg.train.words import PeerLost
 
 CPU = torch.device("cpu")
 
@@ -97,8 +98,15 @@ def test_a_lack_of_memory_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -
 NOT_CAPTURED = "steps stay eager: the CUDA graph could not be captured ("
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("not permitted when stream is capturing"), "a previous error during capture"),
+        (PeerLost("another rank no longer answers"), "another rank no longer answers"),
+    ],
+)
 def test_what_can_not_be_captured_is_computed_plainly(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, told: str
 ) -> None:
     """CUDA is faked: it refuses what the network does in a capture, and then to end the capture, in several lines."""
     capturing, tried = [False], []
@@ -116,7 +124,7 @@ def test_what_can_not_be_captured_is_computed_plainly(
     def refuse(*_: Any) -> None:
         if capturing[0]:
             tried.append(True)
-            raise RuntimeError("not permitted when stream is capturing")
+            raise error
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
@@ -131,7 +139,7 @@ def test_what_can_not_be_captured_is_computed_plainly(
     gradients._captures = True  # on a CPU it is not asked for
     losses = [gradients(batch()).item() for _ in range(EAGER_STEPS + 3)]
     assert tried == [True] and put_back == ["as before"]  # once
-    assert caplog.messages == [f"{NOT_CAPTURED}a previous error during capture)"]
+    assert caplog.messages == [f"{NOT_CAPTURED}{told})"]
     plain, expected = of(network())
     assert losses == [plain] * len(losses)
     assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=False) if p.grad is not None)
