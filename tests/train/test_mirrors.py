@@ -177,11 +177,15 @@ def test_a_mirror_that_hangs_holds_up_neither_steps_nor_the_end(
     tmp_path: Path, into: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(mirrors, "CLOSE_S", 0.3)
-    stuck = threading.Event()
-    into(lambda: Kept(lambda: stuck.wait(30) and None))
-    began = time.monotonic()
+    hangs, stuck = threading.Event(), threading.Event()
+    into(lambda: Kept(lambda: hangs.set() or (stuck.wait(30) and None)))
     with caplog.at_level(logging.WARNING, "roadseg"), mirrors.mirrors(["tensorboard"], tmp_path, "run", {}, 1) as told:
-        for step in range(5 * mirrors.WAITING_ROWS):
+        told.scalars(0, {"a": 1.0})
+        assert hangs.wait(
+            20
+        )  # on a busy machine it may take the first rows late, and a full queue would have room again
+        began = time.monotonic()
+        for step in range(1, 5 * mirrors.WAITING_ROWS):
             told.scalars(step, {"a": 1.0})
     assert time.monotonic() - began < 5
     assert told._mirrors[0]._rows.qsize() == mirrors.WAITING_ROWS
