@@ -82,8 +82,7 @@ class Gradients:
                 torch._foreach_add_(sums, gradients)
         for p, total in zip((p for p in self._parameters if p.grad is not None), sums, strict=True):
             p.grad = total
-        self._ranks.sum_gradients(self._parameters)
-        return self._ranks.sum_(loss)
+        return self._ranks.sum_gradients(self._parameters, loss)
 
     def _part(self, image_BHWC: Tensor, label_BHW: Tensor, counts: Tensor | None) -> Tensor:
         if self._graph is not None:

@@ -84,15 +84,18 @@ class Ranks:
             dist.all_to_all_single(got, parts)
         return got
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum every .grad over all ranks, in place, as one flat float32 message; a loop has one order of them."""
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+        """Sum every .grad over all ranks, in place, and `loss` (float32 []), which is returned: one flat message.
+
+        It is float32 too, and of every rank the same order: that of `parameters`.
+        """
+        if self.world == 1:
+            return loss
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.world == 1 or not gradients:
-            return
-        flat = torch.cat([g.float().reshape(-1) for g in gradients])
-        self.sum_(flat)
-        parts = flat.split([g.numel() for g in gradients])
+        flat = self.sum_(torch.cat([g.float().reshape(-1) for g in (*gradients, loss)]))
+        *parts, total = flat.split([*(g.numel() for g in gradients), 1])
         torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
+        return total.view(())
 
     def same_weights(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0, in place."""

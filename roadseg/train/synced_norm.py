@@ -1,20 +1,21 @@
 """Batch norm whose statistics are those of the whole batch, also where several processes hold parts of it.
 
 Conversion changes a module's class and nothing else: its parameters, buffers, mode and place stay, so
-that optimizer, average, checkpoints and frozen parts know no difference. On CUDA the classes are
-PyTorch's and timm's own; they refuse CPU tensors, for which those below do the same arithmetic.
+that optimizer, average, checkpoints and frozen parts know no difference. On CUDA the kernels are those of
+nn.SyncBatchNorm, without what it does for ranks of unlike batches: a count that is sent along, and a cast of it.
 
 Shapes: B samples of this rank, C channels, H W the map; R ranks.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -87,6 +88,102 @@ def whole_statistics(x_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
     return mean_C.float(), var_C.float(), int(count)
 
 
+class _NormalisedOnCuda(torch.autograd.Function):
+    """`_Normalised` by PyTorch's kernels, statistics and running ones included; as many values on every rank.
+
+    A training has 60 norms of two messages each and small kernels around them, which is what several GPUs cost.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BCHW: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, running_mean_C: Tensor | None,
+        running_var_C: Tensor | None, momentum: float, eps: float,
+    ) -> Tensor:  # fmt: skip
+        x_BCHW, values = _packed(x_BCHW), x_BCHW.numel() // x_BCHW.shape[1]
+        own_2C = torch.cat(torch.batch_norm_stats(x_BCHW, eps))
+        all_R2C = own_2C.new_empty(dist.get_world_size(), len(own_2C))
+        with answered():
+            dist.all_gather_into_tensor(all_R2C.view(-1), own_2C)
+        mean_RC, invstd_RC = all_R2C.chunk(2, 1)
+        mean_C, invstd_C = torch.batch_norm_gather_stats_with_counts(
+            x_BCHW, mean_RC, invstd_RC, running_mean_C, running_var_C, momentum, eps,
+            _counts(values, mean_RC.dtype, x_BCHW.device),
+        )  # fmt: skip
+        ctx.save_for_backward(x_BCHW, weight_C, mean_C, invstd_C)
+        ctx.counts = _counts(values, torch.int32, x_BCHW.device)
+        return torch.batch_norm_elemt(x_BCHW, weight_C, bias_C, mean_C, invstd_C, eps)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, dy_BCHW: Tensor) -> tuple[Tensor | None, ...]:
+        x_BCHW, weight_C, mean_C, invstd_C = ctx.saved_tensors
+        dy_BCHW = _packed(dy_BCHW)
+        sum_dy_C, sum_dy_xmu_C, dweight_C, dbias_C = torch.batch_norm_backward_reduce(
+            dy_BCHW, x_BCHW, mean_C, invstd_C, weight_C, *ctx.needs_input_grad[:3]
+        )
+        dx = None
+        if ctx.needs_input_grad[0]:
+            all_2C = torch.cat([sum_dy_C, sum_dy_xmu_C])
+            with answered():
+                dist.all_reduce(all_2C)
+            sum_dy_C, sum_dy_xmu_C = all_2C.chunk(2)
+            dx = torch.batch_norm_backward_elemt(
+                dy_BCHW, x_BCHW, mean_C, invstd_C, weight_C, sum_dy_C, sum_dy_xmu_C, ctx.counts
+            )
+        # As above, this rank's part.
+        dweight, dbias = (
+            g if needed else None for g, needed in zip((dweight_C, dbias_C), ctx.needs_input_grad[1:3], strict=True)
+        )
+        return dx, dweight, dbias, None, None, None, None
+
+
+def _packed(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW if x_BCHW.is_contiguous(memory_format=torch.channels_last) else x_BCHW.contiguous()
+
+
+def _counts(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[R]; made once, but not while a CUDA graph is captured, whose memory goes with it."""
+    make = _same_counts.__wrapped__ if torch.cuda.is_current_stream_capturing() else _same_counts
+    return make(dist.get_world_size(), values, dtype, device)
+
+
+@cache
+def _same_counts(ranks: int, values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((ranks,), values, dtype=dtype, device=device)
+
+
+# A compiler leaves it as it is: what it makes of messages in a backward pass differs from one PyTorch to the next.
+_normalised_on_cuda = torch.compiler.disable(_NormalisedOnCuda.apply)
+
+
+class NcclBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d over the batches of all ranks, on CUDA: as many samples on each. In eval mode ranks don't meet."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x_BCHW)
+        self._check_input_dim(x_BCHW)
+        share = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if share is None:
+                share = 1.0 / float(self.num_batches_tracked)
+        normalised: Tensor = _normalised_on_cuda(
+            x_BCHW, self.weight, self.bias, self.running_mean, self.running_var, share or 0.0, self.eps
+        )
+        return normalised
+
+
+class NcclBatchNormAct2d(NcclBatchNorm2d):
+    """timm's batch norm with drop and activation; the attributes are those of BatchNormAct2d."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x_BCHW)))  # type: ignore[no-any-return]
+
+
 class GlooBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d over the batches of all ranks, on the CPU. In eval mode ranks don't meet."""
 
@@ -124,7 +221,10 @@ ON_CPU: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: GlooBatchNorm2d,
     BatchNormAct2d: GlooBatchNormAct2d,
 }
-ON_CUDA: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: nn.SyncBatchNorm, BatchNormAct2d: SyncBatchNormAct}
+ON_CUDA: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: NcclBatchNorm2d,
+    BatchNormAct2d: NcclBatchNormAct2d,
+}
 PLAIN = {synced: plain for kinds in (ON_CPU, ON_CUDA) for plain, synced in kinds.items()}
 
 
@@ -141,8 +241,6 @@ def sync_batch_norm(network: Network, ranks: Ranks) -> Network:
     for module in network.modules():
         if synced := kinds.get(type(module)):
             module.__class__ = synced  # type: ignore[assignment]
-            if isinstance(module, nn.SyncBatchNorm):
-                module.process_group = None  # all ranks
     return network
 
 
@@ -163,5 +261,4 @@ def plain_batch_norm(network: Network) -> Network:
     for module in network.modules():
         if plain := PLAIN.get(type(module)):
             module.__class__ = plain  # type: ignore[assignment]
-            module.__dict__.pop("process_group", None)
     return network

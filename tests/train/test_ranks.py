@@ -69,7 +69,7 @@ def task(ranks: Ranks, folder: str) -> None:
         network.eval()(image).square().sum().backward()
         network[2].bias.grad = None  # as of a frozen part
         layout = network[0].weight.grad.stride()
-        ranks.sum_gradients(network.parameters())
+        found["loss"] = ranks.sum_gradients(network.parameters(), torch.tensor(1.5 + ranks.rank))
         assert network[0].weight.grad.stride() == layout
         found["gradients"] = {k: p.grad for k, p in network.named_parameters() if p.grad is not None}
         ranks.barrier()
@@ -121,6 +121,7 @@ def test_gradients_are_those_of_both_batches(found: tuple[list[dict[str, Any]], 
         image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
         network(image).square().sum().backward()
     for f in found[0]:
+        assert f["loss"].shape == () and f["loss"].item() == 4
         assert "2.bias" not in f["gradients"] and "0.weight" in f["gradients"]
         for name, gradient in f["gradients"].items():
             torch.testing.assert_close(gradient, network.get_parameter(name).grad, rtol=1e-5, atol=1e-5)
@@ -165,7 +166,7 @@ def test_alone_nothing_is_sent() -> None:
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     with joined(ALONE, CPU):
-        ALONE.sum_gradients([parameter])
+        assert ALONE.sum_gradients([parameter], torch.tensor(2.0)).item() == 2
         ALONE.same_weights(nn.Linear(1, 1))
         ALONE.barrier()
         assert ALONE.sum_(torch.ones(1)).item() == 1 and ALONE.from_main("x") == "x" and ALONE.main
