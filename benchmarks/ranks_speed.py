@@ -69,8 +69,12 @@ class Training:
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
+        said = self.log.read_text()
         if not met or code != 128 + signal.SIGTERM:
-            raise SystemExit(f"{self.workspace.name} ended with {code}:\n{self.log.read_text()[-3000:]}")
+            raise SystemExit(f"{self.workspace.name} ended with {code}:\n{said[-3000:]}")
+        for line in said.splitlines():
+            if "steps stay eager" in line or "is not compiled" in line:
+                print(f"{self.workspace.name}: {line}", flush=True)
 
 
 def environment(tf32: bool = True) -> dict[str, str]:
