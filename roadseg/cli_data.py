@@ -59,10 +59,12 @@ def _errors(a: argparse.Namespace, config: Config) -> int:
 
     release = load_release(find_release(config, a.workspace, a.release or "champion"))
     manifest, root, limits = dataset(config, a.workspace)
+    title = f"labels of {manifest.source} {config.data.split} by release {release.digest[:12]}"
+    trained = release.model["training"]
+    log.info("%s, trained on %s; --config, or data.source and data.root, name other data", title, trained["source"])
     predictor = Predictor(release, config.evaluation.threads)
     suspects = find_suspects(predictor, manifest, root, limits, config.data.split, a.most)
     folder = run_folder(a.workspace, a.name)
-    title = f"labels of {manifest.source} {config.data.split} by release {release.digest[:12]}"
     write_atomic(folder / PAGE, render(title, suspects, manifest, root, limits).encode())
     if a.json:
         print(json.dumps([s.to_json() for s in suspects], indent=1))
@@ -72,8 +74,7 @@ def _errors(a: argparse.Namespace, config: Config) -> int:
         print(f"no label of {config.data.split} is doubted")
     if not a.json:
         print(f"{'page':<9} {folder / PAGE}")
-    learned = release.model["training"]["data_fingerprints"].get("train")
-    if learned == manifest.fingerprint(config.data.split):
+    if trained["data_fingerprints"].get("train") == manifest.fingerprint(config.data.split):
         log.warning(
             "the release was trained on these labels, so it doubts few of them; look at a split that it never saw"
         )

@@ -258,8 +258,8 @@ def describe(error: ValidationError, where: str) -> str:
                     f"  {'.'.join(map(str, parents))}: {last + 1} values are wanted (found {e['input']!r:.80})"
                 )
         elif e["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(last), _names_at(parents), n=1)
-            hint = f"; perhaps you meant {near[0]}" if near else ""
+            near = _near(str(last), parents)
+            hint = f"; perhaps you meant {near}" if near else ""
             lines.append(f"  {key}: unknown key{hint}")
         else:
             wanted = _WANTED.get(e["type"])
@@ -268,6 +268,18 @@ def describe(error: ValidationError, where: str) -> str:
             lines.append(f"  {key}: {text[:1].lower()}{text[1:]}{found}")
     count = f"{len(lines)} wrong value{'s' if len(lines) > 1 else ''}"
     return f"{count} in {where}:\n" + "\n".join(lines)
+
+
+def _near(name: str, parents: Sequence[int | str]) -> str:
+    """The known key that is most like an unknown one, or nothing.
+
+    Outside of all sections also `section.key`, for a section that was forgotten: each that has the key.
+    """
+    known = _names_at(parents)
+    if not parents:
+        known += [f"{section}.{key}" for section in known for key in _names_at([section])]
+    found = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in known], n=1)
+    return " or ".join(key for key in known if key.rpartition(".")[2] in found)
 
 
 def _names_at(loc: Sequence[int | str]) -> list[str]:

@@ -78,7 +78,9 @@ def find_suspects(
         raise UsageError(
             f"the release knows {', '.join(predictor.label_set.names)}",
             expected=f"the data's classes {', '.join(classes)}",
-            todo="choose a release of the same classes, or set data.taxonomy",
+            where=f"{manifest.source} {split}",
+            todo="name other data (--config, or data.source and data.root), choose a release of the same classes, "
+            "or set data.taxonomy",
         )
     inspector = inspector_type(num_class=len(classes), n_jobs=1, verbose=False)
     with tempfile.TemporaryFile() as kept:

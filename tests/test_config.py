@@ -49,6 +49,18 @@ def test_all_errors_of_file_and_flags_are_told_at_once_by_path(tmp_path: Path) -
     assert text.startswith("6 wrong values")
 
 
+def test_a_key_without_its_section_is_told_with_each_that_has_it(tmp_path: Path) -> None:
+    text = wrong(tmp_path, "learning_rate: 1\nbakbone: x\nthreads: 2\ntrian: {}\ndata: {steps: 1}\n")
+    for line in (
+        "learning_rate: unknown key; perhaps you meant training.learning_rate\n",
+        "bakbone: unknown key; perhaps you meant model.backbone\n",
+        "threads: unknown key; perhaps you meant evaluation.threads or serve.threads\n",
+        "trian: unknown key; perhaps you meant training\n",
+        "data.steps: unknown key\n",
+    ):
+        assert line in text + "\n"
+
+
 def test_too_few_values_are_told_once_with_how_many_are_wanted(tmp_path: Path) -> None:
     text = wrong(tmp_path, "model: {atrous_rates: [2], early_strides: [3]}\ntraining: {crop_px: []}\n")
     assert text.startswith("4 wrong values")

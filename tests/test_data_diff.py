@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def test_errors_lists_doubted_labels_and_writes_a_page(workspace: Path, capsys: 
     pytest.importorskip("cleanlab")
     arguments = ["data", "errors", "--config", str(MICRO), "--workspace", str(workspace), "--name", "doubts"]
     assert main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert re.search(r"^labels of town val by release \w{12}, trained on town; --config, or data.s", said.err, re.M)
+    found = json.loads(said.out)
     assert all(0 < row["share"] <= 1 and row["pairs"] for row in found)
     assert (workspace / "runs" / "doubts" / "label_errors.html").read_text().startswith("<!doctype html>")
     assert main([*arguments, "extra"]) == 2

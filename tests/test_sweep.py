@@ -124,17 +124,18 @@ def test_everything_wrong_is_listed_at_once_before_anything_runs(
         "training.steps",
         "--seeds=x",
     ]
-    wrong += ["training.epochs=3", "data.town=[,", "model.fusion=dense"]
+    wrong += ["training.epochs=3", "data.town=[,", "model.fusion=dense", "learning_rate=0.01,0.02"]
     arguments = [part for w in wrong for part in (["--vary", w] if w[0] != "-" else [w])]
     assert main(["sweep", "--config", str(MICRO), "--workspace", str(tmp_path / "w"), *arguments]) == 2
     err = capsys.readouterr().err
     assert "training.learning_rat: unknown key; perhaps you meant learning_rate" in err
     assert "trainin: unknown key; perhaps you meant training" in err
+    assert "  learning_rate: unknown key; perhaps you meant training.learning_rate" in err
     assert "model.fusion: input should be" in err and "(found 'skfuson')" in err
     assert "epochs (3) and steps (6) are both set" in err
     assert "--vary: 'training.steps'; expected KEY=VALUE" in err and "--seeds: 'x'" in err
     assert "--vary data.town=[,: not readable as YAML" in err and "model.fusion again" in err
-    assert "8 wrong values in the sweep" in err and not (tmp_path / "w").exists()
+    assert "9 wrong values in the sweep" in err and not (tmp_path / "w").exists()
 
 
 @pytest.mark.usefixtures("quiet_log")

@@ -131,5 +131,11 @@ def _known_evaluation(store: Store, digest: str, past: Champion | None) -> dict[
         return {"miou": past.miou, "data_fingerprint": past.data_fingerprint}
     evaluation = read_document(store, digest, EVALUATION)
     if evaluation is None:
-        raise StoreError(f"release {digest[:12]} has no {EVALUATION}", where=store.address, todo="push it first")
+        raise StoreError(
+            f"release {digest[:12]} has no {EVALUATION}",
+            expected="a release that `roadseg push` put there",
+            where=store.address,
+            todo="push with the config and the workspace that trained it (--push.min-gain -1 if the gate refuses it); "
+            "an archive alone can't be pushed, but evaluate, predict and serve take its path as --release",
+        )
     return evaluation
