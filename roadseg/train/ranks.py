@@ -95,7 +95,7 @@ class Ranks:
         flat = self.sum_(torch.cat([g.float().reshape(-1) for g in (*gradients, loss)]))
         *parts, total = flat.split([*(g.numel() for g in gradients), 1])
         torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
-        return total.view(())
+        return total.view(()).clone()  # a view would keep all of the message
 
     def same_weights(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0, in place."""

@@ -1,15 +1,15 @@
 """Batch norm whose statistics are those of the whole batch, also where several processes hold parts of it.
 
 Conversion changes a module's class and nothing else: its parameters, buffers, mode and place stay, so
-that optimizer, average, checkpoints and frozen parts know no difference. On CUDA the kernels are those of
-nn.SyncBatchNorm, without what it does for ranks of unlike batches: a count that is sent along, and a cast of it.
+that optimizer, average, checkpoints and frozen parts know no difference. Three forms of the same arithmetic: on the CPU;
+on CUDA by the kernels of nn.SyncBatchNorm, without the count that it sends along and casts for ranks of unlike batches;
+and in a compiled network, on either, as plain operations around one message.
 
 Shapes: B samples of this rank, C channels, H W the map; R ranks.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -141,80 +141,122 @@ def _packed(x_BCHW: Tensor) -> Tensor:
     return x_BCHW if x_BCHW.is_contiguous(memory_format=torch.channels_last) else x_BCHW.contiguous()
 
 
+_COUNTS: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+
 def _counts(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[R]; made once, but not while a CUDA graph is captured, whose memory goes with it."""
-    make = _same_counts.__wrapped__ if torch.cuda.is_current_stream_capturing() else _same_counts
-    return make(dist.get_world_size(), values, dtype, device)
+    """[R]. Kept, unless it is made while a CUDA graph is captured, whose memory goes with it."""
+    key = (dist.get_world_size(), values, dtype, device)
+    if (kept := _COUNTS.get(key)) is not None:
+        return kept
+    made = torch.full(key[:1], values, dtype=dtype, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        _COUNTS[key] = made
+    return made
 
 
-@cache
-def _same_counts(ranks: int, values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((ranks,), values, dtype=dtype, device=device)
+@torch.library.custom_op("roadseg::gathered", mutates_args=())
+def _gathered(own_N: Tensor) -> Tensor:
+    """[R, N]: what every rank gave, in their order. A message that a compiler does not look into."""
+    all_RN = own_N.new_empty(dist.get_world_size(), len(own_N))
+    with answered():
+        dist.all_gather_into_tensor(all_RN.view(-1), own_N.contiguous())
+    return all_RN
 
 
-# A compiler leaves it as it is: what it makes of messages in a backward pass differs from one PyTorch to the next.
-_normalised_on_cuda = torch.compiler.disable(_NormalisedOnCuda.apply)
+@torch.library.custom_op("roadseg::own_of_sum", mutates_args=())
+def _own_of_sum(parts_RN: Tensor) -> Tensor:
+    """[N]: this rank's row of the sum over all ranks, as the gradient of `_gathered` is."""
+    sum_RN = parts_RN.clone(memory_format=torch.contiguous_format)
+    with answered():
+        dist.all_reduce(sum_RN)
+    return sum_RN[dist.get_rank()].clone()
 
 
-class NcclBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d over the batches of all ranks, on CUDA: as many samples on each. In eval mode ranks don't meet."""
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x_BCHW)
-        self._check_input_dim(x_BCHW)
-        share = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if share is None:
-                share = 1.0 / float(self.num_batches_tracked)
-        normalised: Tensor = _normalised_on_cuda(
-            x_BCHW, self.weight, self.bias, self.running_mean, self.running_var, share or 0.0, self.eps
-        )
-        return normalised
+_gathered.register_fake(lambda own_N: own_N.new_empty(dist.get_world_size(), len(own_N)))
+_own_of_sum.register_fake(lambda parts_RN: torch.empty_like(parts_RN[0]))
+_gathered.register_autograd(lambda _, grad_RN: _own_of_sum(grad_RN))
 
 
-class NcclBatchNormAct2d(NcclBatchNorm2d):
-    """timm's batch norm with drop and activation; the attributes are those of BatchNormAct2d."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x_BCHW)))  # type: ignore[no-any-return]
-
-
-class GlooBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d over the batches of all ranks, on the CPU. In eval mode ranks don't meet."""
+class _OverRanks(nn.BatchNorm2d):
+    """nn.BatchNorm2d over the batches of all ranks. In eval mode ranks don't meet."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x_BCHW)
         self._check_input_dim(x_BCHW)
-        mean_C, var_C, count = whole_statistics(x_BCHW.detach())
-        if count < 2:
-            raise ValueError(f"Expected more than 1 value per channel when training, got {count} over all ranks")
-        self._follow(mean_C, var_C, count)
-        return _Normalised.apply(x_BCHW, self.weight, self.bias, mean_C, var_C, count, self.eps)
+        return self._traced(x_BCHW) if torch.compiler.is_compiling() else self._normalised(x_BCHW)
+
+    def _normalised(self, x_BCHW: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _traced(self, x_BCHW: Tensor) -> Tensor:
+        """In operations that a compiler knows and joins with those around, but for the message; as many values on each.
+
+        A function with messages of its own would cut the network in pieces at every norm, most of which stay eager.
+        """
+        x = x_BCHW.float()
+        own_2C = torch.cat(torch.var_mean(x, (0, 2, 3), correction=0))
+        var_RC, mean_RC = _gathered(own_2C).chunk(2, 1)
+        mean_C = mean_RC.mean(0)
+        var_C = (var_RC + (mean_RC - mean_C) ** 2).mean(0)
+        self._follow(mean_C.detach(), var_C.detach(), len(mean_RC) * (x.numel() // x.shape[1]))
+        y = (x - _wide(mean_C)) * _wide(torch.rsqrt(var_C + self.eps))
+        if self.affine:
+            y = y * _wide(self.weight) + _wide(self.bias)
+        return y.to(x_BCHW.dtype)
 
     @torch.no_grad()
     def _follow(self, mean_C: Tensor, var_C: Tensor, count: int) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked += 1
-        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(1)
+        share = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean_C, share)
         self.running_var.lerp_(var_C * (count / (count - 1)), share)
 
 
-class GlooBatchNormAct2d(GlooBatchNorm2d):
-    """timm's batch norm with drop and activation; the attributes are those of BatchNormAct2d."""
+class _Activated(nn.Module):
+    """In front of a batch norm: timm's form of it, with drop and activation; the attributes are BatchNormAct2d's."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x_BCHW)))  # type: ignore[no-any-return]
+        return self.act(self.drop(super().forward(x_BCHW)))  # type: ignore[misc, no-any-return]
+
+
+class NcclBatchNorm2d(_OverRanks):
+    """On CUDA; as many samples on each rank."""
+
+    def _normalised(self, x_BCHW: Tensor) -> Tensor:
+        share = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if share is None:
+                share = 1.0 / float(self.num_batches_tracked)
+        return _NormalisedOnCuda.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x_BCHW, self.weight, self.bias, self.running_mean, self.running_var, share or 0.0, self.eps
+        )
+
+
+class NcclBatchNormAct2d(_Activated, NcclBatchNorm2d):
+    """timm's."""
+
+
+class GlooBatchNorm2d(_OverRanks):
+    """On the CPU; not compiled, each rank may hold another number of samples."""
+
+    def _normalised(self, x_BCHW: Tensor) -> Tensor:
+        mean_C, var_C, count = whole_statistics(x_BCHW.detach())
+        if count < 2:
+            raise ValueError(f"Expected more than 1 value per channel when training, got {count} over all ranks")
+        self._follow(mean_C, var_C, count)
+        return _Normalised.apply(x_BCHW, self.weight, self.bias, mean_C, var_C, count, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class GlooBatchNormAct2d(_Activated, GlooBatchNorm2d):
+    """timm's."""
 
 
 ON_CPU: dict[type[nn.Module], type[nn.Module]] = {
