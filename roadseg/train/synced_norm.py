@@ -1,9 +1,9 @@
 """Batch norm whose statistics are those of the whole batch, also where several processes hold parts of it.
 
 Conversion changes a module's class and nothing else: its parameters, buffers, mode and place stay, so
-that optimizer, average, checkpoints and frozen parts know no difference. Three forms of the same arithmetic: on the CPU;
-on CUDA by the kernels of nn.SyncBatchNorm, without the count that it sends along and casts for ranks of unlike batches;
-and in a compiled network, on either, as plain operations around one message.
+that optimizer, average, checkpoints and frozen parts know no difference. The same arithmetic has three forms: on
+the CPU; on CUDA by the kernels of nn.SyncBatchNorm, without the count that it sends along and casts for ranks of unlike
+batches; and in a compiled network, on either, as plain operations around one message.
 
 Shapes: B samples of this rank, C channels, H W the map; R ranks.
 """
