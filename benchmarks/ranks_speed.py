@@ -113,7 +113,8 @@ def speed(
 def curves(a: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, list[float]]]:
     """(precision, way, losses), one GPU's first; the runs of a precision at once, as nobody looks at their speed."""
     ways = {"1 GPU": (1, ()), "1 GPU again": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, NO_SYNC)}
-    steps = ["--training.steps", "100", "--training.checkpoint-every", str(a.compared), "--training.warmup-steps", "5"]
+    steps = ["--training.steps", "1000000", "--training.validate-every", "1000000", "--training.warmup-steps", "5"]
+    steps += ["--training.checkpoint-every", str(a.compared)]
     steps += [*crop(a.compared_size), "--training.deterministic", "True"]
     # Not Adam: of a gradient that is nothing but rounding it makes a whole step, to either side.
     steps += ["--training.optimizer", "sgd", "--training.learning-rate", "0.01"]
