@@ -22,13 +22,15 @@ from roadseg.train.words import PeerLost
 
 log = logging.getLogger(__name__)
 EAGER_STEPS = 11  # before capture: libraries choose algorithms, allocators settle
+NOT_COMPILED = (RuntimeError, ImportError, OSError)  # no compiler, a full disk, or a layer that can't be compiled
 
 
 class Gradients:
     """Calling it leaves the whole batch's gradients in the parameters and returns the loss, detached.
 
     The batch is `accumulate` micro-batches of every rank. With `graph`, every batch must have the
-    shape of the first; where compilation or capture fails, a warning is logged and steps stay plain.
+    shape of the first; where compilation or capture fails, a warning is logged and steps stay plain. Of several
+    ranks all compile or none, as a compiled network sends other messages.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Gradients:
         ranks: Ranks = ALONE,
     ) -> None:
         self._network, self._objective, self._device, self._bf16 = network, objective, device, bf16
+        compiled = compiled and (ranks.world == 1 or _all_compile(ranks, device))
         self._forward: Any = torch.compile(network, dynamic=False) if compiled else network
         self._trusted = not compiled
         self._parameters = [p for p in network.parameters() if p.requires_grad]
@@ -107,10 +110,10 @@ class Gradients:
             return self._forward_and_backward(image_BHWC, label_BHW, counts)
         try:
             loss = self._forward_and_backward(image_BHWC, label_BHW, counts)
-        except (RuntimeError, ImportError, OSError) as e:  # no compiler, or a layer that it can't compile
+        except NOT_COMPILED as e:
             if isinstance(e, torch.OutOfMemoryError):
                 raise
-            log.warning("the network is not compiled (%s: %.200s)", type(e).__name__, " ".join(str(e).split()))
+            log.warning("the network is not compiled (%s)", _said(e))
             self._forward = self._network
             loss = self._forward_and_backward(image_BHWC, label_BHW, counts)
         self._trusted = True
@@ -150,3 +153,25 @@ class Gradients:
         self._gradients = [p.grad for p in self._parameters]
         self._graph = graph
         return True
+
+
+def _all_compile(ranks: Ranks, device: torch.device) -> bool:
+    """Whether every rank can compile anything: one may lack a compiler, or room for what it writes."""
+    said = None
+    try:
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(_trial, dynamic=False)(x).backward()
+    except NOT_COMPILED as e:
+        said = _said(e)
+    told = [(rank, words) for rank, words in enumerate(ranks.gathered(said)) if words is not None]
+    if told and ranks.main:
+        log.warning("the network is not compiled (rank %d: %s)", *told[0])
+    return not told
+
+
+def _trial(x: Tensor) -> Tensor:
+    return (x * x + 1).sum()
+
+
+def _said(e: BaseException) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split()):.200}"

@@ -156,9 +156,12 @@ def _counts(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @torch.library.custom_op("roadseg::gathered", mutates_args=())
-def _gathered(own_N: Tensor) -> Tensor:
-    """[R, N]: what every rank gave, in their order. A message that a compiler does not look into."""
-    all_RN = own_N.new_empty(dist.get_world_size(), len(own_N))
+def _gathered(own_N: Tensor, ranks: int) -> Tensor:
+    """[R, N]: what every rank gave, in their order. A message that a compiler does not look into.
+
+    The number of ranks is given, so that what was compiled for another is not taken for it.
+    """
+    all_RN = own_N.new_empty(ranks, len(own_N))
     with answered():
         dist.all_gather_into_tensor(all_RN.view(-1), own_N.contiguous())
     return all_RN
@@ -173,9 +176,9 @@ def _own_of_sum(parts_RN: Tensor) -> Tensor:
     return sum_RN[dist.get_rank()].clone()
 
 
-_gathered.register_fake(lambda own_N: own_N.new_empty(dist.get_world_size(), len(own_N)))
+_gathered.register_fake(lambda own_N, ranks: own_N.new_empty(ranks, len(own_N)))
 _own_of_sum.register_fake(lambda parts_RN: torch.empty_like(parts_RN[0]))
-_gathered.register_autograd(lambda _, grad_RN: _own_of_sum(grad_RN))
+_gathered.register_autograd(lambda _, grad_RN: (_own_of_sum(grad_RN), None))
 
 
 class _OverRanks(nn.BatchNorm2d):
@@ -197,7 +200,7 @@ class _OverRanks(nn.BatchNorm2d):
         """
         x = x_BCHW.float()
         own_2C = torch.cat(torch.var_mean(x, (0, 2, 3), correction=0))
-        var_RC, mean_RC = _gathered(own_2C).chunk(2, 1)
+        var_RC, mean_RC = _gathered(own_2C, dist.get_world_size()).chunk(2, 1)
         mean_C = mean_RC.mean(0)
         var_C = (var_RC + (mean_RC - mean_C) ** 2).mean(0)
         self._follow(mean_C.detach(), var_C.detach(), len(mean_RC) * (x.numel() // x.shape[1]))

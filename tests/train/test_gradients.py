@@ -1,7 +1,10 @@
 """Gradients of a batch: in parts as in one, and plainly where compilation or capture fails."""
 
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +16,9 @@ from roadseg.data.loader import Batch
 from roadseg.model.deeplab import Architecture, build
 from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.gradients import EAGER_STEPS, Gradients
+from roadseg.train.launch import launch
 from roadseg.train.objective import Objective
+from roadseg.train.ranks import Ranks, joined
 from roadseg.train.words import PeerLost
 
 CPU = torch.device("cpu")
@@ -84,6 +89,31 @@ def test_what_can_not_be_compiled_is_computed_plainly(
     plain, expected = of(network())
     assert losses == [plain] * 3
     assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=False) if p.grad is not None)
+
+
+def compiling_task(ranks: Ranks, folder: str) -> None:
+    said = []
+    logging.getLogger("roadseg.train.gradients").addFilter(lambda record: said.append(record.getMessage()) or True)
+    with joined(ranks, CPU):
+        found = []
+        for broken in (None, 1):
+
+            def compile_(f: Any, broken: int | None = broken, **_: Any) -> Any:
+                if ranks.rank == broken:
+                    raise OSError(28, "No space left on device")
+                return f
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "compile", compile_)
+                found.append(Gradients(network(), objective(), CPU, False, False, compiled=True, ranks=ranks).compiles)
+    Path(folder, f"{ranks.rank}.json").write_text(json.dumps([found, said]))
+
+
+def test_where_one_rank_can_not_compile_none_does(tmp_path: Path) -> None:
+    launch(compiling_task, (str(tmp_path),), 2)
+    (first, said), (second, silent) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second == [True, False]
+    assert said == ["the network is not compiled (rank 1: OSError: [Errno 28] No space left on device)"] and not silent
 
 
 def test_a_lack_of_memory_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

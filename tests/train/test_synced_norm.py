@@ -212,14 +212,16 @@ def captured(ranks: Ranks, device: torch.device, compiler: str | None, last: boo
         step()
     torch.cuda.synchronize()
     graph, kept = torch.cuda.CUDAGraph(), len(synced_norm._COUNTS)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = step()
-    assert len(synced_norm._COUNTS) == kept  # nothing of the graph's own memory
-    for _ in range(2):
-        graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
-    graph.reset()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found = step()
+        assert len(synced_norm._COUNTS) == kept  # nothing of the graph's own memory
+        for _ in range(2):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
+    finally:
+        graph.reset()  # while it stands, the ranks can't leave one another
 
 
 def network_of(compiled: bool, ranks: Ranks) -> dict[str, Tensor]:
