@@ -85,9 +85,9 @@ class Ranks:
         return got
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
-        """Sum every .grad over all ranks, in place, and `loss` (float32 []), which is returned: one flat message.
+        """Sum every .grad over all ranks, in place, and `loss` (float32 []), whose sum is returned.
 
-        It is float32 too, and of every rank the same order: that of `parameters`.
+        All in one flat float32 message, in the order of `parameters`, which is the same on every rank.
         """
         if self.world == 1:
             return loss

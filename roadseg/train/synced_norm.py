@@ -101,10 +101,7 @@ class _NormalisedOnCuda(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         x_BCHW, values = _packed(x_BCHW), x_BCHW.numel() // x_BCHW.shape[1]
         own_2C = torch.cat(torch.batch_norm_stats(x_BCHW, eps))
-        all_R2C = own_2C.new_empty(dist.get_world_size(), len(own_2C))
-        with answered():
-            dist.all_gather_into_tensor(all_R2C.view(-1), own_2C)
-        mean_RC, invstd_RC = all_R2C.chunk(2, 1)
+        mean_RC, invstd_RC = _all_rows(own_2C, dist.get_world_size()).chunk(2, 1)
         mean_C, invstd_C = torch.batch_norm_gather_stats_with_counts(
             x_BCHW, mean_RC, invstd_RC, running_mean_C, running_var_C, momentum, eps,
             _counts(values, mean_RC.dtype, x_BCHW.device),
@@ -155,16 +152,21 @@ def _counts(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return made
 
 
-@torch.library.custom_op("roadseg::gathered", mutates_args=())
-def _gathered(own_N: Tensor, ranks: int) -> Tensor:
-    """[R, N]: what every rank gave, in their order. A message that a compiler does not look into.
-
-    The number of ranks is given, so that what was compiled for another is not taken for it.
-    """
+def _all_rows(own_N: Tensor, ranks: int) -> Tensor:
+    """[R, N]: what every rank gave, in their order."""
     all_RN = own_N.new_empty(ranks, len(own_N))
     with answered():
         dist.all_gather_into_tensor(all_RN.view(-1), own_N.contiguous())
     return all_RN
+
+
+@torch.library.custom_op("roadseg::gathered", mutates_args=())
+def _gathered(own_N: Tensor, ranks: int) -> Tensor:
+    """`_all_rows` with a gradient, as a message that a compiler does not look into.
+
+    The number of ranks is given, so that what was compiled for another is not taken for it.
+    """
+    return _all_rows(own_N, ranks)
 
 
 @torch.library.custom_op("roadseg::own_of_sum", mutates_args=())

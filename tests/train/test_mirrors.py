@@ -181,9 +181,7 @@ def test_a_mirror_that_hangs_holds_up_neither_steps_nor_the_end(
     into(lambda: Kept(lambda: hangs.set() or (stuck.wait(30) and None)))
     with caplog.at_level(logging.WARNING, "roadseg"), mirrors.mirrors(["tensorboard"], tmp_path, "run", {}, 1) as told:
         told.scalars(0, {"a": 1.0})
-        assert hangs.wait(
-            20
-        )  # on a busy machine it may take the first rows late, and a full queue would have room again
+        assert hangs.wait(20)  # else, on a busy machine, it takes its first rows late, and a full queue has room again
         began = time.monotonic()
         for step in range(1, 5 * mirrors.WAITING_ROWS):
             told.scalars(step, {"a": 1.0})

@@ -305,6 +305,20 @@ def test_a_network_is_compiled_as_one_graph_and_counts_a_step_once(tmp_path: Pat
             )
 
 
+def test_counts_are_read_in_a_capture_and_none_of_its_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = [False]
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    monkeypatch.setattr(synced_norm, "_COUNTS", {})
+    kept = synced_norm._counts(7, torch.int32, CPU)
+    assert kept.tolist() == [7, 7, 7] and kept.dtype == torch.int32
+    capturing[0] = True
+    assert synced_norm._counts(7, torch.int32, CPU) is kept
+    assert synced_norm._counts(8, torch.float32, CPU) is not synced_norm._counts(8, torch.float32, CPU)
+    capturing[0] = False
+    assert synced_norm._counts(8, torch.float32, CPU) is synced_norm._counts(8, torch.float32, CPU)
+
+
 @pytest.mark.parametrize("kinds", [ON_CPU, ON_CUDA], ids=["gloo", "nccl"])
 @pytest.mark.parametrize("lost", ["forward", "backward"])
 @pytest.mark.parametrize("traced", [False, True])
