@@ -181,8 +181,14 @@ def task_on_gpus(ranks: Ranks, folder: str, compiler: str | None) -> None:
     torch.cuda.set_device(device)
     with joined(ranks, device):
         equal_parts(ranks, folder, device, compiler)
-        for last in (False, True):
-            for seen in (False, True):
+
+
+def task_of_graphs(ranks: Ranks, compiler: str | None) -> None:
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    with joined(ranks, device):
+        for seen in (True, False):  # the first message, which connects the ranks, is none of a capture
+            for last in (False, True):
                 captured(ranks, device, compiler, last, seen)
 
 
@@ -351,13 +357,25 @@ def test_a_lost_peer_is_told_as_such(
         y.backward() if lost == "backward" else layer(x)
 
 
+@pytest.fixture(scope="module", params=[None, "inductor"], ids=["kernels", "compiled"])
+def results_on_gpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("norms on gpus")
+    launch(task_on_gpus, (str(folder), request.param), 2)
+    return folder
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("case", EQUAL)
+def test_on_gpus_equal_to_batch_norm_on_the_whole_batch(results_on_gpus: Path, case: str) -> None:
+    is_batch_norm_on_the_whole(results_on_gpus, case)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("compiler", [None, "inductor"])
-def test_on_gpus_equal_to_batch_norm_on_the_whole_batch(tmp_path: Path, compiler: str | None) -> None:
-    launch(task_on_gpus, (str(tmp_path), compiler), 2)
-    for case in EQUAL:
-        is_batch_norm_on_the_whole(tmp_path, case)
+def test_a_cuda_graph_replays_a_plain_step(compiler: str | None) -> None:
+    launch(task_of_graphs, (compiler,), 2)
 
 
 def is_batch_norm_on_the_whole(results: Path, case: str) -> None:
