@@ -6,8 +6,9 @@ Everything goes through the command line, as a user would: `roadseg transform` r
 makes their shards, `roadseg train` trains the default model on them from files.
 1. Equality: the same batch over all GPUs, fp32 (without TF32) and bf16, in crops of --compared-size and in
    deterministic mode, with the terms of the loss that are defined on a whole batch, so that one GPU does the same again
-   and all differ by rounding alone; the largest relative difference of the losses up to some steps of SGD. Beside it
-   all GPUs without sync-BN, which is another computation.
+   and all differ by rounding alone; the largest relative difference of the losses up to some steps of SGD. What
+   rounding comes to is told by one GPU whose backbone starts with each weight a last bit up or down; beside
+   it all GPUs without sync-BN, which is another computation.
 2. Speed: the batch of each GPU is kept. Runs with 1 and with all GPUs in turn, and one without sync-BN, to see
    what its messages cost; images/s are the medians of training's own rows (log/timing.jsonl, one every ten
    seconds), the first of each run left out, in which steps are eager and the CUDA graph is captured. Then SIGTERM
@@ -32,8 +33,10 @@ from pathlib import Path
 
 import torch
 from machine import cpu_name
+from safetensors.torch import load_file, save_file
 
 from roadseg.files import read_json_lines
+from roadseg.model.backbone import create_backbone
 
 NO_SYNC = ("--training.sync-batch-norm", "False")
 LIMIT_S = {"never": 150.0, "always": 400.0}  # for one run, start and compilation included
@@ -88,11 +91,30 @@ def roadseg(a: argparse.Namespace, command: str, workspace: Path) -> list[str]:
     section = {
         "data.source": "town", "data.town.train": a.frames, "data.town.val": 2, "data.town.seed": 1,
         "data.town.width-px": width * 4 // 3, "data.town.height-px": height * 4 // 3,
-        "model.backbone": a.backbone, "model.backbone-weights": "none", "training.device": a.device,
+        "model.backbone": a.backbone, "training.device": a.device,
         "training.class-weights": "enet", "training.pictures": 0, "training.compile": a.compile,
     }  # fmt: skip
     flags = [word for key, value in section.items() for word in (f"--{key}", str(value))]
+    if command == "train":
+        flags += ["--model.backbone-weights", str(a.weights)]
     return [sys.executable, "-m", "roadseg.cli", command, "--workspace", str(workspace), *flags]
+
+
+def random_weights(a: argparse.Namespace, path: Path) -> Path:
+    torch.manual_seed(0)
+    save_file(create_backbone(a.backbone, 16).state_dict(), path)
+    return path
+
+
+def nudged_weights(path: Path) -> Path:
+    """The same with every weight's last bit up or down, by chance."""
+    torch.manual_seed(1)
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[name] = torch.nextafter(tensor, (torch.rand_like(tensor) - 0.5).sign() * torch.inf)
+    save_file(tensors, to := path.with_stem("nudged"))
+    return to
 
 
 def crop(size: str) -> list[str]:
@@ -112,7 +134,9 @@ def speed(
 
 def curves(a: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, list[float]]]:
     """(precision, way, losses), one GPU's first; the runs of a precision at once, as nobody looks at their speed."""
-    ways = {"1 GPU": (1, ()), "1 GPU again": (1, ()), "all": (a.gpus, ()), "all, no sync-BN": (a.gpus, NO_SYNC)}
+    nudged = ("--model.backbone-weights", str(nudged_weights(a.weights)))
+    ways = {"1 GPU": (1, ()), "1 GPU again": (1, ()), "1 GPU, a bit off": (1, nudged)}
+    ways |= {"all": (a.gpus, ()), "all, no sync-BN": (a.gpus, NO_SYNC)}
     steps = ["--training.steps", "1000000", "--training.validate-every", "1000000", "--training.warmup-steps", "5"]
     steps += ["--training.checkpoint-every", str(a.compared)]
     steps += [*crop(a.compared_size), "--training.deterministic", "True"]
@@ -157,6 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ranks-speed-") as text:
         folder = Path(text)
         a.frames_in = (a.frames_in or folder / "data").absolute()
+        a.weights = random_weights(a, folder / "random.safetensors")
         subprocess.run(roadseg(a, "transform", a.frames_in), check=True, capture_output=True, env=environment())
         print(f"{a.frames} frames and their shards: {time.monotonic() - began:.0f} s", flush=True)
         alone: list[float] = []

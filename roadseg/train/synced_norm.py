@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from roadseg.errors import ConfigError
+from roadseg.train.losses import at_least_float32
 from roadseg.train.words import answered
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class _Normalised(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, dy_BCHW: Tensor) -> tuple[Tensor | None, ...]:
         x_BCHW, weight_C, mean_C, invstd_C = ctx.saved_tensors
-        dy = dy_BCHW.float()
-        xhat = (x_BCHW.float() - _wide(mean_C)) * _wide(invstd_C)
+        dy = at_least_float32(dy_BCHW)
+        xhat = (at_least_float32(x_BCHW) - _wide(mean_C)) * _wide(invstd_C)
         own_2C = torch.stack([dy.sum((0, 2, 3)), (dy * xhat).sum((0, 2, 3))])
         dx = None
         if ctx.needs_input_grad[0]:
@@ -67,15 +68,18 @@ def _wide(value_C: Tensor) -> Tensor:
 
 
 def whole_statistics(x_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(mean, biased variance: float32 [C]; values a channel) over all ranks; each may hold another number of samples.
+    """(mean, biased variance: [C], float32, or float64 of that; values a channel) over all ranks.
 
-    Each rank's mean and squared deviations are combined as by Chan et al. (1979), in double precision
+    Each may hold another number of samples.
+
+    A rank's mean and squared deviations are combined with the others' as by Chan et al. (1979), in double precision
     and in the order of ranks, so that all get the same bits.
     """
-    channels, values = x_BCHW.shape[1], x_BCHW.numel() // x_BCHW.shape[1]
-    own = x_BCHW.new_zeros(2 * channels + 1, dtype=torch.float64)
+    x = at_least_float32(x_BCHW)
+    channels, values = x.shape[1], x.numel() // x.shape[1]
+    own = x.new_zeros(2 * channels + 1, dtype=torch.float64)
     if values:
-        var_C, mean_C = torch.var_mean(x_BCHW.float(), (0, 2, 3), correction=0)
+        var_C, mean_C = torch.var_mean(x, (0, 2, 3), correction=0)
         own[:channels], own[channels:-1], own[-1] = mean_C, var_C, values
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     with answered():
@@ -85,7 +89,7 @@ def whole_statistics(x_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
     count = count_R1.sum()
     mean_C = (mean_RC * count_R1).sum(0) / count
     var_C = ((var_RC + (mean_RC - mean_C) ** 2) * count_R1).sum(0) / count
-    return mean_C.float(), var_C.float(), int(count)
+    return mean_C.to(x.dtype), var_C.to(x.dtype), int(count)
 
 
 class _NormalisedOnCuda(torch.autograd.Function):
@@ -135,7 +139,8 @@ class _NormalisedOnCuda(torch.autograd.Function):
 
 
 def _packed(x_BCHW: Tensor) -> Tensor:
-    return x_BCHW if x_BCHW.is_contiguous(memory_format=torch.channels_last) else x_BCHW.contiguous()
+    """Channels last, as the network's maps are: the kernels for others round bfloat16's sums as they go."""
+    return x_BCHW.contiguous(memory_format=torch.channels_last)
 
 
 _COUNTS: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
@@ -200,7 +205,7 @@ class _OverRanks(nn.BatchNorm2d):
 
         A function with messages of its own would cut the network in pieces at every norm, most of which stay eager.
         """
-        x = x_BCHW.float()
+        x = at_least_float32(x_BCHW)
         own_2C = torch.cat(torch.var_mean(x, (0, 2, 3), correction=0))
         var_RC, mean_RC = _gathered(own_2C, dist.get_world_size()).chunk(2, 1)
         mean_C = mean_RC.mean(0)

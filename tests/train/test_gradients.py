@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from roadseg.config_training import Loss
 from roadseg.data.loader import Batch
 from roadseg.model.deeplab import Architecture, build
+from roadseg.model.dropout import draw_part
 from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.gradients import EAGER_STEPS, Gradients
 from roadseg.train.launch import launch
 from roadseg.train.objective import Objective
-from roadseg.train.ranks import Ranks, joined
+from roadseg.train.ranks import ALONE, Ranks, joined, sync_batch_norm
 from roadseg.train.words import PeerLost
 
 CPU = torch.device("cpu")
@@ -51,6 +53,41 @@ def test_micro_batches_add_up() -> None:
         assert split_loss == pytest.approx(loss, rel=1e-5)
         for a, b in zip(split, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-5)
+
+
+def of_the_default_network(ranks: Ranks) -> tuple[Tensor, dict[str, Tensor]]:
+    """In float64, training, with dropout and every term of the loss: of a whole batch of 4."""
+    architecture = Architecture(19, "mobilenetv2_100", auxiliary=True)
+    net = build(architecture, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3).train().double()
+    draw_part(sync_batch_norm(net, ranks), ranks.rank, ranks.world)
+    every = Terms(**dict.fromkeys(Loss.model_fields, 0.5))
+    criterion = Criterion(every, every, 0.4, torch.linspace(1, 10, 19), 0.1, 0.7, 0.0625, 2.0, 2, ranks)
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.rand(4, 3, 8, 12, generator=draw) * 255
+    image = nn.functional.interpolate(coarse, (64, 96), mode="bilinear").byte().permute(0, 2, 3, 1)
+    label = (image.float().mean(-1) / 14).byte()
+    mine = slice(ranks.rank * 4 // ranks.world, (ranks.rank + 1) * 4 // ranks.world)
+    torch.manual_seed(0)
+    loss = Gradients(net, Objective(criterion), CPU, False, False, ranks=ranks)(Batch(image[mine], label[mine], ()))
+    return loss, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def default_network_task(ranks: Ranks, folder: str) -> None:
+    with joined(ranks, CPU):
+        torch.save(of_the_default_network(ranks), Path(folder) / f"{ranks.rank}.pt")
+
+
+def test_two_ranks_compute_the_default_network_s_gradient(tmp_path: Path) -> None:
+    """In float32 rounding alone moves it by percents: of so many ReLUs some switch. Sums are sent as float32."""
+    launch(default_network_task, (str(tmp_path),), 2)
+    loss, whole = of_the_default_network(ALONE)
+    for rank in (0, 1):
+        found_loss, found = torch.load(tmp_path / f"{rank}.pt")
+        assert found_loss.item() == pytest.approx(loss.item(), rel=1e-6) and found.keys() == whole.keys()
+        largest = max(float(g.norm()) for g in whole.values())
+        for name, expected in whole.items():
+            apart = float((found[name] - expected).norm())
+            assert apart < 1e-6 * max(float(expected.norm()), 1e-3 * largest), name
 
 
 class FailsBackward(torch.autograd.Function):
