@@ -12,6 +12,8 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from roadseg.errors import ConfigError
+
 
 class Dropout(nn.Module):
     """nn.Dropout, drawn as a part of the whole batch."""
@@ -53,6 +55,19 @@ def share_draws(module: nn.Module) -> None:
     for m in module.modules():
         if type(m) is DropPath:
             m.__class__ = SharedDropPath
+
+
+def refuse_own_draws(network: nn.Module) -> None:
+    """Raises ConfigError for what draws for the images of one process alone, such as timm's DropBlock2d."""
+    for name, m in network.named_modules():
+        share = getattr(m, "p", 0) or getattr(m, "drop_prob", 0)
+        if "drop" in type(m).__name__.lower() and share and not isinstance(m, (Dropout, SharedDropPath)):
+            raise ConfigError(
+                f"{type(m).__name__} ({name}, {share}) draws anew on each of several processes",
+                expected="draws of the whole batch: drop_path_rate, or model.dropout",
+                where="model.backbone_options",
+                todo="leave it out, or train on one GPU",
+            )
 
 
 def draw_part(module: nn.Module, part: int, parts: int) -> None:

@@ -36,11 +36,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Taken:
-    """made_anew: parts of the network that are not from the file, sorted."""
+    """made_anew: parts that are not from the file, sorted. identity: those of them that hand on their input."""
 
     project: str
     parts: tuple[str, ...]
     made_anew: tuple[str, ...]
+    identity: tuple[str, ...] = ()
 
 
 def load_foreign(network: DeepLabV3Plus, path: Path) -> Taken:
@@ -66,7 +67,7 @@ def load_foreign(network: DeepLabV3Plus, path: Path) -> Taken:
         ", ".join(f"{part} ({unlike[part]})" for part in made_anew) or "nothing",
         "; ".join((*found.remarks, *_untold(network.architecture, parts))),
     )
-    return Taken(found.project, parts, made_anew)
+    return Taken(found.project, parts, made_anew, tuple(sorted({part_of(key) for key in identity})))
 
 
 def _untold(a: Architecture, parts: Sequence[str]) -> list[str]:

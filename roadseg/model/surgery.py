@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from roadseg.errors import ConfigError
@@ -210,16 +211,17 @@ class _Recomputed:
         # Its state can't be read while a CUDA graph is captured, and most backbones draw nothing.
         self.draws = any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in module.modules())
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         plain = partial(type(self.module).forward, self.module)
         if not (self.module.training and torch.is_grad_enabled()):
             return plain(*inputs)
         if torch.compiler.is_compiling():  # a compiled graph updates its buffers once by itself
             return checkpoint(plain, *inputs, use_reentrant=False, preserve_rng_state=self.draws)
-        versions = [t._version for t in inputs]
+        tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]  # some blocks take lists
+        versions = [t._version for t in tensors]
         contexts = partial(_contexts, self.module)
         output = checkpoint(plain, *inputs, use_reentrant=False, preserve_rng_state=self.draws, context_fn=contexts)
-        if [t._version for t in inputs] != versions:
+        if [t._version for t in tensors] != versions:
             raise ConfigError(
                 f"{type(self.module).__name__} changes its input in place: it can't be computed again",
                 where="training.activation_checkpointing",

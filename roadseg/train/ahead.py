@@ -9,6 +9,7 @@ import torch
 from roadseg.config import Config
 from roadseg.data.feed import refuse_places
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD
+from roadseg.model.dropout import refuse_own_draws
 from roadseg.progress import quiet
 from roadseg.release.archive import Release
 from roadseg.train.job import processes
@@ -44,6 +45,8 @@ def refuse_ahead(config: Config, init: Release | None, machines: int = 1) -> Non
         refuse_frozen_at_random(replace(start, made_anew=known), t.freeze)
     refuse_whatever_the_data(t, architecture, world)
     refuse_strides(start.network, t)
-    if world > 1 and t.sync_batch_norm:
-        refuse_unknown_norms(start.network)
+    if world > 1:
+        refuse_own_draws(start.network)
+        if t.sync_batch_norm:
+            refuse_unknown_norms(start.network)
     prepared(start.network, t, ALONE)  # to sync batch norms, ranks would have to be connected

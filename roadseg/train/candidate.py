@@ -22,6 +22,7 @@ from roadseg.model.embed import backbone_digest, embedder
 from roadseg.release.archive import offsets_of, write_archive
 from roadseg.release.export import check_export, export_onnx
 from roadseg.release.graph import without_weights
+from roadseg.train.refusals import ran_out
 from roadseg.train.temperature import fit_temperature
 
 CHECKED_FRAMES = 8  # real frames on which the exported graph is compared with the network
@@ -80,7 +81,9 @@ def _profile(network: DeepLabV3Plus, shards: Shards, device: torch.device) -> Pr
     """Of what was trained on, as this network sees it: what `roadseg data diff` compares other data with."""
     try:
         return _profile_on(copy.deepcopy(network).to(device), network, shards)
-    except torch.OutOfMemoryError:  # frames may lie there; a training that is done must not end with this
+    except (RuntimeError, MemoryError) as e:  # frames may lie there; a training that is done must not end with this
+        if not ran_out(e):
+            raise
         log.warning("no memory on %s for the data's profile: it is made on the CPU", device)
         return _profile_on(network, network, shards)
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from roadseg.data.shards import Split
+from roadseg.errors import RoadsegError
 from roadseg.files import write_json
 from roadseg.labels import LabelSet
 from roadseg.metrics.confusion import confusion
@@ -32,6 +33,7 @@ from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.progress import progress
 from roadseg.train.drawn import drawn_pixels
 from roadseg.train.ranks import ALONE
+from roadseg.train.refusals import first_line, ran_out
 from roadseg.train.validation import validate
 
 FRAMES, PIXELS_A_FRAME = 200, 8000
@@ -64,11 +66,22 @@ def add_class_offsets(
     run, device = network, network.mean.device
     try:
         offsets_K, before, after = _fitted(run, frames, label_set, device, bf16)
-    except torch.OutOfMemoryError:  # a training that is done must not end with this
+    except (RuntimeError, MemoryError) as e:  # a training that is done must not end with this
+        if not ran_out(e):
+            raise
         log.warning("no memory on %s for class offsets: they are fitted on the CPU", device)
         device, bf16 = torch.device("cpu"), False
         run = copy.deepcopy(network).to(device)
-        offsets_K, before, after = _fitted(run, frames, label_set, device, bf16)
+        try:
+            offsets_K, before, after = _fitted(run, frames, label_set, device, bf16)
+        except (RuntimeError, MemoryError) as e:
+            if not ran_out(e):
+                raise
+            raise RoadsegError(
+                f"no memory for class offsets ({first_line(e)})",
+                where="training.class_offsets",
+                todo="run it again with more memory free: the training is done and goes on from here",
+            ) from e
     if after <= before + LEAST_GAIN:
         log.info("class offsets: none, as they gain nothing on frames of train that they were not fitted to")
         offsets_K = np.zeros_like(offsets_K)

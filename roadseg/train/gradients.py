@@ -108,6 +108,9 @@ class Gradients:
         """Plainly, if compilation fails: the first time it compiles, the backward too."""
         if self._trusted:
             return self._forward_and_backward(image_BHWC, label_BHW, counts)
+        # A forward that compiled has updated running statistics and drawn before the backward fails.
+        buffers, draws = [(b, b.clone()) for b in self._network.buffers()], _generator(self._device)
+        state = draws.get_state()
         try:
             loss = self._forward_and_backward(image_BHWC, label_BHW, counts)
         except NOT_COMPILED as e:
@@ -115,6 +118,9 @@ class Gradients:
                 raise
             log.warning("the network is not compiled (%s)", _said(e))
             self._forward = self._network
+            draws.set_state(state)
+            for buffer, before in buffers:
+                buffer.copy_(before)
             loss = self._forward_and_backward(image_BHWC, label_BHW, counts)
         self._trusted = True
         return loss
@@ -137,8 +143,7 @@ class Gradients:
         self._counts = None if counts is None else counts.clone()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        draws = torch.cuda.default_generators[index]
+        draws = _generator(self._device)
         before = draws.clone_state()
         try:
             # The loader pins memory in a thread of its own meanwhile; it must not spoil the capture.
@@ -153,6 +158,13 @@ class Gradients:
         self._gradients = [p.grad for p in self._parameters]
         self._graph = graph
         return True
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """What dropout draws from."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _all_compile(ranks: Ranks, device: torch.device) -> bool:

@@ -153,7 +153,6 @@ def train(
         if output_stride != network.architecture.output_stride:
             set_output_stride(network, output_stride)
             set_output_stride(average.network, output_stride)
-            torch._dynamo.reset()
 
     def settle(taken: Taken, mirror: Mirrors, bar: Any) -> bool:
         """Note a step's loss and speed, once; whether any rank had been sent a signal when it was begun.
@@ -180,7 +179,11 @@ def train(
         return step > 0 and (step % s.validate_every == 0 or step == s.steps)
 
     def score(step: int, stopped: Callable[[], int], mirror: Mirrors) -> bool:
-        """Validate after `step`; False, with nothing noted, if a signal cut it short."""
+        """Validate after `step`; False, with nothing noted, if a signal cut it short.
+
+        What is scored is what ships: the average on rank 0, as without sync-BN each has running statistics of its own.
+        """
+        ranks.same_weights(average.network)
         results = {}
         for split, frames in validation.items():
             matrix = validate(average.network, frames, label_set.num_classes, device, s.bf16, stopped, ranks)
@@ -202,6 +205,7 @@ def train(
             if (first := max(start, stretch.first)) >= stretch.last:
                 continue
             stride(stretch.output_stride)
+            torch._dynamo.reset()  # of one function it compiles eight forms, then no more
             gradients = Gradients(
                 network, objective, device, s.bf16, s.cuda_graph,
                 compiled=s.compiled, accumulate=s.accumulate, ranks=ranks,

@@ -220,6 +220,11 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in told for words in _RAN_OUT)
 
 
+def first_line(error: BaseException) -> str:
+    """Of what it says; its class if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def out_of_memory(
     error: BaseException,
     architecture: Architecture,
@@ -259,7 +264,7 @@ def out_of_memory(
         estimate += f", of {whole / 2**30:.0f}" + ", so the estimate is too low" * (there > needs[1])
     return RoadsegError(
         f"no memory for {rows} crops of {_px(crop_px)} at once in {precision} on {device}{estimate} "
-        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+        f"({first_line(error)})",
         todo=f"set one of: {'; '.join(changes or ['a smaller model.backbone'])}",
     )
 

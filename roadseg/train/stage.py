@@ -83,7 +83,7 @@ def train_candidate(
     refuse_strides(start.network, t)
     refuse_frozen_at_random(start, t.freeze)
     if ranks.main:
-        warn_without_effect(t)
+        warn_without_effect(config.model, t)
     network = prepared(start.network, t, ranks)
     settings = _settings(t, steps, device)
     validation = {name: shards.split(name) for name in shards.shards if name != "train"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
@@ -31,8 +32,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """words: what it started from, for model.json. made_anew: the parts that keep their random start.
+    """words: what it started from, for model.json. made_anew: the parts that are not from there.
 
+    identity: of these, the ones that hand on their input; the others start at random.
     random: those of a network that started from no whole network's weights. terms: of the data behind those
     weights, None where none were given.
     """
@@ -42,6 +44,7 @@ class Start:
     made_anew: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
     terms: str | None = None
+    identity: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,20 +95,22 @@ def starting_network(
         return Start(network, f"checkpoint {sha256_file(path)}", made_anew, terms=of.terms)
     taken = load_foreign(network, path)
     words = f"{taken.project} weights {sha256_file(path)}"
-    return Start(network, words, taken.made_anew, terms="not in the file; ask where it is from")
+    terms = "not in the file; ask where it is from"
+    return Start(network, words, taken.made_anew, terms=terms, identity=taken.identity)
 
 
 def refuse_frozen_at_random(start: Start, frozen: Sequence[str]) -> None:
     """Raises ConfigError where a part that a release or file did not fill would never learn; warns from scratch."""
-    if new := [part for part in start.made_anew if part.split(".")[0] in frozen]:
+    random = [part for part in start.made_anew if part not in start.identity]
+    if new := [part for part in random if part.split(".")[0] in frozen]:
         raise ConfigError(
             f"{', '.join(sorted({part.split('.')[0] for part in new}))}, in which {', '.join(new)} is new and random",
             expected="parts whose weights were learned",
             where="training.freeze",
             todo=f"leave it out: started from {start.words}, it has to be learned for these classes",
         )
-    if random := [part for part in start.random if part in frozen]:
-        log.warning("training.freeze: %s keeps random weights, as nothing is given to start from", ", ".join(random))
+    if unlearned := [part for part in start.random if part in frozen]:
+        log.warning("training.freeze: %s keeps random weights, as nothing is given to start from", ", ".join(unlearned))
 
 
 def _of_release(init: Release) -> _Learned:
@@ -114,6 +119,9 @@ def _of_release(init: Release) -> _Learned:
         tensors = load_tensors(init.members[WEIGHTS])
     except SafetensorError as e:
         raise ArchiveError(f"{WEIGHTS} is not readable ({e})", where=name) from e
+    bias = f"{CLASSIFIER}.bias"
+    if bias in tensors:  # offsets suit label maps of those weights, and are fitted anew
+        tensors[bias] = tensors[bias] - torch.from_numpy(init.class_offsets).to(tensors[bias])
     architecture = init.model.get("architecture", {})
     return _Learned("release", name, "training.init_from", tensors, init.label_set.names, architecture)
 

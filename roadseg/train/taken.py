@@ -62,7 +62,7 @@ def on_its_way(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ra
     values = torch.stack([loss, norm, torch.full_like(loss, bool(signalled))])
     if ranks.world > 1:
         values[2] = ranks.sum_(values[2:].clone())[0]
-    return values.to("cpu", non_blocking=True)
+    return values.to("cpu", non_blocking=values.is_cuda)  # elsewhere no event would tell that they have come
 
 
 def non_finite(loss: float, norm: float, step: int, samples: Sequence[Sample]) -> NonFiniteLoss:

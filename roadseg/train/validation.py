@@ -12,6 +12,7 @@ from roadseg.data.shards import Split
 from roadseg.errors import RoadsegError
 from roadseg.labels import IGNORE
 from roadseg.train.ranks import Ranks
+from roadseg.train.refusals import ran_out
 
 CLASSES_AT_ONCE = 20
 
@@ -57,7 +58,9 @@ def validate(
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = network(image_BHWC.permute(0, 3, 1, 2))
             prediction_HW = label_map(logits.float(), *label.shape)
-        except torch.OutOfMemoryError as e:
+        except (RuntimeError, MemoryError) as e:
+            if not ran_out(e):
+                raise
             raise RoadsegError(
                 f"no memory left on {device} to score a frame of {label.shape[0]}x{label.shape[1]} while training",
                 where="validation",

@@ -1,3 +1,3 @@
 """VERSION of the train stage, apart from it: a key is made without loading torch."""
 
-VERSION = 6
+VERSION = 7

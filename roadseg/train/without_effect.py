@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from roadseg.config import Model
 from roadseg.config_training import Loss, Training
 
 log = logging.getLogger(__name__)
 
 
-def warn_without_effect(t: Training) -> None:
+def warn_without_effect(m: Model, t: Training) -> None:
     """A warning for each key that is not at its default and changes nothing beside the others."""
-    for key, why in _without_effect(t):
+    if m.backbone_weights not in ("none", Model().backbone_weights):
+        for key in ("init_from", "weights_from"):
+            if getattr(t, key):
+                log.warning("model.backbone_weights has no effect: training.%s gives the backbone's weights", key)
+    for key, why in _without_effect(m, t):
         log.warning("training.%s has no effect: %s", key, why)
 
 
-def _without_effect(t: Training) -> Iterator[tuple[str, str]]:
+def _without_effect(m: Model, t: Training) -> Iterator[tuple[str, str]]:
     """(key, why)."""
     default = Training()
     terms = terms_used(t)
@@ -39,7 +44,9 @@ def _without_effect(t: Training) -> Iterator[tuple[str, str]]:
     for key, (why, unused) in idle.items():
         if unused and getattr(t, key) != getattr(default, key):
             yield key, why
-    crop_px, stride = t.crop_px, None
+    if t.augment.class_mix and t.batch_size == 1:
+        yield "augment.class_mix", "it pastes between the samples of a batch, which has one"
+    crop_px, stride = t.crop_px, m.output_stride
     for phase in t.phases:
         if phase.crop_px in (None, crop_px) and phase.output_stride in (None, stride):
             yield "phases", f"the one after {phase.after:g} changes neither crop nor output stride"

@@ -316,6 +316,29 @@ class InPlace(nn.Module):
         return self.conv2(self.conv1(self.act(x)))
 
 
+class OfAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.wide, self.narrow = nn.BatchNorm2d(6), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = self.narrow(self.wide(self.norm(torch.cat(maps, 1))).relu())
+        return out
+
+
+def test_blocks_that_take_lists_are_computed_again() -> None:
+    x, found = torch.randn(2, 3, 4, 4, requires_grad=True), []
+    for again in (False, True):
+        torch.manual_seed(0)
+        net = nn.ModuleList([OfAList()])
+        if again:
+            assert checkpoint_activations(net) == 1
+        net[0]([x, 2 * x]).square().sum().backward()
+        found.append([*net.buffers(), *(p.grad for p in net.parameters()), x.grad.clone()])
+        x.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_what_can_not_be_computed_twice_is_refused() -> None:
     backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(InPlace()))
     checkpoint_activations(backbone)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from roadseg.config import load_config
 from roadseg.data.shards import Shards, Split
+from roadseg.errors import RoadsegError
 from roadseg.files import read_json
 from roadseg.metrics.iou import scores
 from roadseg.release.archive import WEIGHTS, load_release
@@ -204,6 +205,17 @@ def test_a_gpu_without_memory_left_hands_over_to_the_cpu(
     assert torch.equal(run.decoder.classifier.bias, network.decoder.classifier.bias)
 
 
+def test_no_memory_on_the_cpu_is_told_with_what_to_do(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(class_offsets, "drawn_pixels", full)
+    with pytest.raises(RoadsegError, match=r"training.class_offsets: no memory for class offsets \(Def.*run it again"):
+        add_class_offsets(Colours(0, 0, -30).eval(), shards.split("train"), {}, THREE, False, tmp_path / "offsets.json")
+
+
 def test_one_frame_is_too_few(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert add_class_offsets(Colours(0, 0, 0), range(1), {}, THREE, False, tmp_path / "offsets.json") == {}  # type: ignore[arg-type]
@@ -238,8 +250,12 @@ def test_a_training_ships_them_in_the_classifiers_bias(
     # A teacher's scores are learned without its offsets.
     taught = load_config(None, {"model": model, "training": training})
     objective = stage._objective(taught.training, shards, release, CPU, False, ALONE)
+    assert objective.distillation is not None
     bias = objective.distillation._teacher.decoder.classifier.bias
     assert torch.allclose(bias, load_tensors(without.members[WEIGHTS])["decoder.classifier.bias"], atol=1e-4)
+    # And so are its weights gone on from: another training fits offsets anew.
+    started = stage._start(taught, objective.distillation._teacher.architecture, shards, release)
+    assert torch.allclose(started.network.decoder.classifier.bias, bias, atol=1e-4)
     _, tensors = checkpoint.newest(tmp_path / "checkpoints") or (0, {})
     shipped = load_tensors(release.members[WEIGHTS])
     changed = {name for name, value in shipped.items() if not torch.equal(value, tensors[f"average.{name}"])}

@@ -128,6 +128,20 @@ def test_what_can_not_be_compiled_is_computed_plainly(
     assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=False) if p.grad is not None)
 
 
+def test_a_backward_that_can_not_be_compiled_leaves_no_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled forward came through: it has drawn, and updated running statistics."""
+    monkeypatch.setattr(torch, "compile", lambda net, **_: lambda image: FailsBackward.apply(net(image).logits))
+    found = []
+    for compiled in (False, True):
+        net = network(dropout=0.5).train()
+        torch.manual_seed(0)
+        loss = Gradients(net, objective(), CPU, False, False, compiled=compiled)(batch())
+        found.append((loss, [p.grad for p in net.parameters()], list(net.buffers())))
+    for plain, retried in zip(*found, strict=True):
+        pairs = zip(plain, retried, strict=True) if isinstance(plain, list) else [(plain, retried)]
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def compiling_task(ranks: Ranks, folder: str) -> None:
     said = []
     logging.getLogger("roadseg.train.gradients").addFilter(lambda record: said.append(record.getMessage()) or True)
@@ -196,10 +210,9 @@ def test_what_can_not_be_captured_is_computed_plainly(
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     put_back: list[str] = []
     draws = SimpleNamespace(clone_state=lambda: "as before", graphsafe_set_state=put_back.append)
-    monkeypatch.setattr(torch.cuda, "default_generators", [draws])
+    monkeypatch.setattr("roadseg.train.gradients._generator", lambda _: draws)
     net = network().eval()
     net.register_forward_pre_hook(refuse)
     gradients = Gradients(net, objective(), CPU, False, True)

@@ -24,14 +24,18 @@ from roadseg.data.sampler import Batches, Order
 from roadseg.data.shards import Shards
 from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
 from roadseg.files import read_json_lines
+from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.model.surgery import freeze
 from roadseg.train import checkpoint, loop
 from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.gradients import Gradients
+from roadseg.train.launch import launch
 from roadseg.train.loop import Settings, Stretch, train
 from roadseg.train.objective import Objective
 from roadseg.train.optimizer import make_optimizer
+from roadseg.train.ranks import ALONE, Ranks, joined
+from roadseg.train.validation import validate
 
 SETTINGS = Settings(
     steps=6, optimizer="adamw", learning_rate=0.003, backbone_lr_factor=1.0, weight_decay=0.01, momentum=0.9,
@@ -78,6 +82,36 @@ def run(
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def unlike_ranks(ranks: Ranks, data: str, folder: str) -> None:
+    """Two ranks without sync-BN, so that each has running statistics of its own."""
+    shards = Shards.load(Path(data))
+    crops = Crops(shards.split("train"), Augmentation((32, 64)), SETTINGS.seed, (120, 120, 120))
+    order = Order(crops.split.frames, SETTINGS.seed)
+
+    def batches(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
+        mine = Batches(order, 4, step, SETTINGS.steps, ranks.rank, ranks.world)
+        yield from batches_from_workers(crops, mine, 0, CPU, stopped=stopped)
+
+    stretches = [Stretch(0, SETTINGS.steps, 16, batches)]
+    settings = replace(SETTINGS, learning_rate=0.02)
+    with joined(ranks, CPU):
+        (work := Path(folder) / str(ranks.rank)).mkdir()
+        objective = Objective(Criterion(Terms(), Terms(), 0.4, None, 0.0, 0.7, 0.0625, 2.0, 3, ranks))
+        average, _ = train(
+            network(), stretches, {"val": shards.split("val")}, THREE, objective, settings, CPU, work, ranks=ranks
+        )
+        if ranks.main:
+            matrix = validate(average, shards.split("val"), 3, CPU, False, int, ALONE)
+            assert matrix is not None
+            (work / "shipped").write_text(str(scores(matrix.numpy(), THREE)["miou"]))
+
+
+def test_of_ranks_with_statistics_of_their_own_that_is_scored_which_ships(shards: Shards, tmp_path: Path) -> None:
+    launch(unlike_ranks, (str(shards.folder), str(tmp_path)), 2)
+    last = [row["miou"] for row in read_json_lines(tmp_path / "0" / "history.jsonl") if "split" in row][-1]
+    assert last == pytest.approx(float((tmp_path / "0" / "shipped").read_text()), abs=1e-9)
 
 
 class Killed(Exception):

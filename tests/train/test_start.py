@@ -311,5 +311,6 @@ def test_weights_of_another_project(tmp_path: Path) -> None:
     made = start(a, weights_from=str(path))
     assert made.words == f"VainF/DeepLabV3Plus-Pytorch weights {sha256_file(path)}"
     assert made.made_anew == ("auxiliary_heads", "decoder.refinements.0")
+    refuse_frozen_at_random(made, ["backbone", "aspp", "decoder"])  # what the decoder has beside hands on its input
     assert {"decoder.classifier.weight", "aspp.fusion.project.0.weight"} <= equal(made.network, ours)
     assert made.network.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])

@@ -55,10 +55,18 @@ def test_a_signal_leaves_no_scores(shards: Shards) -> None:
     assert validate(Fixed(), shards.split("val"), 3, CPU, False, lambda: 15, ALONE) is None
 
 
-def test_no_memory_for_a_frame_is_told_as_that(shards: Shards) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_for_a_frame_is_told_as_that(shards: Shards, error: Exception) -> None:
     class Full(nn.Module):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     with pytest.raises(RoadsegError, match=r"validation: no memory left on cpu to score a frame of \d+x\d+ while"):
         validate(Full(), shards.split("val"), 3, CPU, False, lambda: 0, ALONE)
