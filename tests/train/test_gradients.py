@@ -78,7 +78,7 @@ def default_network_task(ranks: Ranks, folder: str) -> None:
 
 
 def test_two_ranks_compute_the_default_network_s_gradient(tmp_path: Path) -> None:
-    """In float32 rounding alone moves it by percents: of so many ReLUs some switch. Sums are sent as float32."""
+    """In float32 rounding alone moves it by up to a percent, as some of its ReLUs switch. Sums are sent as float32."""
     launch(default_network_task, (str(tmp_path),), 2)
     loss, whole = of_the_default_network(ALONE)
     for rank in (0, 1):
