@@ -28,12 +28,13 @@ from PIL import Image
 from torchvision.transforms import ColorJitter
 
 from roadseg.data.augment import Augmentation, apply
-from roadseg.data.loader import Crops, keep_freed_memory
+from roadseg.data.loader import Crops
 from roadseg.data.sampler import Sample
 from roadseg.data.shards import Shard, Shards, Split, write_frame
 from roadseg.files import sha256_file
 from roadseg.ingest.town import render
 from roadseg.labels import CITYSCAPES
+from roadseg.processes import keep_freed_memory
 
 ROUNDS = 7
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)

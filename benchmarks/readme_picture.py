@@ -5,7 +5,7 @@ python benchmarks/readme_picture.py WORKSPACE FRAME_NAME docs/town-prediction.jp
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import cv2
@@ -32,4 +32,9 @@ def main(workspace: Path, name: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("name", help="of a val frame of the town")
+    parser.add_argument("out", type=Path)
+    a = parser.parse_args()
+    main(a.workspace, a.name, a.out)

@@ -224,7 +224,8 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
 
     Raises ConfigError that lists every wrong value and unknown key by its path.
     """
-    return validated(merge(read_yaml(Path(path)) if path else {}, overrides or {}), str(path) if path else "the config")
+    where = " and ".join([str(path)] * bool(path) + ["the overrides"] * bool(overrides)) or "the config"
+    return validated(merge(read_yaml(Path(path)) if path else {}, overrides or {}), where)
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +259,7 @@ def describe(error: ValidationError, where: str) -> str:
                     f"  {'.'.join(map(str, parents))}: {last + 1} values are wanted (found {e['input']!r:.80})"
                 )
         elif e["type"] == "extra_forbidden":
-            near = _near(str(last), parents)
+            near = near_key(str(last), parents)
             hint = f"; perhaps you meant {near}" if near else ""
             lines.append(f"  {key}: unknown key{hint}")
         else:
@@ -270,7 +271,7 @@ def describe(error: ValidationError, where: str) -> str:
     return f"{count} in {where}:\n" + "\n".join(lines)
 
 
-def _near(name: str, parents: Sequence[int | str]) -> str:
+def near_key(name: str, parents: Sequence[int | str] = ()) -> str:
     """The known key that is most like an unknown one, or nothing.
 
     Outside of all sections also `section.key`, for a section that was forgotten: each that has the key.

@@ -85,6 +85,8 @@ def test_an_unknown_command_names_the_nearest(roadseg_) -> None:
         (["run", "--training.epochs", "many"], ["training.epochs: input should be a valid integer", "(found 'many')"]),
         (["run", "--training.batch-size", "0"], ["training.batch_size", "greater than 0 (found 0)"]),
         (["run", "--config", "absent.yaml"], ["absent.yaml", "no such file"]),
+        (["train", "--steps", "20"], ["unknown flag --steps, perhaps you meant --training.steps"]),
+        (["train", "--xyzzy"], ["roadseg train: unknown flag --xyzzy; roadseg train --help lists them all"]),
         (["run", "--name", "../else"], ["'../else'", "--name"]),
         (["predict", "x.png"], ["--out"]),
         (["predict", "--out", "o"], ["INPUT"]),

@@ -118,7 +118,7 @@ def require_codes(allow: Iterable[str], forbid: Iterable[str]) -> None:
     wrong += [f"data.forbid: {_unknown(c)}" for c in forbid if c not in CODES]
     wrong += [f"{c} is both in data.allow and in data.forbid" for c in allow if c in forbid]
     if wrong:
-        raise ConfigError("; ".join(wrong), expected="codes of docs/data-doctor.md", where="data")
+        raise ConfigError("; ".join(wrong), expected="codes of docs/data-doctor.md")
 
 
 def _unknown(code: str) -> str:

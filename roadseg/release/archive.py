@@ -23,6 +23,7 @@ from roadseg.release.graph import WEIGHTS, with_weights
 SCHEMA_VERSION = 2  # 1: model.onnx held the weights once more
 MODEL, ONNX, TERMS = "model.json", "model.onnx", "LICENSE-DATA"
 MEMBERS = frozenset({MODEL, ONNX, WEIGHTS, TERMS})
+GZIP = b"\x1f\x8b"  # what such a file begins with
 LIMIT_BYTES = 2 << 30
 LIMIT_RATIO = 20  # unpacked to packed bytes; ours are stored, and weights hardly compress
 SMALL_BYTES = 1 << 20  # below it any ratio will do: tar's own padding compresses well
@@ -98,7 +99,7 @@ def _stored_gzip(data: bytes) -> bytes:
     compress anyway.
     """
     out = io.BytesIO()
-    out.write(b"\x1f\x8b\x08\x00" + bytes(4) + b"\x00\xff")  # deflate, no flags, no time, unknown system
+    out.write(GZIP + b"\x08\x00" + bytes(4) + b"\x00\xff")  # deflate, no flags, no time, unknown system
     for start in range(0, len(data), 65535):
         block = data[start : start + 65535]
         is_last = start + 65535 >= len(data)
@@ -116,8 +117,12 @@ def load_release(path: Path, expected_digest: str = "") -> Release:
     where = str(path)
     try:
         data = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise ArchiveError("no such file", expected="a model.tar.gz", where=where, todo="check the path") from None
+    except IsADirectoryError:
+        raise ArchiveError("a folder", expected="a model.tar.gz", where=where, todo="name the archive in it") from None
+    if data[:2] != GZIP:
+        raise ArchiveError("no .tar.gz at all", expected="a model.tar.gz", where=where, todo="check the path")
     digest = sha256_bytes(data)
     if expected_digest and digest != expected_digest:
         raise ArchiveError(

@@ -9,10 +9,10 @@ from pathlib import Path
 from roadseg.config import Config
 from roadseg.errors import ConfigError, ReleaseNotFound
 from roadseg.files import sha256_file
-from roadseg.release.archive import Release, load_release
+from roadseg.release.archive import GZIP, Release, load_release
 
 _RELEASE = "champion, a digest, 8 or more of its first characters, or the path of a model.tar.gz"
-_GZIP, _PICKLE = b"\x1f\x8b", (b"PK", b"\x80\x02")  # what torch.save writes is a zip now, and was a pickle
+_PICKLE = (b"PK", b"\x80\x02")  # what torch.save writes is a zip now, and was a pickle
 _CHECK = "check the name; a path counts from the folder that roadseg is started in"
 
 
@@ -67,7 +67,7 @@ def _given(reference: str, find: Callable[[str], Path], where: str) -> Given | N
         raise ConfigError(f"{reference!r} is a folder", expected=_RELEASE, where=where, todo="name the archive in it")
     with archive.open("rb") as file:
         head = file.read(2)
-    if head != _GZIP:
+    if head != GZIP:
         convert = f"roadseg convert-checkpoint {reference} makes of a torch pickle what training.weights_from takes"
         raise ConfigError(
             f"{reference!r} is no archive of a release", expected=_RELEASE, where=where,

@@ -107,12 +107,14 @@ def train(
     mirrors: Callable[[int], AbstractContextManager[Mirrors]] = no_mirrors,
     draw: Callable[[nn.Module, int], object] | None = None,
     terms: str = "",
+    name_of: Callable[[int], str] = "frame {}".format,
 ) -> tuple[DeepLabV3Plus, int]:
     """Train `network` in place; return its average (EMA) on `device`, and the steps it took.
 
     validation: splits scored every `s.validate_every` steps. mirrors(step): opens where losses and scores
     are shown besides history.jsonl, for a run that goes on after `step`. draw(average, step): called
     after each validation, for pictures. terms: of the data behind the weights, for who starts from a checkpoint.
+    name_of: the name of the frame of that index, for errors.
     Checkpoints and history.jsonl lie in `work`, written by the main rank; what is there is gone on from. The
     average has the output stride that training ended at: the last stretch's, or an earlier one's if early
     stopping came before it. Raises NonFiniteLoss at most a step after the loss that would spoil the weights,
@@ -164,7 +166,7 @@ def train(
             if not taken.finite():
                 history.flush()
                 samples = [sample for part in ranks.gathered(taken.samples) for sample in part]
-                raise non_finite(taken.loss, taken.norm, taken.step, samples)
+                raise non_finite(taken.loss, taken.norm, taken.step, samples, name_of)
             history.add(step=number, loss=round(taken.loss, 6), learning_rate=taken.learning_rate)
             mirror.mean(number, {"loss": taken.loss, "learning_rate": taken.learning_rate})
             images = len(taken.samples) * ranks.world

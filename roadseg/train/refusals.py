@@ -37,7 +37,8 @@ def refuse_impossible(
     """Raises one ConfigError that lists all that can't be trained, each with what to change.
 
     architecture: of the first phase. frames: of train. world: processes that share a batch. allow: codes of
-    the data's faults that are accepted. Warns of classes without a pixel in train, or in any split.
+    the data's faults that are accepted. Warns of classes without a pixel in train, or in any split, and of crops that
+    no frame fills.
     """
     crops = dict.fromkeys(crop_px for crop_px, _ in _crops(t, architecture))
     problems = [p for crop_px in crops for p in _padding(t, frames, crop_px)]
@@ -93,12 +94,18 @@ def _padding(t: Training, frames: Split, crop_px: tuple[int, int]) -> Iterator[s
     """A crop may be larger than a frame, and is padded then; when most of it is, the crop is a mistake."""
     sizes = Counter((frame.height, frame.width) for frame in frames.frames)
     share, (low, high) = image_share(sizes, crop_px, t.augment.scale), t.augment.scale
+    (height, width), _ = sizes.most_common(1)[0]
     if share < LEAST_IMAGE:
-        (height, width), _ = sizes.most_common(1)[0]
         yield (
             f"training.crop_px: {1 - share:.0%} of what crops of {_px(crop_px)} show would be padding, as frames are "
             f"{_px((height, width))} (most of them) and drawn at {low:g} to {high:g} times that; set at most "
             f"{height} {width}, or raise training.augment.scale"
+        )
+    elif crop_px[0] > max(h for h, _ in sizes) or crop_px[1] > max(w for _, w in sizes):
+        log.warning(
+            "training.crop_px: crops of %s reach beyond frames of %s: %.0f %% of what they show is padding; "
+            "%d %d has it only where frames are drawn smaller",
+            *(_px(crop_px), _px((height, width)), 100 * (1 - share), height, width),
         )
 
 

@@ -106,7 +106,7 @@ def train_candidate(
             average, taken = train(
                 network, _stretches(t, frames, shards, architecture, steps, device, ranks), validation,
                 shards.label_set, _objective(t, shards, teacher, device, settings.bf16, ranks), settings, device, work,
-                ranks=ranks, mirrors=opened, draw=draw, terms=terms,
+                ranks=ranks, mirrors=opened, draw=draw, terms=terms, name_of=lambda index: frames.frames[index].name,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as e:
             if not ran_out(e):

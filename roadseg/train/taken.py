@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +65,14 @@ def on_its_way(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ra
     return values.to("cpu", non_blocking=values.is_cuda)  # elsewhere no event would tell that they have come
 
 
-def non_finite(loss: float, norm: float, step: int, samples: Sequence[Sample]) -> NonFiniteLoss:
-    rows = ", ".join(f"{sample.index} (epoch {sample.epoch})" for sample in samples)
+def non_finite(
+    loss: float, norm: float, step: int, samples: Sequence[Sample], name_of: Callable[[int], str]
+) -> NonFiniteLoss:
+    rows = ", ".join(f"{name_of(sample.index)} (epoch {sample.epoch})" for sample in samples)
     return NonFiniteLoss(
         f"loss {loss}, gradient norm {norm} at step {step + 1}, nothing of which was saved",
         expected="finite numbers",
-        where=f"train samples {rows}",
+        where=f"train, {rows}",
         todo="look at these samples; a lower training.learning_rate, a longer training.warmup_steps or "
         "training.precision fp32 often helps",
     )

@@ -167,7 +167,7 @@ def test_a_spoilt_network_ends_the_run_unsaved_and_names_the_samples(
     with pytest.raises(NonFiniteLoss, match="at step 4,") as caught:
         run(shards, tmp_path / "spoilt", objective=Spoilt(sound.criterion))
     samples = next(iter(Batches(Order(shards.split("train").frames, SETTINGS.seed), 4, 3, 4)))
-    assert all(f"{s.index} (epoch {s.epoch})" in str(caught.value) for s in samples)
+    assert caught.value.where == "train, " + ", ".join(f"frame {s.index} (epoch {s.epoch})" for s in samples)
     step, tensors = checkpoint.newest(tmp_path / "spoilt" / "checkpoints") or (None, {})
     assert step == 3
     with pytest.raises(Killed):

@@ -42,8 +42,16 @@ def change(**fields: object) -> Training:
     return Training.model_validate({**FITS.model_dump(), **fields})
 
 
+def test_crops_that_no_frame_fills_are_warned_of(shards: Shards, caplog: pytest.LogCaptureFixture) -> None:
+    refuse_impossible(change(crop_px=(64, 96)), SMALL, shards, shards.split("train"))
+    (line,) = caplog.messages
+    assert line.startswith(
+        "training.crop_px: crops of 64x96 reach beyond frames of 48x96: 22 % of what they show is pad"
+    )
+
+
 def test_what_can_be_trained_is_neither_refused_nor_warned_of(shards: Shards, caplog: pytest.LogCaptureFixture) -> None:
-    for t in (FITS, change(crop_px=(64, 96)), change(crop_px=(17, 17)), change(batch_size=8, accumulate=2)):
+    for t in (FITS, change(crop_px=(48, 96)), change(crop_px=(17, 17)), change(batch_size=8, accumulate=2)):
         refuse_impossible(t, SMALL, shards, shards.split("train"))
     refuse_impossible(change(batch_size=8, accumulate=2), SMALL, shards, shards.split("train"), 2)
     assert not caplog.records
