@@ -94,7 +94,7 @@ def _run_in_cluster(config: Config, until: Stage, workspace: Path, folder: Path,
         from roadseg.train.words import Words
 
         this.words = Words(here, f"run {next(_runs)}")
-        with this.words.failures_told(), stopped_at_once():
+        with this.words.present(), stopped_at_once():
             if here.main:
                 return _run(this, until, folder)
             this.follow()

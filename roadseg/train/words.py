@@ -11,13 +11,14 @@ import logging
 import math
 import os
 import re
+import socket
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from roadseg.train.place import Place
 log = logging.getLogger(__name__)
 MEET_WITHIN = timedelta(minutes=15)  # machines of a cluster start minutes apart
 QUIET = timedelta(seconds=10)  # of the others' absence
-HEARD_WITHIN_S, FAILURE_HEARD_WITHIN_S = 5.0, 30.0  # of a failure others may learn late: they make data first
+HEARD_WITHIN_S, FAILURE_HEARD_WITHIN_S = 5.0, 30.0  # of a failure others may learn late: they may have yet to start
 ASK_EVERY_S = 0.2
+BEAT_EVERY_S, SILENCE = 5.0, timedelta(minutes=1)  # a process that lives shows it; one that was silent so long is gone
+CONNECT_WITHIN_S = 5.0  # once there is somebody
 FAILED = "failed"
 
 
@@ -69,14 +72,16 @@ class Words:
     here: Place
     name: str
     above: str = ""
+    _heard: list[Exception] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    @cached_property
+    @property
     def store(self) -> dist.Store:
-        return self._named(self.name)
+        """Raises RoadsegError if it can't be reached within MEET_WITHIN."""
+        return self._named(self.name, MEET_WITHIN.total_seconds())
 
-    def _named(self, name: str) -> dist.Store:
+    def _named(self, name: str, within_s: float) -> dist.Store:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"roadseg/{attempt}/{name}", _store(self.here))
+        return dist.PrefixStore(f"roadseg/{attempt}/{name}", _store(self.here, within_s))
 
     def tell(self, word: str, how: str = "said") -> None:
         self.store.set(word, how)
@@ -87,12 +92,14 @@ class Words:
         return how.decode()
 
     def fail(self, error: BaseException) -> None:
-        """Say why; the first of several counts. That the store is gone must not hide the error itself."""
+        """Say why; the first of several counts. That there is no store must not hide the error itself, nor for long."""
+        within_s = HEARD_WITHIN_S if isinstance(error, Interrupted) else FAILURE_HEARD_WITHIN_S
         try:
-            self.store.compare_set(FAILED, "", json.dumps(packed(error, self.here.rank)))
+            store = self._named(self.name, within_s)
+            store.compare_set(FAILED, "", json.dumps(packed(error, self.here.rank)))
             self.heard()
             self._stay(FAILURE_HEARD_WITHIN_S)
-        except RuntimeError:
+        except (RuntimeError, RoadsegError):
             return
 
     def cause(self, within_s: float) -> Exception | None:
@@ -103,24 +110,58 @@ class Words:
         return told
 
     def failure(self) -> Exception | None:
-        """What the first rank to fail said, if any did."""
+        """What the first rank to fail said, if any did; also when the store has gone since this process heard it."""
+        if self._heard:
+            return self._heard[0]
         try:
-            for store in (self.store, self._named(self.above)) if self.above else (self.store,):
+            for name in filter(None, (self.name, self.above)):
+                store = self._named(name, MEET_WITHIN.total_seconds())
                 if store.check([FAILED]):
+                    self._heard.append(unpacked(json.loads(store.get(FAILED))))
                     self.heard()
-                    return unpacked(json.loads(store.get(FAILED)))
+                    return self._heard[0]
         except RuntimeError:
             return None
         return None
 
     @contextmanager
-    def failures_told(self) -> Iterator[None]:
-        """Around all that this process does: what ends it ends those that wait for it."""
+    def present(self) -> Iterator[None]:
+        """Around all that this process does: the others see that it lives, and what ends it ends all that wait for it.
+
+        Rank 0 keeps the store from here on. The others look for it beside what they do, and need it only when they
+        have something to say or to ask. Raises RoadsegError if rank 0 can't keep it.
+        """
+        if self.here.main:
+            _store(self.here, MEET_WITHIN.total_seconds())
+        ended = threading.Event()
+        life = threading.Thread(target=self._show_life, args=(ended,), name="shows that it lives", daemon=True)
+        life.start()
         try:
             yield
         except BaseException as e:
             self.fail(e)
             raise
+        finally:
+            ended.set()
+            life.join(CONNECT_WITHIN_S)
+
+    def _show_life(self, ended: threading.Event) -> None:
+        """And hear of a failure, as the rank that tells it may be gone when this one would ask."""
+        while not ended.is_set():
+            try:
+                self._named(self.name, 0.0).add(f"life of {self.here.rank}", 1)
+                if self.failure():
+                    return
+            except RoadsegError:  # rank 0 is not there yet
+                pass
+            except RuntimeError:  # or no more: who asks it something is told
+                return
+            ended.wait(BEAT_EVERY_S)
+
+    def _life(self, rank: int) -> int:
+        """Another number than before if it lives; 0 if it was never here, or shows nothing."""
+        with answered():
+            return self.store.add(f"life of {rank}", 0)
 
     def wait(self, *words: str, within: timedelta | None = None) -> str:
         """The first of these that is told; "" after `within`. Raises what another rank failed with."""
@@ -131,7 +172,7 @@ class Words:
                     if self.store.check([word]):
                         return word
             except dist.DistError as e:
-                raise PeerLost(
+                raise self.failure() or PeerLost(
                     "rank 0 is gone without a word",
                     where=f"{self.here.address}:{self.here.port}",
                     todo="look at its output; run again to go on after the last checkpoint",
@@ -142,19 +183,27 @@ class Words:
         return ""
 
     def meet(self) -> None:
-        """Wait for all ranks. Raises PeerLost if one does not come."""
+        """Wait for all ranks: for each as long as it is seen to live. Raises PeerLost for one that is not."""
         self.tell(f"rank {self.here.rank}")
         for rank in range(self.here.world):
             if self.wait(f"rank {rank}", within=QUIET):
                 continue
             log.warning("waiting at %s:%d for rank %d of %d", self.here.address, self.here.port, rank, self.here.world)
-            if not self.wait(f"rank {rank}", within=MEET_WITHIN):
-                raise PeerLost(
-                    f"rank {rank} of {self.here.world} did not come",
-                    expected=f"all of them within {MEET_WITHIN.seconds // 60} minutes",
-                    where=f"{self.here.address}:{self.here.port}",
-                    todo="look at what it said; all need the same command, on one machine also the same workspace",
-                )
+            life = self._life(rank)
+            while not self.wait(f"rank {rank}", within=SILENCE if life else MEET_WITHIN):
+                before, life = life, self._life(rank)
+                if life == before:
+                    raise self._lost(rank, life > 0)
+
+    def _lost(self, rank: int, came: bool) -> PeerLost:
+        who = f"rank {rank} of {self.here.world}"
+        if came:
+            found, expected = f"{who} is gone without a word", f"a sign of life within {SILENCE.seconds} s"
+            todo = "look at what it said; unless somebody killed it, memory ran out over its data; then run again"
+        else:
+            found, expected = f"{who} did not come", f"all of them within {MEET_WITHIN.seconds // 60} minutes"
+            todo = "look at what it said; all need the same command, on one machine also the same workspace"
+        return PeerLost(found, expected=expected, where=f"{self.here.address}:{self.here.port}", todo=todo)
 
     def finish(self, await_others: bool) -> None:
         """As rank 0, say that all is done; where others may yet ask this process, stay until they have.
@@ -165,38 +214,70 @@ class Words:
         if await_others:
             self._stay(HEARD_WITHIN_S)
         elif self.here.host:
-            self._stay(MEET_WITHIN.total_seconds())
+            self._stay(MEET_WITHIN.total_seconds(), of_silence=True)
 
     def heard(self) -> None:
         """Let rank 0 go, if it waits for that."""
         self.tell(f"heard by {self.here.rank}")
 
-    def _stay(self, within_s: float) -> None:
-        """While this process keeps the store, until the others have read the last word in it."""
-        until = time.monotonic() + (within_s if self.here.main and not self.here.hosted else 0.0)
-        others = [f"heard by {rank}" for rank in range(1, self.here.world)]
+    def _stay(self, within_s: float, of_silence: bool = False) -> None:
+        """While this process keeps the store, until the others have read the last word in it.
+
+        of_silence: count from the last sign of life of one of them.
+        """
+        if not _keeps_store(self.here):
+            return
+        others = range(1, self.here.world)
+        until, lives = time.monotonic() + within_s, 0
         quiet_until = time.monotonic() + QUIET.total_seconds()
-        while time.monotonic() < until and not self.store.check(others):
+        while time.monotonic() < until and not self.store.check([f"heard by {rank}" for rank in others]):
             time.sleep(ASK_EVERY_S)
+            if of_silence and (now := sum(map(self._life, others))) != lives:
+                until, lives = time.monotonic() + within_s, now
             if time.monotonic() > quiet_until:
                 log.warning("it has ended here; waiting until the other machines have heard how")
                 quiet_until = math.inf
 
 
-@cache
-def _store(here: Place) -> dist.TCPStore:
-    host = here.main and not here.hosted
-    try:  # for several tenants: elastic's agents meet there too
-        return dist.TCPStore(
-            here.address, here.port, None, host, MEET_WITHIN, wait_for_workers=False, multi_tenant=True
-        )
-    except dist.DistError as e:
-        raise RoadsegError(
-            f"the processes can't meet there ({str(e).splitlines()[0]})",
-            expected="an address that all reach and a port that is free on the first machine",
-            where=f"MASTER_ADDR and MASTER_PORT, {here.address}:{here.port}",
-            todo="set another MASTER_PORT for all of them, or start them with torchrun",
-        ) from e
+_stores: dict[Place, dist.TCPStore] = {}  # to the process's end
+_opening = threading.Lock()
+
+
+def _keeps_store(here: Place) -> bool:
+    return here.main and not here.hosted
+
+
+def _store(here: Place, within_s: float) -> dist.TCPStore:
+    """The one of this process. Raises RoadsegError if rank 0 can't keep it, or is not there within so long."""
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            with _opening:
+                if here not in _stores:
+                    _stores[here] = _opened(here)
+                return _stores[here]
+        except (OSError, dist.DistError) as e:
+            if _keeps_store(here) or time.monotonic() >= until:
+                raise RoadsegError(
+                    f"the processes can't meet there ({str(e).splitlines()[0]})",
+                    expected="an address that all reach and a port that is free on the first machine",
+                    where=f"MASTER_ADDR and MASTER_PORT, {here.address}:{here.port}",
+                    todo="set another MASTER_PORT for all of them, or start them with torchrun",
+                ) from e
+        time.sleep(ASK_EVERY_S)
+
+
+def _opened(here: Place) -> dist.TCPStore:
+    """Raises OSError where nobody listens yet: of that PyTorch would print a page each time."""
+    keeps = _keeps_store(here)
+    if not keeps:
+        socket.create_connection((here.address, here.port), CONNECT_WITHIN_S).close()
+    within = timedelta(seconds=CONNECT_WITHIN_S)
+    store = dist.TCPStore(  # for several tenants: elastic's agents meet there too
+        here.address, here.port, None, keeps, within, wait_for_workers=False, multi_tenant=True
+    )
+    store.set_timeout(MEET_WITHIN)
+    return store
 
 
 def packed(error: BaseException, rank: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from roadseg.config_training import Loss
 from roadseg.errors import ConfigError, NonFiniteLoss
 from roadseg.files import content_digest, read_json_lines
 from roadseg.pipeline import run
-from roadseg.train import checkpoint
+from roadseg.train import checkpoint, words
 from roadseg.train.launch import launch
 from roadseg.train.ranks import Ranks, joined
 from roadseg.workspace import LEAVE_OUT
@@ -180,6 +181,20 @@ def test_nobody_waits_for_what_is_there(
     config = load_config(MICRO, {"training": {"gpus": 2}})
     with pytest.raises(ConfigError, match="training.gpus: 2 in one of 2 processes .*expected 1; leave it out"):
         run(config, "train", workspace=tmp_path)
+
+
+def test_a_wrong_setting_is_told_where_the_first_process_is_nowhere_to_be_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_log: None
+) -> None:
+    monkeypatch.setattr(words, "MEET_WITHIN", timedelta(seconds=8))
+    monkeypatch.setattr(words, "FAILURE_HEARD_WITHIN_S", 0.5)
+    here = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="training.batch_size: 3 samples can't be shared evenly by 2 processes"):
+        run(load_config(MICRO, {"training": {"batch_size": 3}}), "train", workspace=tmp_path)
+    assert time.monotonic() - began < 6
 
 
 @pytest.mark.slow

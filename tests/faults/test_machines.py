@@ -172,6 +172,34 @@ def test_the_first_machine_waits_for_those_that_come_late_to_what_is_done(micro:
         assert [machine.wait(60) for machine in machines] == [0, 0]
 
 
+SLOW = MACHINE.replace(
+    "    on_this_machine()",
+    """    slow = sys.argv.pop() == "slow"
+    on_this_machine()
+    words.MEET_WITHIN, words.QUIET, words.BEAT_EVERY_S = timedelta(seconds=8), timedelta(seconds=1), 1.0
+    shards = Stages._shards
+    Stages._shards = lambda this: (time.sleep(15 * slow), shards(this))[1]""",
+).replace(
+    "import sys",
+    """import sys
+import time
+from datetime import timedelta
+from roadseg.stages import Stages
+from roadseg.train import words""",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_machine_may_take_longer_over_its_data_than_others_wait_for_it_to_start(
+    micro: Micro, tmp_path: Path, slow: int
+) -> None:
+    flags = [["slow" if i == slow else "fast"] for i in range(2)]
+    with cluster(micro, tmp_path / "c", *flags, script=SLOW) as machines:
+        codes = [machine.wait(DEADLINE_S) for machine in machines]
+    assert codes == [0, 0], [(tmp_path / "c" / f"{host}.log").read_text() for host in HOSTS]
+
+
 TWICE = """
 import sys
 from test_machines import on_this_machine

@@ -4,11 +4,12 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
-from roadseg.errors import DataError, RoadsegError
+from roadseg.errors import ConfigError, DataError, Interrupted, RoadsegError
 from roadseg.train import words as room
 from roadseg.train.place import Place
 from roadseg.train.words import PeerLost, Words, answered, packed, unpacked
@@ -38,7 +39,7 @@ def test_a_failure_reaches_who_waits_and_rank_0_stays_until_it_has(two: tuple[Wo
     ended: list[float] = []
 
     def fails() -> None:
-        with pytest.raises(DataError), main.failures_told():
+        with pytest.raises(DataError), main.present():
             raise DataError("bad frame", where="x.png", todo="look")
         ended.append(time.monotonic())
 
@@ -102,6 +103,99 @@ def test_a_rank_that_does_not_come_is_named(
     two[0].meet()
     late.join(20)
     assert not late.is_alive()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MEET_WITHIN", "SILENCE"):
+        monkeypatch.setattr(room, name, timedelta(seconds=1))
+    for name in ("BEAT_EVERY_S", "FAILURE_HEARD_WITHIN_S", "HEARD_WITHIN_S"):
+        monkeypatch.setattr(room, name, 0.2)
+    monkeypatch.setattr(room, "QUIET", timedelta(seconds=0.2))
+
+
+@pytest.mark.parametrize("error", [ConfigError("3 samples can't be shared"), Interrupted("no", signal_number=15)])
+def test_an_error_is_not_hidden_nor_held_up_where_nobody_can_be_told(
+    two: tuple[Words, Words], hasty: None, monkeypatch: pytest.MonkeyPatch, error: RoadsegError
+) -> None:
+    monkeypatch.setattr(room, "MEET_WITHIN", timedelta(seconds=60))
+    began = time.monotonic()
+    with pytest.raises(type(error)) as caught, two[1].present():
+        raise error
+    assert caught.value is error and time.monotonic() - began < 10
+
+
+def test_rank_0_can_be_asked_while_it_makes_its_data(two: tuple[Words, Words], hasty: None) -> None:
+    main, other = two
+    with main.present():
+        assert other.wait("training", within=timedelta(seconds=2)) == ""  # longer than it takes to give up
+        main.tell("training")
+        assert other.wait("training") == "training"
+
+
+def test_who_needs_nobody_is_not_held_up(two: tuple[Words, Words], hasty: None) -> None:
+    began = time.monotonic()
+    with two[1].present():
+        pass
+    assert time.monotonic() - began < 0.9
+
+
+def test_a_rank_that_lives_is_waited_for(two: tuple[Words, Words], hasty: None) -> None:
+    main, other = two
+
+    def makes_data() -> None:
+        with other.present():
+            time.sleep(4)
+            other.meet()
+
+    thread = threading.Thread(target=makes_data)
+    with main.present():
+        thread.start()
+        main.meet()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_rank_that_is_killed_over_its_data_is_named(two: tuple[Words, Words], hasty: None) -> None:
+    main, other = two
+    with other.present(), main.present():
+        assert main.wait("life of 1", within=timedelta(seconds=10))
+    with pytest.raises(PeerLost, match="rank 1 of 2 is gone without a word; expected a sign of life within 1 s"):
+        main.meet()
+
+
+def test_what_ended_rank_0_is_told_also_once_it_is_gone(
+    two: tuple[Words, Words], hasty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "FAILURE_HEARD_WITHIN_S", 10)
+    main, other = two
+    with other.present():
+        with pytest.raises(DataError), main.present():
+            raise DataError("bad frame", where="x.png", todo="look")
+        assert main.store.check(["heard by 1"])  # while the other makes its data
+    room._stores[main.here].delete_key(f"roadseg/0/{main.name}/{room.FAILED}")
+    with pytest.raises(DataError, match="x.png: bad frame; look"):
+        other.wait("training", within=timedelta(seconds=5))
+
+
+def test_the_first_machine_stays_for_one_that_still_makes_its_data(two: tuple[Words, Words], hasty: None) -> None:
+    main, other = (Words(replace(words.here, host=True), words.name) for words in two)
+
+    def makes_data() -> None:
+        with other.present():
+            time.sleep(4)
+            assert other.wait("training", "trained") == "trained"
+            other.heard()
+
+    thread = threading.Thread(target=makes_data)
+    with main.present():
+        thread.start()
+        main.finish(await_others=False)
+        assert main.store.check(["heard by 1"])
+        thread.join(10)
+    began = time.monotonic()
+    Words(main.here, "run 1").finish(await_others=False)  # nobody comes
+    assert 0.9 < time.monotonic() - began < 5
 
 
 def test_an_error_of_the_connection_is_a_lost_rank() -> None:
