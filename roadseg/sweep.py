@@ -92,7 +92,7 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
 
 
 def parse_seeds(text: str, first: int) -> tuple[int, ...]:
-    """`3`: so many seeds from `first` on; `0,1,2`: these. Raises UsageError."""
+    """`3`: so many seeds from `first` on; `0,1,2`: these. Raises UsageError for what is no such list."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -145,10 +145,12 @@ def plan(
 ) -> Plan:
     """Every run of a sweep; a setting whose config another one has already is left out.
 
-    Compared with: the setting that is the base config, or else the first. Raises ConfigError with `problems` and
-    every wrong value and unknown key of all settings.
+    Compared with: the setting that is the base config, or else the first. Raises ConfigError with `problems`,
+    every wrong value and unknown key of all settings, and every wrong seed.
     """
     raw, problems = base.model_dump(mode="json"), list(problems)
+    for seed in seeds:
+        problems += [f"  --seeds: {line.strip()}" for line in _wrong(base, Setting("", {SEED: seed}))]
     configs: dict[str, Config] = {}
     taken: dict[str, str] = {}  # the config as text: by what label
     kept: list[Setting] = []

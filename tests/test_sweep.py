@@ -155,6 +155,22 @@ def test_what_can_t_be_is_refused(
     assert said in capsys.readouterr().err and not (tmp_path / "w").exists()
 
 
+@pytest.mark.usefixtures("quiet_log")
+def test_seeds_that_no_config_may_have_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_it = ["sweep", "--config", str(MICRO), "--workspace", str(tmp_path / "w")]
+    wrong = ("-1", "4294967296")
+    assert main([*sweep_it, "--seeds=0,-1,4294967296", "--vary", "training.steps=x"]) == 2
+    err = capsys.readouterr().err
+    assert "3 wrong values in the sweep" in err
+    for seed in wrong:
+        with pytest.raises(ConfigError) as caught:
+            load_config(MICRO, {"training": {"seed": int(seed)}})
+        own = str(caught.value).splitlines()[1].strip()
+        assert own.startswith("training.seed: ") and f"  --seeds: {own}\n" in err
+    assert main([*sweep_it, "--seeds", "2", "--training.seed", "4294967295"]) == 2  # counted on from the last there is
+    assert "--seeds: training.seed: " in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
 # ---- statistics -----------------------------------------------------------------------------
 
 
