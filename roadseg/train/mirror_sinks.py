@@ -52,8 +52,9 @@ def tensorboard(folder: Path, start: int) -> Callable[[], Sink]:
     """Raises ImportError without the package."""
     from torch.utils.tensorboard import SummaryWriter
 
-    # Rows of later steps, written by a run that was killed, are hidden by whoever reads the folder.
-    purge = [start + 1 if start else None]
+    # Rows of later steps, written by a run that was killed, are hidden by whoever reads the folder; all of them where
+    # none is gone on after, also the config at step 0, which is told again.
+    purge = [start + 1 if start else 0]
 
     def opens() -> Sink:
         return _TensorBoard(SummaryWriter(str(folder), purge_step=purge.pop() if purge else None))

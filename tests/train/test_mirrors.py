@@ -243,6 +243,22 @@ def test_tensorboard_reads_what_was_written_and_hides_what_a_killed_run_left(tmp
 
 
 @pytest.mark.filterwarnings("default")
+def test_tensorboard_hides_what_was_written_before_the_first_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing import plugin_event_accumulator as page
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (60, 40):  # killed, then from the start again
+        told_run(["tensorboard"], tmp_path, 0, steps)
+        read = EventAccumulator(str(tmp_path / "tensorboard"))
+        read.Reload()
+        assert [event.step for event in read.Scalars("train/loss")] == list(range(20, steps + 1, 20))
+        shown = page.EventAccumulator(str(tmp_path / "tensorboard"))
+        shown.Reload()
+        assert [event.step for event in shown.Tensors("config/text_summary")] == [0]  # once
+
+
+@pytest.mark.filterwarnings("default")
 def test_mlflow_keeps_one_run_in_the_log_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client_class = pytest.importorskip("mlflow").MlflowClient
     clean(monkeypatch)
