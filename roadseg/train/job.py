@@ -56,20 +56,31 @@ def _release(archive: tuple[str, str] | None) -> Release | None:
 
 
 def processes(t: Training, machines: int = 1) -> int:
-    """How many processes of this machine, as of each, train. Raises ConfigError if they lack GPUs or share unevenly."""
+    """How many processes of this machine, as of each, train. Raises ConfigError if they lack GPUs or share unevenly.
+
+    machines: processes that were started together, on one machine or several, each of which may start more.
+    """
     kind = device_name(t.device)
     there = torch.cuda.device_count() if torch.cuda.is_available() and kind == "cuda" else 0
     world = t.gpus or max(there, 1)
-    if world == 1 or (kind == "cpu" and t.device == "cpu"):
-        refuse_uneven(t, world * machines)
-        return world
-    if kind == "mps" or kind.startswith("cuda:"):
+    only_one = kind == "mps" or kind.startswith("cuda:")
+    if only_one and world > 1:
         raise ConfigError(
             f"{world} with training.device {t.device}, which is one",
             expected="1",
             where="training.gpus",
             todo="set training.device to cuda, or training.gpus to 1",
         )
+    if only_one and machines > 1:
+        raise ConfigError(
+            f"{t.device}, which is one, for each of {machines} processes that were started together",
+            expected="cuda, of which each takes the one that its LOCAL_RANK says, or cpu",
+            where="training.device",
+            todo="set it to one of these, or start one process",
+        )
+    if world == 1 or (kind == "cpu" and t.device == "cpu"):
+        refuse_uneven(t, world * machines)
+        return world
     if world > there:
         raise ConfigError(
             f"{world} GPUs, but this machine has {there or 'none'}",

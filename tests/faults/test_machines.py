@@ -178,7 +178,7 @@ SLOW = MACHINE.replace(
     on_this_machine()
     words.MEET_WITHIN, words.QUIET, words.BEAT_EVERY_S = timedelta(seconds=8), timedelta(seconds=1), 1.0
     shards = Stages._shards
-    Stages._shards = lambda this: (time.sleep(15 * slow), shards(this))[1]""",
+    Stages._shards = lambda this: (time.sleep(25 * slow), shards(this))[1]""",
 ).replace(
     "import sys",
     """import sys

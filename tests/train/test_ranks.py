@@ -255,6 +255,16 @@ def test_impossible_numbers_of_gpus_are_refused(
         processes(Training(**training))
 
 
+@pytest.mark.parametrize(("mps", "device"), [(False, "cuda:1"), (True, "mps"), (True, "auto")])
+def test_processes_that_were_started_together_can_t_share_one_device(gpus: Any, mps: bool, device: str) -> None:
+    gpus(0 if mps else 4, mps)
+    with pytest.raises(
+        ConfigError, match=f"training.device: {device}, which is one, for each of 2 processes .*cuda, of"
+    ):
+        processes(Training(device=device), machines=2)
+    assert processes(Training(device="cuda", gpus=1), machines=2) == processes(Training(device="cpu"), machines=2) == 1
+
+
 def test_micro_batches_count_too() -> None:
     refuse_uneven(Training(batch_size=8, accumulate=2), 4)
     with pytest.raises(ConfigError, match="by 4 processes x 4 micro-batches; expected a multiple of 16; set 16"):
