@@ -11,7 +11,7 @@ RoadsegError 1
 ├── StoreError 1          a model store that can't be read or written
 │   ├── ReleaseNotFound   no such release is in it
 │   └── PointerMoved      the champion changed since it was read
-├── ExportError 1         the exported graph differs from the network
+├── ExportError 1         the exported graph is not the network at every size
 ├── NonFiniteLoss 1       training diverged
 └── Interrupted 143/130   stopped by a signal, state saved
 """

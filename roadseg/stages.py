@@ -127,10 +127,12 @@ class Stages:
         together = False
 
         def build(work: Path) -> None:
+            from roadseg.train.ahead import refuse_unexportable
             from roadseg.train.job import processes
             from roadseg.train.stage import train_candidate
 
             nonlocal together
+            refuse_unexportable(self.config)  # its data may have been there: nothing was looked at ahead
             world = processes(self.config.training, self.words.here.world if self.words else 1)
             if self.words:
                 self.words.tell("training", f"{world} {self.workspace.key('train', *key)}")

@@ -33,7 +33,8 @@ from roadseg.push.stage import promote_by_hand
 from roadseg.release.archive import load_release
 from roadseg.release.find import find_release, store_of
 from roadseg.stages import Stages
-from roadseg.train.ahead import refuse_ahead
+from roadseg.train import ahead
+from roadseg.train.ahead import refuse_ahead, refuse_unexportable
 from roadseg.workspace import Workspace, leftovers
 
 LATER = {"push": {"min_gain": 0.9}, "training": {"seed": 5}}  # no six steps gain 0.9
@@ -92,6 +93,55 @@ def test_weights_that_do_not_fit_are_told_before_there_is_data(micro: Micro, tmp
         with pytest.raises(ConfigError, match=said):
             run(config_of(**section), "train", workspace=tmp_path / "w")
         assert not [path for path in (tmp_path / "w" / "stages").glob("*/*") if path.is_dir()]
+
+
+@pytest.mark.slow
+def test_backbone_whose_graph_does_not_take_any_size_is_told_before_there_is_data_and_when_there_is(
+    tmp_path: Path,
+) -> None:
+    of_one_size = config_of(model={"backbone": "mobilevit_xxs"})
+    drawn = torch.get_rng_state()
+    with pytest.raises(ConfigError) as caught:
+        run(of_one_size, "push", workspace=tmp_path)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not [path for path in (tmp_path / "stages").glob("*/*") if path.is_dir()]
+    e = caught.value
+    assert e.where == "model.backbone" and e.exit_code == 2
+    assert e.found.startswith(
+        "mobilevit_xxs can't be released: onnxruntime can't run the network on an image of 112x80"
+    )
+    assert e.expected == "images of any size, which a release must take"
+    assert e.todo.startswith("choose another model.backbone, such as mobilenetv2_100")
+    run(of_one_size, "transform", workspace=tmp_path)
+    with pytest.raises(ConfigError, match="mobilevit_xxs can't be released"):
+        run(of_one_size, "train", workspace=tmp_path)
+    assert not list((tmp_path / "stages" / "train").rglob("history.jsonl"))  # not a step
+
+
+def test_only_backbones_whose_like_no_test_exports_are_exported_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(ahead, "_refused", lambda architecture: tried.append(architecture.backbone))
+    for backbone in ("test_efficientnet", "mobilenetv2_100", "lcnet_100", "resnet18", "regnety_002"):
+        refuse_unexportable(config_of(model={"backbone": backbone}))
+    refuse_ahead(config_of(), None)
+    assert tried == []
+    refuse_unexportable(config_of(model={"backbone": "resnet26", "backbone_options": {"aa_layer": "blur"}}))
+    refuse_unexportable(config_of(model={"backbone": "resnest14d"}))
+    assert tried == ["resnet26", "resnest14d"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    refuse_ahead(config_of(model={"backbone": "resnest14d"}), None, 2)
+    assert tried == ["resnet26", "resnest14d"]  # rank 0 alone does
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["mobilenetv2_100", "lcnet_100", "resnet18", "regnety_002"])
+def test_one_of_each_module_that_is_not_tried_ahead_can_be_exported(
+    backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "EXPORTED", ())
+    refuse_unexportable(config_of(model={"backbone": backbone}))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Shapes: B images, K classes, H x W pixels of the image, h x w at the decoder's s
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,10 @@ INPUT, OUTPUT = "image", "logits"
 
 # Any size that is not 1 or a special case of the layers: the exporter takes 1 for a constant.
 TRACED_BHW = (2, 64, 96)
+# Smaller and larger than that, and no multiples of it: maps of odd sides at every stride. (height, width)
+OTHER_SIZES = ((80, 112), (51, 77), (129, 161))
+CLOSE = 0.01  # of the largest logit: rounding differs by far less, another function by more
+ADVICE = "choose another model.backbone, such as mobilenetv2_100 or resnet18"
 
 
 def export_onnx(network: nn.Module, path: Path) -> None:
@@ -57,7 +62,7 @@ def export_onnx(network: nn.Module, path: Path) -> None:
         raise ExportError(
             f"the ONNX exporter refuses this network ({str(e).strip().splitlines()[0]})",
             expected="layers that export with dynamic batch, height and width",
-            todo="choose another model.backbone, such as mobilenetv2_100 or resnet18",
+            todo=ADVICE,
         ) from e
     assert program is not None
     _simplify(program.model)
@@ -117,20 +122,18 @@ def check_export(
     """Share of all pixels whose class is the same from `path` by onnxruntime and from `network`.
 
     samples: RGB images uint8 [H, W, 3], sizes may differ. The class is the argmax after upsampling
-    (bilinear, align_corners=False) to H x W. Raises ExportError below `minimum_agreement`, and on
-    logits that are not finite; NonFiniteLoss if it is the network's own that are not.
+    (bilinear, align_corners=False) to H x W. Raises ExportError below `minimum_agreement`, on logits
+    that are not finite, where onnxruntime can't run the graph, and as check_sizes does; NonFiniteLoss
+    if it is the network's own logits that are not finite.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    plain = _plain_copy(network)
+    session, plain = _session(path), _plain_copy(network)
     equal = total = 0
     worst, worst_size = 1.0, (0, 0)
     for image_HWC in samples:
         image_1CHW = np.ascontiguousarray(image_HWC.transpose(2, 0, 1)[None])
         with torch.inference_mode():
             ours = plain(torch.from_numpy(image_1CHW))
-            theirs = torch.from_numpy(session.run([OUTPUT], {INPUT: image_1CHW})[0])
+            theirs = _run(session, image_1CHW, path)
             size = image_HWC.shape[:2]
             if not ours.isfinite().all():
                 raise NonFiniteLoss(
@@ -159,7 +162,75 @@ def check_export(
             todo="the file is not the network that was trained: do not ship it; choose another model.backbone or "
             "other versions of torch, onnxscript and onnxruntime",
         )
+    _check_sizes(session, plain, path)
     return equal / total
+
+
+def check_sizes(path: Path, network: nn.Module) -> None:
+    """Is `path` the function `network` at OTHER_SIZES, too, on random pixels? It need not be trained.
+
+    Logits are compared, not classes: few pixels of noise lie close to a boundary of classes, but few are looked at.
+    Raises ExportError if not, and if onnxruntime or PyTorch itself can't run it there.
+    """
+    _check_sizes(_session(path), _plain_copy(network), path)
+
+
+def _check_sizes(session: onnxruntime.InferenceSession, plain: nn.Module, path: Path) -> None:
+    random = np.random.default_rng(0)
+    for height, width in OTHER_SIZES:
+        image_1CHW = random.integers(0, 256, (1, 3, height, width), dtype=np.uint8)
+        try:
+            with torch.inference_mode():
+                ours = plain(torch.from_numpy(image_1CHW))
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as e:
+            raise _unfit("PyTorch itself", image_1CHW, path, f"{type(e).__name__}: {e}") from e
+        theirs = _run(session, image_1CHW, path)
+        found = f"logits {list(theirs.shape)} from ONNX, {list(ours.shape)} from PyTorch"
+        if ours.shape == theirs.shape:
+            apart, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
+            if apart <= CLOSE * largest or not ours.isfinite().all():  # untrained, that may be
+                continue
+            found = f"ONNX's logits are up to {apart:.3g} from PyTorch's, the largest of which is {largest:.3g}"
+        raise ExportError(
+            found,
+            expected="the same function for images of any size, which a release must take",
+            where=f"{path}, image of {width}x{height}",
+            todo=ADVICE,
+        )
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails comes as an exception
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime raises its own bare exceptions, none of them importable
+        found = f"onnxruntime refuses the graph ({_cause(str(e))})"
+        raise ExportError(found, expected="a graph that it can run", where=str(path), todo=ADVICE) from e
+
+
+def _run(session: onnxruntime.InferenceSession, image_1CHW: np.ndarray, path: Path) -> Tensor:
+    try:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: image_1CHW})[0])
+    except Exception as e:  # as in _session
+        raise _unfit("onnxruntime", image_1CHW, path, str(e)) from e
+
+
+def _unfit(runtime: str, image_1CHW: np.ndarray, path: Path, said: str) -> ExportError:
+    height, width = image_1CHW.shape[2:]
+    found, cause = f"{runtime} can't run the network on an image of {width}x{height}", _cause(said)
+    if "alloc" in cause:
+        return ExportError(f"{found} ({cause})", expected="memory for it", where=str(path), todo="free some, run again")
+    return ExportError(
+        f"{found} ({cause})", expected="images of any size, which a release must take", where=str(path), todo=ADVICE
+    )
+
+
+def _cause(said: str) -> str:
+    """The first line, without onnxruntime's codes and the places in its source."""
+    line = (said.strip().splitlines() or [""])[0]
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    return re.sub(r" Status Message: /\S+ .* was false\.", ":", line).strip()
 
 
 def _classes(logits_1Khw: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import timm
 import torch
 
 from roadseg.config import Config
 from roadseg.data.feed import refuse_places
-from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD
+from roadseg.errors import ConfigError, ExportError
+from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, build
 from roadseg.model.dropout import refuse_own_draws
 from roadseg.progress import quiet
 from roadseg.release.archive import Release
+from roadseg.release.export import check_sizes, export_onnx
 from roadseg.train.job import processes
 from roadseg.train.mirrors import refuse_missing
 from roadseg.train.place import place
@@ -22,13 +29,17 @@ from roadseg.train.start import CLASSIFIER, refuse_frozen_at_random, starting_ne
 from roadseg.train.synced_norm import refuse_unknown_norms
 
 ANY_CLASSES = ("one", "another")  # what they are, the data says
+# timm's modules of which tests export a model
+EXPORTED = ("efficientnet", "mobilenetv3", "regnet", "resnet")
+log = logging.getLogger(__name__)
 
 
 def refuse_ahead(config: Config, init: Release | None, machines: int = 1) -> None:
     """Raises ConfigError for a device, GPUs or packages that are not here and a network or weights that can't be had.
 
-    And for crops, batches, steps and frozen parts that fit no data; ArchiveError for a release that can't be read.
-    init: the release to start from. machines: processes that were started together, each of which may start more.
+    And for crops, batches, steps and frozen parts that fit no data, and as refuse_unexportable; ArchiveError for a
+    release that can't be read. init: the release to start from. machines: processes that were started together, each
+    of which may start more.
     """
     t = config.training
     world = machines * processes(t, machines)
@@ -50,3 +61,35 @@ def refuse_ahead(config: Config, init: Release | None, machines: int = 1) -> Non
         if t.sync_batch_norm:
             refuse_unknown_norms(start.network)
     prepared(start.network, t, ALONE)  # to sync batch norms, ranks would have to be connected
+    if place().main:  # it alone exports
+        refuse_unexportable(config)
+
+
+def refuse_unexportable(config: Config) -> None:
+    """Raises ConfigError for a backbone that can't be exported, or whose graph doesn't take images of any size.
+
+    It is built with a small head (tests export each form of those), exported untrained and run, in 10 to 30 s of one
+    core. A model of the timm modules in EXPORTED is not, unless backbone_options change it: each training would pay
+    for what concerns few. Once trained, a network is checked in any case. torch's own generator is left as it was.
+    """
+    m = config.model
+    if timm.models.is_model_in_modules(m.backbone, EXPORTED) and not m.backbone_options:
+        return
+    wanted = replace(architecture_of(config, len(ANY_CLASSES)), auxiliary=False)
+    if refused := _refused(replace(wanted, fusion="concat", head="separable", channels=8, atrous_rates=(1,))):
+        found = f"{m.backbone} can't be released: {refused.found}"
+        raise ConfigError(found, expected=refused.expected, where="model.backbone", todo=refused.todo) from refused
+
+
+@cache  # once a process: the settings of a sweep share it
+def _refused(architecture: Architecture) -> ExportError | None:
+    log.info("exporting %s untrained, to know before it is trained that it can be", architecture.backbone)
+    network = build(architecture, seed=0)
+    with TemporaryDirectory(prefix="roadseg-export-") as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            export_onnx(network, path)
+            check_sizes(path, network)
+        except ExportError as e:
+            return e
+    return None

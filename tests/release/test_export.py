@@ -1,3 +1,4 @@
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch.nn import functional as F
 
 from roadseg.errors import ExportError, NonFiniteLoss
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.model.sk_fusion import FUSIONS
-from roadseg.release.export import check_export, export_onnx
+from roadseg.release import export
+from roadseg.release.export import check_export, check_sizes, export_onnx
 
 SIZES = [(64, 96), (33, 65), (1, 1), (2, 3), (97, 131), (180, 240)]  # the first is the traced one
 
@@ -129,3 +132,62 @@ def test_network_that_cannot_be_exported_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="exporter refuses"):
         export_onnx(Undecided(), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class InPairs(torch.nn.Module):
+    """As MobileViT, it resizes maps of odd sides before it cuts them: the graph, traced at even ones, does not."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        b, c, height, width = image.shape
+        even = math.ceil(height / 2) * 2, math.ceil(width / 2) * 2
+        x = image.float()
+        if even != (height, width):
+            x = F.interpolate(x, size=even, mode="bilinear")
+        cut = x.reshape(b * c * (even[0] // 2), 2, even[1] // 2, 2).flip(1)
+        x = cut.reshape(b, c, *even)
+        return x if even == (height, width) else F.interpolate(x, size=(height, width), mode="bilinear")
+
+
+@pytest.mark.parametrize(("frame", "failed"), [((64, 96), "77x51"), ((80, 112), "77x51"), ((35, 60), "60x35")])
+def test_graph_that_does_not_take_any_size_is_refused(
+    frame: tuple[int, int], failed: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export_onnx(InPairs(), path := tmp_path / "model.onnx")
+    with pytest.raises(ExportError) as caught:
+        check_export(path, InPairs(), [scene(*frame)])
+    e = caught.value
+    assert e.found.startswith(f"onnxruntime can't run the network on an image of {failed} (Non-zero status code")
+    assert "Reshape node" in e.found and "reshaped to the requested shape" in e.found and "/" not in e.found
+    assert e.expected == "images of any size, which a release must take" and e.where == str(path)
+    assert e.todo.startswith("choose another model.backbone") and e.exit_code == 1
+    assert capfd.readouterr() == ("", "")  # onnxruntime's own lines
+
+
+class Of32(torch.nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = image.shape[2:]
+        return image.float().view(-1, 3, height // 32, 32, width).flatten(2, 3)
+
+
+def test_other_sizes_are_looked_at_without_a_frame(exported: Exported, tmp_path: Path) -> None:
+    check_sizes(exported.path, exported.network)
+    with pytest.raises(ExportError, match=r"PyTorch itself can't run the network on .* 112x80 \(RuntimeError: shape"):
+        check_sizes(exported.path, Of32())
+    with pytest.raises(ExportError, match=r"logits are up to \S+ from PyTorch's, .*; expected the same function"):
+        check_sizes(exported.path, build(exported.network.architecture, seed=9))
+    with pytest.raises(ExportError, match=r"from ONNX, \[1, 3, 80, 112\] from PyTorch; expected the same"):
+        check_sizes(exported.path, Undecided())
+    (tmp_path / "no.onnx").write_bytes(b"no graph")
+    with pytest.raises(ExportError, match="onnxruntime refuses the graph"):
+        check_sizes(tmp_path / "no.onnx", exported.network)
+
+
+class WithoutMemory:
+    def run(self, *_: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for a buffer of 9")
+
+
+def test_too_little_memory_is_not_the_backbones_fault(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_session", lambda _: WithoutMemory())
+    with pytest.raises(ExportError, match=r"40x32 \(Failed to allocate memory .*; free some, run again$"):
+        check_export(exported.path, exported.network, [scene(32, 40)])
