@@ -57,9 +57,7 @@ class Predictor:
     def logits(self, image: np.ndarray) -> np.ndarray:
         """float32 [K, h, w] of one uint8 RGB image [H, W, 3]. Raises ImageError for another array."""
         if not isinstance(image, np.ndarray):
-            raise ImageError(
-                f"a {type(image).__name__}", expected="an image: uint8 RGB [H, W, 3], as cv2 or Pillow reads it"
-            )
+            raise ImageError(f"of type {type(image).__name__}", expected="a NumPy array: uint8 RGB [H, W, 3]")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ImageError(f"an array of {image.dtype} {list(image.shape)}", expected="an image: uint8 RGB [H, W, 3]")
         batch_B3HW = np.ascontiguousarray(image.transpose(2, 0, 1))[None]

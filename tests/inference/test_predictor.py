@@ -54,6 +54,11 @@ def test_what_is_no_image_is_named(predictor: Predictor, array: np.ndarray) -> N
         predictor(array)
 
 
+def test_the_name_of_a_picture_is_no_picture(predictor: Predictor) -> None:
+    with pytest.raises(ImageError, match=r"of type str; expected a NumPy array: uint8 RGB \[H, W, 3\]"):
+        predictor("photo.jpg")  # type: ignore[arg-type]
+
+
 def test_it_names_its_runtime(predictor: Predictor) -> None:
     assert predictor.runtime.startswith("onnxruntime 1.") and predictor.runtime.endswith(" CPU")
 
