@@ -391,7 +391,7 @@ def test_a_release_that_cannot_be_loaded_is_never_ready(tmp_path: Path) -> None:
             time.sleep(0.02)
         status, _, answer = server.send(encoded(photo()))
         assert status == 503 and str(tmp_path) not in answer.decode()
-        assert "not a readable .tar.gz" in server.log
+        assert "no .tar.gz at all; expected a model.tar.gz" in server.log
 
 
 # ── the end ─────────────────────────────────────────────────────────────────────────────────────
