@@ -20,9 +20,9 @@ from roadseg.cli_data import data, data_arguments
 from roadseg.cli_sweep import sweep, sweep_arguments
 from roadseg.cli_train import profile, profile_arguments
 from roadseg.cli_weights import convert, convert_arguments
-from roadseg.config import Config, load_config, near_key
+from roadseg.config import Config, load_config
 from roadseg.errors import RoadsegError, UsageError
-from roadseg.flags import parse_flags
+from roadseg.flags import parse_flags, unknown_flag
 
 log = logging.getLogger("roadseg")
 # Threads that spin while they wait make training a third faster on a quiet CPU and up to thirty times
@@ -111,23 +111,10 @@ def _dispatch(name: str, rest: list[str]) -> int:
         parse_flags(_peek_config(own), flags, f"roadseg {name}", "The config's own keys:")
     parsed, unknown = parser.parse_known_intermixed_args(own)
     if unknown:
-        raise _not_known(unknown, f"roadseg {name}")
+        raise unknown_flag(unknown, f"roadseg {name}")
     config = parse_flags(parsed.config, flags, f"roadseg {name}", about)
     _log_to(sys.stderr)
     return command.call(parsed, config)
-
-
-def _not_known(words: list[str], command: str) -> UsageError:
-    """A config key without its section is what it may be."""
-    flag = words[0].split("=")[0]
-    near = near_key(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else ""
-    flags = " or ".join(f"--{key.replace('_', '-')}" for key in near.split(" or ") if "." in key)
-    return UsageError(
-        f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}"
-        + (f", perhaps you meant {flags}" if flags else ""),
-        where=command,
-        todo=f"{command} --help lists them all",
-    )
 
 
 def _split(tokens: list[str]) -> tuple[list[str], list[str]]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from pydantic import BaseModel, ValidationError
 
-from roadseg.config import Config, merge, read_yaml, validated
+from roadseg.config import Config, merge, near_key, read_yaml, validated
+from roadseg.errors import UsageError
 
 if TYPE_CHECKING:
     from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -63,6 +64,18 @@ def _unjudged(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         instance_from_str=read,
         is_instance=lambda value: value in values if choices else isinstance(value, info.type),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+def unknown_flag(words: list[str], command: str) -> UsageError:
+    """The error for what `command` does not know: it may be a config key without its section."""
+    flag = words[0].split("=")[0]
+    near = near_key(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else ""
+    flags = " or ".join(f"--{key.replace('_', '-')}" for key in near.split(" or ") if "." in key)
+    return UsageError(
+        f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}"
+        + (f", perhaps you meant {flags}" if flags else ""),
+        todo=f"{command} --help lists them all",
     )
 
 
