@@ -52,7 +52,8 @@ from roadseg.errors import Interrupted, RoadsegError
 from roadseg.files import json_bytes, read_json, read_json_lines, sha256_bytes, write_atomic, write_json
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.release.export import export_onnx
-from roadseg.sweep import BASE, Plan, Point, Setting, forget, interruptible, plan
+from roadseg.sweep import forget, interruptible
+from roadseg.sweep_plan import BASE, Plan, Point, Setting, plan
 from roadseg.sweep_table import Result, Row, Spread, rows, spread_text
 from roadseg.train import stage
 from roadseg.train.version import VERSION

@@ -16,7 +16,8 @@ from roadseg.inference.predict import blend
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import CITYSCAPES, IGNORE
 from roadseg.release.archive import load_release
-from roadseg.release.store import FolderStore, resolve
+from roadseg.release.find import resolve
+from roadseg.release.store import FolderStore
 
 
 def main(workspace: Path, name: str, out: Path) -> None:

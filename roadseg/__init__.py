@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from roadseg.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from roadseg.config import Config, load_config
     from roadseg.inference.predict import predict
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from roadseg.pipeline import RunResult, evaluate_release, run
     from roadseg.release.archive import load_release
 
-__version__ = "0.1.0"
 __all__ = [
     "Config",
     "Predictor",

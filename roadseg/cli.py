@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import roadseg
 from roadseg.cli_data import data, data_arguments
 from roadseg.cli_sweep import sweep, sweep_arguments
 from roadseg.cli_train import profile, profile_arguments
@@ -23,6 +22,7 @@ from roadseg.cli_weights import convert, convert_arguments
 from roadseg.config import Config, load_config
 from roadseg.errors import RoadsegError, UsageError
 from roadseg.flags import parse_flags, unknown_flag
+from roadseg.version import __version__
 
 log = logging.getLogger("roadseg")
 # Threads that spin while they wait make training a third faster on a quiet CPU and up to thirty times
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(f"roadseg {roadseg.__version__}")
+        print(f"roadseg {__version__}")
         return 0
     try:
         return _dispatch(argv[0], argv[1:])

@@ -26,7 +26,8 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sweep(a: argparse.Namespace, config: Config) -> int:
-    from roadseg.sweep import key_split, plan_of, run_sweep
+    from roadseg.sweep import run_sweep
+    from roadseg.sweep_plan import key_split, plan_of
     from roadseg.sweep_record import counted, described
     from roadseg.sweep_table import markdown
 

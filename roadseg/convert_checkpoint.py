@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-import roadseg
 from roadseg.errors import ArchiveError, UsageError
 from roadseg.files import sha256_file, write_atomic
+from roadseg.version import __version__
 
 LIMIT_BYTES = 4 << 30  # of the file, of what its members unpack to and of the tensors: a ResNet-101's are 0.24 GB
 STATES = ("state_dict", "model_state", "model_state_dict", "model")  # where trainers keep the network's tensors
@@ -102,7 +102,7 @@ def convert_checkpoint(source: Path, out: Path) -> Converted:
     state, left_out = _network_of(_read(source), source)
     tensors = _plain(state, source)
     name = source.name.encode(errors="replace").decode()  # of a file whose name is no UTF-8
-    origin = f"{name}, SHA-256 {sha256_file(source)}, by roadseg {roadseg.__version__}"
+    origin = f"{name}, SHA-256 {sha256_file(source)}, by roadseg {__version__}"
     # One entry: safetensors writes several in no fixed order.
     write_atomic(out, save_tensors(tensors, {"converted_from": origin}))
     return Converted(out, len(tensors), sum(t.numel() for t in tensors.values()), left_out)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roadseg.config import Config
+from roadseg.data.manifest import HOLDOUT
 from roadseg.errors import ConfigError, DataError
 from roadseg.files import lock, read_json, write_atomic, write_json
 from roadseg.release.archive import Release, load_release
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from roadseg.train.words import Words
 
 log = logging.getLogger(__name__)
-HOLDOUT = "holdout"
 RECORD = "run.json"
 DATA_REPORT = "log/data_report.html"  # in ingest's output, and in the run's folder
 

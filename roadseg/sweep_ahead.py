@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from roadseg.config import Config
 from roadseg.errors import ArchiveError, ConfigError, RoadsegError, StoreError
 from roadseg.progress import progress
 from roadseg.stages import Stages
+from roadseg.sweep_plan import Plan
 from roadseg.sweep_record import counted
 from roadseg.workspace import Output, Workspace
-
-if TYPE_CHECKING:
-    from roadseg.sweep import Plan
 
 SECTIONS = {"model", "training", "store", "aws"}  # what is looked at: the last two say where releases are
 

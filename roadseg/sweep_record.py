@@ -6,15 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from roadseg.config import Config
 from roadseg.errors import UsageError
 from roadseg.files import read_json, write_atomic, write_json
+from roadseg.sweep_plan import Plan, Until
 from roadseg.sweep_table import Result, markdown, page, rows
-
-if TYPE_CHECKING:
-    from roadseg.sweep import Plan, Until
 
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import roadseg
 from roadseg.errors import Busy, UsageError
 from roadseg.files import content_digest, json_bytes, lock, read_json, sha256_bytes, write_atomic, write_json
+from roadseg.version import __version__
 
 log = logging.getLogger(__name__)
 RECORD = "stage.json"
@@ -87,7 +87,7 @@ class Workspace:
                 "sessions": sessions.number,
                 "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "host": socket.gethostname(),
-                "package_version": roadseg.__version__,
+                "package_version": __version__,
             }
             write_json(partial / RECORD, about)
             os.sync()  # the name must not reach the disk before the bytes

@@ -13,7 +13,7 @@ import pytest
 from roadseg.config import Config, load_config
 from roadseg.model import Architecture, build
 from roadseg.model.surgery import set_output_stride
-from roadseg.sweep import Point
+from roadseg.sweep_plan import Point
 from roadseg.sweep_table import spread
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -22,7 +22,7 @@ from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, S
 from roadseg.files import lock, read_json, write_json
 from roadseg.pipeline import RunResult
 from roadseg.stages import Stages
-from roadseg.sweep import parse_seeds, parse_vary, plan_of, settings_of
+from roadseg.sweep_plan import parse_seeds, parse_vary, plan_of, settings_of
 from roadseg.sweep_record import described
 from roadseg.sweep_table import Result, Spread, paired, rows, spread, student_t
 from roadseg.workspace import Output, leftovers

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from roadseg.data.masks import UNKNOWN, MaskForm
-from roadseg.data.polygons import MAX_LAYERS, canvas_size, ids_by_name, is_coordinate, kind_of, parse_json, shown
+from roadseg.data.mask_form import UNKNOWN, MaskForm, ids_by_name
+from roadseg.data.mask_json import canvas_size, is_coordinate, kind_of, parse_json, shown
+from roadseg.data.polygons import MAX_LAYERS
 from roadseg.data.rle import Patch, fill_polygon, fill_runs, runs_of
 from roadseg.errors import ImageError
 from roadseg.images import Limits, read_bytes

@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.errors import DataError
 from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
 from roadseg.labels import LabelSet
 
 SCHEMA = 2
+HOLDOUT = "holdout"  # the split of sequences held out of train
 _HEX = frozenset("0123456789abcdef")
 
 

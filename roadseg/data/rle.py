@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from roadseg.data.polygons import kind_of
+from roadseg.data.mask_json import kind_of
 from roadseg.errors import ImageError
 
 Patch = tuple[int, int, np.ndarray]

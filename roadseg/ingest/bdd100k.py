@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from roadseg.data.masks import Kind
+from roadseg.data.mask_form import Kind
 from roadseg.ingest.cityscapes import train_id_set
 from roadseg.ingest.findings import Finding
 from roadseg.ingest.pairs import Pair, not_there

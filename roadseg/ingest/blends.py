@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from roadseg.data.masks import UNKNOWN
+from roadseg.data.mask_form import UNKNOWN
 
 # Of `blended`. Measured on CamVid, four Cityscapes labels and 500 of the town at 256x128: masks as they
 # are 0.058 at most, reduced to a quarter by nearest neighbour 0.137 (of 64x32 pixels then); resized

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from roadseg.data.masks import Kind
+from roadseg.data.mask_form import Kind
 from roadseg.ingest.camvid import recording
 from roadseg.ingest.findings import Finding
 from roadseg.ingest.pairs import Pair, not_there

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from roadseg.data.manifest import Sample
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.errors import DataError
 from roadseg.images import Limits
 from roadseg.ingest.copies import with_copies_told

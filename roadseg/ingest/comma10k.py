@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from roadseg.data.masks import Kind
+from roadseg.data.mask_form import Kind
 from roadseg.ingest.findings import Finding, plural
 from roadseg.ingest.pairs import Pair, not_there
 from roadseg.ingest.splits import Files, Folders, gather, note, pair_up

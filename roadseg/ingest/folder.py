@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from roadseg.data.coco import open_annotations
-from roadseg.data.masks import Kind, MaskForm, Overlap
+from roadseg.data.mask_form import Kind, MaskForm, Overlap
 from roadseg.errors import ConfigError, ImageError
 from roadseg.images import Limits
 from roadseg.ingest.findings import Finding, plural

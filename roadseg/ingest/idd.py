@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from roadseg.data.masks import Kind, MaskForm
+from roadseg.data.mask_form import Kind, MaskForm
 from roadseg.ingest.cityscapes import train_id_set
 from roadseg.ingest.findings import Finding
 from roadseg.ingest.pairs import PICTURE_SUFFIXES, Pair, not_there, pictures

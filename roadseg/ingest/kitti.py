@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from roadseg.data.masks import Kind
+from roadseg.data.mask_form import Kind
 from roadseg.ingest.findings import Finding
 from roadseg.ingest.pairs import Pair, not_there
 from roadseg.ingest.splits import Folders, gather, note, pair_up

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.ingest.blends import BLENDED
 from roadseg.ingest.findings import CODES, Finding, plural
 from roadseg.ingest.reading import Seen

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from roadseg.data.masks import Kind
+from roadseg.data.mask_form import Kind
 from roadseg.ingest.findings import Finding
 from roadseg.ingest.mapillary_classes import V1_2, V2_0
 from roadseg.ingest.pairs import Pair, not_there

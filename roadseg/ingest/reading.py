@@ -23,7 +23,8 @@ import cv2
 import numpy as np
 
 from roadseg import image_formats
-from roadseg.data.masks import MaskForm, mask_bytes, read_ids, train_ids, unknown_colors, unknown_names
+from roadseg.data.mask_form import MaskForm
+from roadseg.data.masks import mask_bytes, read_ids, train_ids, unknown_colors, unknown_names
 from roadseg.errors import ImageError, RoadsegError
 from roadseg.files import sha256_bytes
 from roadseg.images import Limits, Photograph, read_bytes, read_label, read_photograph

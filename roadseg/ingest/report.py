@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.images import Limits
 from roadseg.ingest.duplicates import NearPair
 from roadseg.ingest.findings import CODES, Finding, plural

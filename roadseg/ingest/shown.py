@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.ingest.findings import Finding
 from roadseg.ingest.pairs import PICTURE_SUFFIXES
 from roadseg.ingest.reading import Seen

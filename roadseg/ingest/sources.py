@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from roadseg.config import Data
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.errors import ConfigError, DataError
 from roadseg.files import json_bytes, sha256_bytes
 from roadseg.images import Limits

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from roadseg.config import Data
-from roadseg.data.manifest import Manifest
+from roadseg.data.manifest import HOLDOUT, Manifest
 from roadseg.data.masks import mask_path
 from roadseg.errors import ConfigError, DataError
 from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
@@ -25,7 +25,6 @@ from roadseg.processes import cores
 from roadseg.progress import progress
 
 VERSION = 2
-HOLDOUT = "holdout"
 REPORT = "data_report.html"
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 
-from roadseg.data.masks import UNKNOWN, MaskForm, mask_bytes, read_ids, train_ids
+from roadseg.data.mask_form import UNKNOWN, MaskForm
+from roadseg.data.masks import mask_bytes, read_ids, train_ids
 from roadseg.errors import ImageError
 from roadseg.images import Limits, encode_jpeg, read_bytes, read_image
 from roadseg.labels import IGNORE

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.ingest.findings import Finding, plural
 from roadseg.ingest.reading import PLACES_HIGH, PLACES_WIDE, Seen
 from roadseg.labels import IGNORE, LabelClass

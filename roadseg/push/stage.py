@@ -13,7 +13,8 @@ from roadseg.files import sha256_file
 from roadseg.push.gate import Decision, decide
 from roadseg.release.archive import Release
 from roadseg.release.card import card
-from roadseg.release.store import CARD, DECISION, EVALUATION, Champion, Store, read_document, resolve, stamp
+from roadseg.release.find import resolve
+from roadseg.release.store import CARD, DECISION, EVALUATION, Champion, Store, read_document, stamp
 
 ATTEMPTS = 20
 

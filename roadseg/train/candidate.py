@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 
-import roadseg
 from roadseg.config import Config
 from roadseg.data.profile import Profile, make_profile
 from roadseg.data.profile import chosen as chosen_frames
@@ -24,6 +23,7 @@ from roadseg.release.export import check_export, export_onnx
 from roadseg.release.graph import without_weights
 from roadseg.train.refusals import ran_out
 from roadseg.train.temperature import fit_temperature
+from roadseg.version import __version__
 
 CHECKED_FRAMES = 8  # real frames on which the exported graph is compared with the network
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def write_candidate(
         "train_class_pixels": shards.class_pixels["train"],
         "data_profile": _profile(network, shards, device).to_json(),
         "export_agreement": agreement,
-        "package_version": roadseg.__version__,
+        "package_version": __version__,
         "code_commit": _commit(),
     }
     weights = save_tensors(tensors)

@@ -20,10 +20,7 @@ from torch import Tensor, nn
 
 from roadseg.errors import Interrupted
 from roadseg.train.place import Place, place
-from roadseg.train.synced_norm import plain_batch_norm, sync_batch_norm
 from roadseg.train.words import PeerLost, Words, answered
-
-__all__ = ["ALONE", "Ranks", "joined", "outside", "plain_batch_norm", "sync_batch_norm"]
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # for one message: while rank 0 saves, draws or compiles the others wait in the next

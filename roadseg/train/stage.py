@@ -19,6 +19,7 @@ from roadseg.data.augment import Augmentation
 from roadseg.data.class_mix import class_mixed
 from roadseg.data.feed import Feed, choose_feed, feed
 from roadseg.data.loader import Batch, Crops
+from roadseg.data.manifest import HOLDOUT
 from roadseg.data.resident import split_bytes
 from roadseg.data.sampler import Batches, Order, Sample
 from roadseg.data.shards import Shards, Split
@@ -39,7 +40,7 @@ from roadseg.train.losses import enet_weights, median_frequency_weights
 from roadseg.train.mirrors import mirrors
 from roadseg.train.objective import Objective
 from roadseg.train.pictures import Pictures, evenly
-from roadseg.train.ranks import ALONE, Ranks, plain_batch_norm, sync_batch_norm
+from roadseg.train.ranks import ALONE, Ranks
 from roadseg.train.refusals import (
     out_of_memory,
     ran_out,
@@ -50,9 +51,9 @@ from roadseg.train.refusals import (
 )
 from roadseg.train.signals import stopped_at_once
 from roadseg.train.start import Start, refuse_frozen_at_random, starting_network
+from roadseg.train.synced_norm import plain_batch_norm, sync_batch_norm
 from roadseg.train.without_effect import warn_without_effect
 
-HOLDOUT = "holdout"
 COMPILED_FROM_STEPS = 2000  # compilation takes a minute or two
 log = logging.getLogger(__name__)
 

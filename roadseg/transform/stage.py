@@ -18,7 +18,7 @@ import numpy as np
 from roadseg.config import Transform
 from roadseg.data.frames import read_frame
 from roadseg.data.manifest import Manifest, Sample
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.data.shard_images import Format
 from roadseg.data.shards import Shard, Shards, shard_from_json, write_frame
 from roadseg.errors import DataError, RoadsegError

@@ -11,7 +11,8 @@ import pytest
 
 from roadseg.data import coco
 from roadseg.data.coco import open_annotations
-from roadseg.data.masks import UNKNOWN, MaskForm, mask_bytes, mask_path, read_ids, unknown_names
+from roadseg.data.mask_form import UNKNOWN, MaskForm
+from roadseg.data.masks import mask_bytes, mask_path, read_ids, unknown_names
 from roadseg.data.rle import fill_polygon
 from roadseg.errors import ImageError
 from roadseg.images import Limits

@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from roadseg.data.masks import (
-    MOST_COLORS,
-    UNKNOWN,
-    MaskForm,
-    mask_bytes,
-    mask_path,
-    read_ids,
-    train_ids,
-    unknown_colors,
-)
+from roadseg.data.mask_form import UNKNOWN, MaskForm
+from roadseg.data.masks import MOST_COLORS, mask_bytes, mask_path, read_ids, train_ids, unknown_colors
 from roadseg.errors import ImageError
 from roadseg.images import Limits, encode_label_png
 from roadseg.labels import IGNORE, LabelClass, LabelSet

@@ -10,7 +10,8 @@ from cityscapesscripts.helpers.labels import labels as OFFICIAL
 from cityscapesscripts.preparation.json2labelImg import createLabelImage
 
 from roadseg.data import polygons
-from roadseg.data.masks import UNKNOWN, MaskForm, mask_bytes, read_ids, train_ids, unknown_names
+from roadseg.data.mask_form import UNKNOWN, MaskForm
+from roadseg.data.masks import mask_bytes, read_ids, train_ids, unknown_names
 from roadseg.data.polygons import MAX_JSON_BYTES
 from roadseg.errors import ImageError
 from roadseg.images import Limits

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 import pytest
 from processes import gone
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.errors import RoadsegError
 from roadseg.images import Limits
 from roadseg.ingest.pairs import Pair

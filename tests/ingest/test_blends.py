@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from roadseg.data.masks import UNKNOWN
+from roadseg.data.mask_form import UNKNOWN
 from roadseg.ingest.blends import BLENDED, blended
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from roadseg.data.manifest import Manifest
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.errors import ConfigError
 from roadseg.images import Limits, encode_label_png
 from roadseg.ingest import camvid, cityscapes

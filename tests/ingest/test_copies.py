@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.images import Limits, encode_label_png, read_image
 from roadseg.ingest import copies
 from roadseg.ingest.copies import with_copies_told

@@ -7,7 +7,7 @@ import pytest
 from conftest import THREE
 from html_page import Page, assert_accessible, assert_inert
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.images import Limits, encode_label_png
 from roadseg.ingest.duplicates import NearPair
 from roadseg.ingest.findings import Finding

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from roadseg.data.masks import UNKNOWN, Kind, MaskForm
+from roadseg.data.mask_form import UNKNOWN, Kind, MaskForm
 from roadseg.ingest.label_values import causes, value_findings
 from roadseg.ingest.pairs import Pair
 from roadseg.ingest.reading import Seen

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.images import Limits, encode_jpeg, encode_label_png
 from roadseg.ingest.pairs import Pair
 from roadseg.ingest.reading import MOST_IDS, Seen, Task, count_ids, look_at, read_all

@@ -10,7 +10,8 @@ import pytest
 from conftest import codes, told, touch
 from PIL import Image
 
-from roadseg.data.masks import MaskForm, read_ids, train_ids, unknown_colors
+from roadseg.data.mask_form import MaskForm
+from roadseg.data.masks import read_ids, train_ids, unknown_colors
 from roadseg.errors import DataError
 from roadseg.images import Limits
 from roadseg.ingest import bdd100k, camvid_colors, comma10k, kitti, mapillary

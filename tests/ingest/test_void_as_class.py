@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.ingest.pairs import Pair
 from roadseg.ingest.reading import Seen
 from roadseg.ingest.void_as_class import void_as_class

@@ -22,16 +22,8 @@ from conftest import AWS_SECRET
 from roadseg.aws import aws_client
 from roadseg.errors import ConfigError, PointerMoved, RoadsegError, StoreError
 from roadseg.files import sha256_bytes
-from roadseg.release.store import (
-    ARCHIVE,
-    Champion,
-    FolderStore,
-    Store,
-    champion_bytes,
-    open_store,
-    read_document,
-    resolve,
-)
+from roadseg.release.find import open_store, resolve
+from roadseg.release.store import ARCHIVE, Champion, FolderStore, Store, champion_bytes, read_document
 from roadseg.release.store_s3 import S3Store
 
 pytestmark = [pytest.mark.aws, pytest.mark.usefixtures("aws_credentials")]
@@ -477,7 +469,7 @@ import sys
 sys.modules["boto3"] = None
 from pathlib import Path
 from roadseg.errors import RoadsegError
-from roadseg.release.store import open_store
+from roadseg.release.find import open_store
 try:
     open_store("s3://models", Path("x"))
 except RoadsegError as e:

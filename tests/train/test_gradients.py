@@ -20,7 +20,8 @@ from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.gradients import EAGER_STEPS, Gradients
 from roadseg.train.launch import launch
 from roadseg.train.objective import Objective
-from roadseg.train.ranks import ALONE, Ranks, joined, sync_batch_norm
+from roadseg.train.ranks import ALONE, Ranks, joined
+from roadseg.train.synced_norm import sync_batch_norm
 from roadseg.train.words import PeerLost
 
 CPU = torch.device("cpu")

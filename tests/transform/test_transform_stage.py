@@ -19,7 +19,7 @@ from conftest import THREE, scene, write_frames
 
 from roadseg.config import Transform
 from roadseg.data.manifest import Manifest
-from roadseg.data.masks import MaskForm
+from roadseg.data.mask_form import MaskForm
 from roadseg.data.shards import Shards
 from roadseg.errors import DataError, RoadsegError
 from roadseg.files import content_digest
