@@ -45,16 +45,16 @@ from machine import cpu_name
 from model_table import gmac
 
 import roadseg
-from roadseg.config import Config, load_config, merge
-from roadseg.config_training import Loss
-from roadseg.data.shards import Shards
+from roadseg.config.sections import Config, load_config, merge
+from roadseg.config.training import Loss
+from roadseg.data.shards.index import Shards
 from roadseg.errors import Interrupted, RoadsegError
 from roadseg.files import json_bytes, read_json, read_json_lines, sha256_bytes, write_atomic, write_json
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.release.export import export_onnx
-from roadseg.sweep import forget, interruptible
-from roadseg.sweep_plan import BASE, Plan, Point, Setting, plan
-from roadseg.sweep_table import Result, Row, Spread, rows, spread_text
+from roadseg.sweep.plan import BASE, Plan, Point, Setting, plan
+from roadseg.sweep.run import forget, interruptible
+from roadseg.sweep.table import Result, Row, Spread, rows, spread_text
 from roadseg.train import stage
 from roadseg.train.version import VERSION
 

@@ -27,14 +27,14 @@ from machine import cpu_name
 from PIL import Image
 from torchvision.transforms import ColorJitter
 
-from roadseg.data.augment import Augmentation, apply
-from roadseg.data.loader import Crops
-from roadseg.data.sampler import Sample
-from roadseg.data.shards import Shard, Shards, Split, write_frame
+from roadseg.data.augment.cpu import Augmentation, apply
+from roadseg.data.batches.loader import Crops
+from roadseg.data.batches.sampler import Sample
+from roadseg.data.shards.index import Shard, Shards, Split, write_frame
 from roadseg.files import sha256_file
-from roadseg.ingest.town import render
 from roadseg.labels import CITYSCAPES
 from roadseg.processes import keep_freed_memory
+from roadseg.town import render
 
 ROUNDS = 7
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)

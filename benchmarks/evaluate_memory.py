@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from roadseg.config import Data, load_config
+from roadseg.config.sections import Data, load_config
 from roadseg.ingest.stage import ingest
-from roadseg.ingest.town import write_tree
+from roadseg.town import write_tree
 
 SIZE = 256, 128
 CHANNELS = 48
@@ -58,7 +58,7 @@ def score(folder: Path, release: Path) -> None:
     """In the measured process: what the stage does, and its peak."""
     from roadseg.data.manifest import Manifest
     from roadseg.evaluate.stage import Images, evaluate
-    from roadseg.images import Limits
+    from roadseg.images.decode import Limits
     from roadseg.inference.predictor import Predictor
     from roadseg.release.archive import load_release
 

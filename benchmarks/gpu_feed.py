@@ -41,18 +41,18 @@ import torch.nn.functional as F
 from machine import cpu_name
 from torch import Tensor
 
-from roadseg.data import gpu_augment
-from roadseg.data.augment import Augmentation
-from roadseg.data.feed import Feed, feed
-from roadseg.data.gpu_augment import Sheet
-from roadseg.data.loader import Batch, Crops
-from roadseg.data.resident import Resident, load
-from roadseg.data.sampler import Batches, Order
-from roadseg.data.shards import Shard, Shards, write_frame
+from roadseg.data.augment import gpu as gpu_augment
+from roadseg.data.augment.cpu import Augmentation
+from roadseg.data.augment.gpu import Sheet
+from roadseg.data.batches.feed import Feed, feed
+from roadseg.data.batches.gpu_resident import Resident, load
+from roadseg.data.batches.loader import Batch, Crops
+from roadseg.data.batches.sampler import Batches, Order
+from roadseg.data.shards.index import Shard, Shards, write_frame
 from roadseg.files import sha256_file
-from roadseg.ingest.town import render
 from roadseg.labels import CITYSCAPES
 from roadseg.processes import cores, start_worker
+from roadseg.town import render
 
 FILL = (127, 127, 127)
 ROUNDS = 5
@@ -173,7 +173,7 @@ def whole(d: Drawn, i: int) -> object:
 
 
 def kernel(d: Drawn, i: int) -> tuple[Tensor, Tensor]:
-    from roadseg.data import gpu_kernel
+    from roadseg.data.augment import gpu_kernel
 
     return gpu_kernel.crops(d.flat, *d.placed[i % len(d.placed)], d.crop_px, FILL)
 
@@ -232,7 +232,7 @@ def compare(
 
 def tiles(call: Callable[[int], object], device: torch.device) -> None:
     """Which tile suits this GPU."""
-    from roadseg.data import gpu_kernel
+    from roadseg.data.augment import gpu_kernel
 
     before, found = (gpu_kernel.TILE, gpu_kernel.WARPS), []
     for height, width, warps in TILES:

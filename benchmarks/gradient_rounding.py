@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from roadseg.model import Architecture, build
-from roadseg.train.criterion import Criterion, Terms
+from roadseg.train.losses.criterion import Criterion, Terms
 
 CLASSES = 19
 

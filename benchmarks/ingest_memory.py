@@ -20,12 +20,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from roadseg.images import encode_label_png
+from roadseg.images.decode import encode_label_png
 
 _INGEST = """
 import sys
 from pathlib import Path
-from roadseg.config import Data
+from roadseg.config.sections import Data
 from roadseg.ingest.stage import ingest
 if __name__ == "__main__":
     data = Data(source="cityscapes", workers=int(sys.argv[3]))

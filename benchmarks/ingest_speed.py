@@ -29,7 +29,7 @@ import numpy as np
 from ingest_memory import peak
 from machine import cpu_name
 
-from roadseg.images import read_image, read_label
+from roadseg.images.decode import read_image, read_label
 from roadseg.processes import start_worker
 
 WIDTH, HEIGHT = 2048, 1024
@@ -43,7 +43,7 @@ Files = tuple[str, str]
 def scene(root: Path | None, index: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 [H, W, 3] RGB, uint8 [H, W] of ids)."""
     if root is None:
-        from roadseg.ingest.town import render
+        from roadseg.town import render
 
         frame = render(1, index, WIDTH, HEIGHT)
         return frame.image, frame.label_ids
@@ -109,7 +109,7 @@ def decode(how: Callable[[Path, Files], int], root: Path, pairs: list[Files], pr
 
 
 def whole_ingest(root: Path, pairs: list[Files], processes: int) -> None:
-    from roadseg.config import Data
+    from roadseg.config.sections import Data
     from roadseg.ingest.stage import ingest
 
     with tempfile.TemporaryDirectory() as work:
@@ -118,10 +118,10 @@ def whole_ingest(root: Path, pairs: list[Files], processes: int) -> None:
 
 
 def all_checks(root: Path, pairs: list[Files], processes: int) -> None:
-    from roadseg.config import Data
-    from roadseg.images import Limits
-    from roadseg.ingest.checks import check
-    from roadseg.ingest.sources import find
+    from roadseg.config.sections import Data
+    from roadseg.images.decode import Limits
+    from roadseg.ingest.checks.judge import check
+    from roadseg.ingest.sources.select import find
 
     found = find(Data(source="cityscapes"), root)
     checked = check(root, found.pairs, found.label_set, found.forms, Limits(), processes)

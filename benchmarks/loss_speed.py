@@ -25,8 +25,8 @@ from machine import cpu_name
 from torch import Tensor
 
 from roadseg.labels import IGNORE
-from roadseg.train import loss_kernel
-from roadseg.train.losses import plain_cross_entropy_sum
+from roadseg.train.losses import pixel_kernel as loss_kernel
+from roadseg.train.losses.pixel import plain_cross_entropy_sum
 
 ROUNDS = 7
 BATCHES = 3  # in a graph

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from roadseg.labels import IGNORE
-from roadseg.train.criterion import Criterion, Terms
+from roadseg.train.losses.criterion import Criterion, Terms
 
 WARM_UP = 3
 MIB = 1 << 20

@@ -31,13 +31,13 @@ import cv2
 import numpy as np
 from machine import cpu_name
 
-from roadseg.ingest import camvid
-from roadseg.ingest.duplicates import NEAR, alike, near_pairs
-from roadseg.ingest.looks import DESCRIPTOR_PX, Look, look_of
-from roadseg.ingest.pairs import Pair
-from roadseg.ingest.reading import Seen
-from roadseg.ingest.town import frame as town
-from roadseg.ingest.town.camera import Camera
+from roadseg.ingest.checks.near_duplicates import NEAR, alike, near_pairs
+from roadseg.ingest.image_stats import DESCRIPTOR_PX, Look, look_of
+from roadseg.ingest.measure import Seen
+from roadseg.ingest.sources import camvid
+from roadseg.ingest.sources.pairs import Pair
+from roadseg.town import frame as town
+from roadseg.town.camera import Camera
 
 PHASH_NEAR_BITS = 10
 TEN_SECONDS = 300  # frame numbers

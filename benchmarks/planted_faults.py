@@ -28,15 +28,15 @@ from machine import cpu_name
 from plants import Plant, Tree
 from plants_pictures import PICTURES
 
-from roadseg.config import Data
-from roadseg.images import Limits, read_label
-from roadseg.ingest.checks import check
-from roadseg.ingest.findings import Finding
-from roadseg.ingest.pairs import Pair
-from roadseg.ingest.sources import find
-from roadseg.ingest.town.tree import write_tree
+from roadseg.config.sections import Data
+from roadseg.images.decode import Limits, read_label
+from roadseg.ingest.checks.findings import Finding
+from roadseg.ingest.checks.judge import check
+from roadseg.ingest.sources.pairs import Pair
+from roadseg.ingest.sources.select import find
 from roadseg.labels import CITYSCAPES, IGNORE
 from roadseg.processes import cores
+from roadseg.town.tree import write_tree
 
 WIDTH, HEIGHT = 256, 128
 _SPLITS = ("train", "val", "test")

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from roadseg.config import Data
-from roadseg.images import encode_label_png, read_label
-from roadseg.ingest.pairs import Pair
+from roadseg.config.sections import Data
+from roadseg.images.decode import encode_label_png, read_label
+from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CAMVID, CITYSCAPES, IGNORE
 
 _CAMVID_AS_CITYSCAPES = np.array([23, 11, 17, 7, 8, 21, 20, 13, 26, 24, 25, 0], np.uint8)

@@ -11,13 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from roadseg.images import encode_jpeg, read_image, read_label
+from roadseg.images.decode import encode_jpeg, read_image, read_label
 from roadseg.inference.predict import blend
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import CITYSCAPES, IGNORE
 from roadseg.release.archive import load_release
-from roadseg.release.find import resolve
-from roadseg.release.store import FolderStore
+from roadseg.release.store.base import FolderStore
+from roadseg.release.store.resolve import resolve
 
 
 def main(workspace: Path, name: str, out: Path) -> None:

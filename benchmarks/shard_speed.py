@@ -28,13 +28,13 @@ import torchvision.io
 from machine import cpu_name
 from PIL import Image
 
-from roadseg.data.shard_files import MappedFiles
-from roadseg.data.shard_images import Format
-from roadseg.data.shards import Shard, Split, write_frame
+from roadseg.data.shards.files import MappedFiles
+from roadseg.data.shards.images import Format
+from roadseg.data.shards.index import Shard, Split, write_frame
 from roadseg.files import sha256_file
-from roadseg.ingest.town import render
-from roadseg.ingest.town.tree import Place, make_folders
-from roadseg.ingest.town.tree import write_frame as write_town_frame
+from roadseg.town import render
+from roadseg.town.tree import Place, make_folders
+from roadseg.town.tree import write_frame as write_town_frame
 
 CROP_PX = 768
 ROUNDS = 5

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from machine import cpu_name
 
-from roadseg.ingest.town import render
-from roadseg.ingest.town.tree import places
 from roadseg.labels import IGNORE, TOWN
+from roadseg.town import render
+from roadseg.town.tree import places
 
 WIDTH, HEIGHT = 256, 128
 COLOUR_BINS, X_BINS, Y_BINS = 10, 6, 16

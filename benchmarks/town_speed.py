@@ -16,9 +16,9 @@ from pathlib import Path
 import cv2
 from machine import cpu_name
 
-from roadseg.ingest.town import WEATHERS, Frame, render
-from roadseg.ingest.town.light import Weather
-from roadseg.ingest.town.tree import Place, make_folders, write_frame
+from roadseg.town import WEATHERS, Frame, render
+from roadseg.town.light import Weather
+from roadseg.town.tree import Place, make_folders, write_frame
 
 ROUNDS = 5
 

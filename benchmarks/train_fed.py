@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from roadseg.config import load_config
-from roadseg.data.shards import Shards
+from roadseg.config.sections import load_config
+from roadseg.data.shards.index import Shards
 from roadseg.files import read_json, read_json_lines
-from roadseg.ingest.town import render
 from roadseg.labels import CITYSCAPES, IGNORE
 from roadseg.processes import cores, start_worker
+from roadseg.town import render
 from roadseg.train.stage import train_candidate
 
 CLASSES = 19

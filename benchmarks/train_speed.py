@@ -21,13 +21,13 @@ from side_by_side import medians_s, print_machine
 from torch import nn
 from torch.nn import functional as F
 
-from roadseg.data.loader import Batch
+from roadseg.data.batches.loader import Batch
 from roadseg.labels import IGNORE
 from roadseg.model import Architecture, build
-from roadseg.train.criterion import Criterion, Terms
 from roadseg.train.ema import EMA
 from roadseg.train.gradients import EAGER_STEPS, Gradients
-from roadseg.train.objective import Objective
+from roadseg.train.losses.criterion import Criterion, Terms
+from roadseg.train.losses.objective import Objective
 
 
 def ours(

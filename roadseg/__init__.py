@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from roadseg.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from roadseg.config import Config, load_config
+    from roadseg.config.sections import Config, load_config
     from roadseg.inference.predict import predict
     from roadseg.inference.predictor import Predictor
-    from roadseg.pipeline import RunResult, evaluate_release, run
+    from roadseg.pipeline.run import RunResult, evaluate_release, run
     from roadseg.release.archive import load_release
 
 __all__ = [
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Config": "roadseg.config",
+    "Config": "roadseg.config.sections",
     "Predictor": "roadseg.inference.predictor",
-    "RunResult": "roadseg.pipeline",
-    "evaluate_release": "roadseg.pipeline",
-    "load_config": "roadseg.config",
+    "RunResult": "roadseg.pipeline.run",
+    "evaluate_release": "roadseg.pipeline.run",
+    "load_config": "roadseg.config.sections",
     "load_release": "roadseg.release.archive",
     "predict": "roadseg.inference.predict",
-    "run": "roadseg.pipeline",
+    "run": "roadseg.pipeline.run",
 }
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours

@@ -18,15 +18,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from roadseg.config import Config, load_config
+from roadseg.config.sections import Config, load_config
 from roadseg.data.manifest import Manifest, Sample
-from roadseg.data.shards import Shard, Shards, write_frame
+from roadseg.data.shards.index import Shard, Shards, write_frame
 from roadseg.files import sha256_file
-from roadseg.images import encode_label_png
-from roadseg.ingest.findings import Finding
-from roadseg.ingest.pairs import Pair
+from roadseg.images.decode import encode_label_png
+from roadseg.ingest.checks.findings import Finding
+from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import IGNORE, LabelClass, LabelSet
-from roadseg.pipeline import RunResult, run
+from roadseg.pipeline.run import RunResult, run
 from roadseg.release.archive import write_archive
 
 cv2.setNumThreads(1)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from roadseg.config import Config, load_config
+from roadseg.config.sections import Config, load_config
 from roadseg.model import Architecture, build
 from roadseg.model.surgery import set_output_stride
-from roadseg.sweep_plan import Point
-from roadseg.sweep_table import spread
+from roadseg.sweep.plan import Point
+from roadseg.sweep.table import spread
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

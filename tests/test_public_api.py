@@ -12,8 +12,9 @@ NAMES = {"Config", "Predictor", "RunResult", "evaluate_release", "load_config", 
 
 
 def test_every_promised_name_is_there_and_is_its_module_s() -> None:
-    from roadseg import config, pipeline
+    from roadseg.config import sections as config
     from roadseg.inference import predict, predictor
+    from roadseg.pipeline.run import run as pipeline
     from roadseg.release import archive
 
     assert set(roadseg.__all__) == NAMES and set(dir(roadseg)) >= NAMES | {"__version__"}
@@ -32,7 +33,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
     code = "import sys, roadseg; roadseg.__version__; print(*sys.modules)"
     found = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert "roadseg" in found
-    assert not found & {"torch", "cv2", "onnxruntime", "numpy", "pydantic", "roadseg.config"}
+    assert not found & {"torch", "cv2", "onnxruntime", "numpy", "pydantic", "roadseg.config.sections"}
 
 
 def test_it_is_typed(tmp_path: Path) -> None:
@@ -49,5 +50,10 @@ def test_it_is_typed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--config-file", "", "--cache-dir", str(tmp_path / "cache")]
     command += ["--follow-imports=silent", "--ignore-missing-imports", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, env={"MYPYPATH": str(root), "PATH": ""})
-    for part in ("-> roadseg.config.Config", "-> roadseg.pipeline.RunResult", "[attr-defined]", "[arg-type]"):
+    for part in (
+        "-> roadseg.config.sections.Config",
+        "-> roadseg.pipeline.run.RunResult",
+        "[attr-defined]",
+        "[arg-type]",
+    ):
         assert part in done.stdout, done.stdout + done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from roadseg.cli import main
+from roadseg.cli.main import main
 
 
 def run(*arguments: object) -> int:

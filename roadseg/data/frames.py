@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from roadseg.data.manifest import Sample
-from roadseg.data.mask_form import MaskForm
-from roadseg.data.masks import mask_bytes, read_ids, train_ids
+from roadseg.data.masks.form import MaskForm
+from roadseg.data.masks.read import mask_bytes, read_ids, train_ids
 from roadseg.errors import DataError
 from roadseg.files import sha256_bytes
-from roadseg.images import Limits, naming, read_bytes, read_image
+from roadseg.images.decode import Limits, naming, read_bytes, read_image
 
 
 def read_frame(root: Path, sample: Sample, form: MaskForm, limits: Limits) -> tuple[np.ndarray, np.ndarray]:

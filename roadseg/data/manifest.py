@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from roadseg.data.mask_form import MaskForm
+from roadseg.data.masks.form import MaskForm
 from roadseg.errors import DataError
 from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
 from roadseg.labels import LabelSet

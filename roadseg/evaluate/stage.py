@@ -16,7 +16,7 @@ from roadseg.data.manifest import Manifest, Sample
 from roadseg.errors import DataError
 from roadseg.evaluate.report import Scene, panels, picture, render
 from roadseg.files import read_json, write_json
-from roadseg.images import Limits
+from roadseg.images.decode import Limits
 from roadseg.inference.predictor import Predictor
 from roadseg.metrics.confusion import confusion
 from roadseg.metrics.iou import scores

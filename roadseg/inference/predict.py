@@ -11,7 +11,7 @@ import numpy as np
 
 from roadseg.errors import ImageError, UsageError
 from roadseg.files import write_atomic
-from roadseg.images import Limits, encode_jpeg, encode_label_png, read_image
+from roadseg.images.decode import Limits, encode_jpeg, encode_label_png, read_image
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import LabelSet
 from roadseg.progress import progress

@@ -9,18 +9,18 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from roadseg.config import Data
+from roadseg.config.sections import Data
 from roadseg.data.manifest import HOLDOUT, Manifest
-from roadseg.data.masks import mask_path
+from roadseg.data.masks.read import mask_path
 from roadseg.errors import ConfigError, DataError
 from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
-from roadseg.images import Limits
-from roadseg.ingest.checks import Checked, check, listed, refusal
-from roadseg.ingest.findings import Finding, judged, require_codes
-from roadseg.ingest.pairs import Pair
-from roadseg.ingest.reading import Task, readers
-from roadseg.ingest.report import render
-from roadseg.ingest.sources import Found, find, limits_of
+from roadseg.images.decode import Limits
+from roadseg.ingest.checks.findings import Finding, judged, require_codes
+from roadseg.ingest.checks.judge import Checked, check, listed, refusal
+from roadseg.ingest.measure import Task, readers
+from roadseg.ingest.report.page import render
+from roadseg.ingest.sources.pairs import Pair
+from roadseg.ingest.sources.select import Found, find, limits_of
 from roadseg.processes import cores
 from roadseg.progress import progress
 
@@ -152,14 +152,14 @@ def _download(data: Data, root: Path) -> None:
         )
     if data.root is None:
         raise ConfigError("data.download without a folder to fetch into", todo="pass --data.root FOLDER")
-    from roadseg.ingest.download import download_cityscapes, packages_for
+    from roadseg.ingest.download.cityscapes import download_cityscapes, packages_for
 
     download_cityscapes(root, packages_for(data.source))
 
 
 def _render(data: Data, tree: Path) -> None:
     """Every split, also when only one is asked for: which scenes a split has depends on those before it."""
-    from roadseg.ingest import town  # only the town needs its renderer
+    from roadseg import town  # only the town needs its renderer
 
     splits = {split: n for split in ("train", "val", "test") if (n := getattr(data.town, split))}
     with progress(sum(splits.values()), "render the town", "frames") as bar:

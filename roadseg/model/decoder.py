@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from roadseg.model.enlarge import enlarge
+from roadseg.model.resize import enlarge
 from roadseg.model.sk_fusion import UNPROJECTED, conv3x3, conv_bn_relu, make_fusion
 
 # What DeepLabv3+ gives the low level where maps are concatenated, so that it does not outweigh the

@@ -13,8 +13,8 @@ from roadseg.files import sha256_file
 from roadseg.push.gate import Decision, decide
 from roadseg.release.archive import Release
 from roadseg.release.card import card
-from roadseg.release.find import resolve
-from roadseg.release.store import CARD, DECISION, EVALUATION, Champion, Store, read_document, stamp
+from roadseg.release.store.base import CARD, DECISION, EVALUATION, Champion, Store, read_document, stamp
+from roadseg.release.store.resolve import resolve
 
 ATTEMPTS = 20
 

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from roadseg.errors import UsageError
-from roadseg.images import encode_jpeg
+from roadseg.images.decode import encode_jpeg
 
 
 def fill(template: Path, **values: Any) -> str:

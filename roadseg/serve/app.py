@@ -26,9 +26,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from roadseg.config import Serve
+from roadseg.config.sections import Serve
 from roadseg.errors import ImageError, UsageError
-from roadseg.images import Limits
+from roadseg.images.decode import Limits
 from roadseg.inference.predictor import Predictor
 from roadseg.serve.model import Labels, Model, load_predictor
 

@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import HTTPException, Response
 
 from roadseg.errors import RoadsegError
-from roadseg.images import Limits, encode_label_png, probe, read_image
+from roadseg.images.decode import Limits, encode_label_png, probe, read_image
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import LabelSet
 from roadseg.release.archive import load_release, load_release_folder

@@ -23,7 +23,7 @@ from torch.optim import SGD, Optimizer
 
 from roadseg.errors import ConfigError, RoadsegError
 from roadseg.files import json_bytes, read_json, sha256_bytes, write_atomic
-from roadseg.model.foreign_names import WHERE
+from roadseg.weights.foreign_names import WHERE
 
 log = logging.getLogger(__name__)
 KEPT = 2

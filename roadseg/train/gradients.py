@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roadseg.data.loader import Batch
-from roadseg.train.objective import Objective
-from roadseg.train.ranks import ALONE, Ranks
-from roadseg.train.words import PeerLost
+from roadseg.data.batches.loader import Batch
+from roadseg.train.distributed.process_group import ALONE, Ranks
+from roadseg.train.distributed.rendezvous import PeerLost
+from roadseg.train.losses.objective import Objective
 
 log = logging.getLogger(__name__)
 EAGER_STEPS = 11  # before capture: libraries choose algorithms, allocators settle

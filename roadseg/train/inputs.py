@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from roadseg.config import Config
+from roadseg.config.sections import Config
 from roadseg.errors import ConfigError, ReleaseNotFound
 from roadseg.files import sha256_file
 from roadseg.release.archive import GZIP, Release, load_release

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from roadseg.data.augment import generator
-from roadseg.data.loader import Batch
-from roadseg.data.shards import Split
+from roadseg.data.augment.cpu import generator
+from roadseg.data.batches.loader import Batch
+from roadseg.data.shards.index import Split
 from roadseg.errors import Interrupted
 from roadseg.labels import LabelSet
 from roadseg.metrics.iou import scores
@@ -30,17 +30,17 @@ from roadseg.model.dropout import draw_part
 from roadseg.model.surgery import set_output_stride
 from roadseg.progress import progress
 from roadseg.train import checkpoint
+from roadseg.train.distributed.process_group import ALONE, Ranks
 from roadseg.train.ema import EMA
 from roadseg.train.gradients import Gradients
-from roadseg.train.history import History
-from roadseg.train.mirrors import Mirrors
-from roadseg.train.objective import Objective
+from roadseg.train.losses.objective import Objective
 from roadseg.train.optimizer import make_optimizer
-from roadseg.train.ranks import ALONE, Ranks
 from roadseg.train.schedule import lr_factor
 from roadseg.train.signals import stop_signals, stopped_at_once
-from roadseg.train.taken import Taken, mark, non_finite, on_its_way
-from roadseg.train.timing import Timing, spared
+from roadseg.train.step import Taken, mark, non_finite, on_its_way
+from roadseg.train.tracking.history import History
+from roadseg.train.tracking.timing import Timing, spared
+from roadseg.train.tracking.trackers import Mirrors
 from roadseg.train.validation import validate
 
 log = logging.getLogger(__name__)

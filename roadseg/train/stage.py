@@ -13,35 +13,25 @@ import cv2
 import numpy as np
 import torch
 
-from roadseg.config import Config
-from roadseg.config_training import Loss, Training
-from roadseg.data.augment import Augmentation
-from roadseg.data.class_mix import class_mixed
-from roadseg.data.feed import Feed, choose_feed, feed
-from roadseg.data.loader import Batch, Crops
+from roadseg.config.sections import Config
+from roadseg.config.training import Loss, Training
+from roadseg.data.augment.class_mix import class_mixed
+from roadseg.data.augment.cpu import Augmentation
+from roadseg.data.batches.feed import Feed, choose_feed, feed
+from roadseg.data.batches.gpu_resident import split_bytes
+from roadseg.data.batches.loader import Batch, Crops
+from roadseg.data.batches.sampler import Batches, Order, Sample
 from roadseg.data.manifest import HOLDOUT
-from roadseg.data.resident import split_bytes
-from roadseg.data.sampler import Batches, Order, Sample
-from roadseg.data.shards import Shards, Split
+from roadseg.data.shards.index import Shards, Split
 from roadseg.errors import ConfigError
-from roadseg.images import encode_jpeg
+from roadseg.images.decode import encode_jpeg
 from roadseg.labels import IGNORE, LabelSet
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus
 from roadseg.model.surgery import checkpoint_activations, freeze
 from roadseg.release.archive import TERMS, WEIGHTS, Release
 from roadseg.release.network import load_network
-from roadseg.train.candidate import write_candidate
-from roadseg.train.class_offsets import add_class_offsets, add_to_logits
-from roadseg.train.criterion import Criterion, Terms
-from roadseg.train.determinism import deterministic
-from roadseg.train.distillation import Distillation, refuse_other_classes
-from roadseg.train.loop import Settings, Source, Stretch, no_mirrors, train
-from roadseg.train.losses import enet_weights, median_frequency_weights
-from roadseg.train.mirrors import mirrors
-from roadseg.train.objective import Objective
-from roadseg.train.pictures import Pictures, evenly
-from roadseg.train.ranks import ALONE, Ranks
-from roadseg.train.refusals import (
+from roadseg.train.calibration.class_offsets import add_class_offsets, add_to_logits
+from roadseg.train.checks.feasible import (
     out_of_memory,
     ran_out,
     refuse_impossible,
@@ -49,10 +39,20 @@ from roadseg.train.refusals import (
     steps_of,
     validation_steps,
 )
+from roadseg.train.checks.unused_settings import warn_without_effect
+from roadseg.train.determinism import deterministic
+from roadseg.train.distributed.process_group import ALONE, Ranks
+from roadseg.train.distributed.sync_batch_norm import plain_batch_norm, sync_batch_norm
+from roadseg.train.initial_weights import Start, refuse_frozen_at_random, starting_network
+from roadseg.train.loop import Settings, Source, Stretch, no_mirrors, train
+from roadseg.train.losses.criterion import Criterion, Terms
+from roadseg.train.losses.distillation import Distillation, refuse_other_classes
+from roadseg.train.losses.objective import Objective
+from roadseg.train.losses.pixel import enet_weights, median_frequency_weights
+from roadseg.train.package import write_candidate
 from roadseg.train.signals import stopped_at_once
-from roadseg.train.start import Start, refuse_frozen_at_random, starting_network
-from roadseg.train.synced_norm import plain_batch_norm, sync_batch_norm
-from roadseg.train.without_effect import warn_without_effect
+from roadseg.train.tracking.pictures import Pictures, evenly
+from roadseg.train.tracking.trackers import mirrors
 
 COMPILED_FROM_STEPS = 2000  # compilation takes a minute or two
 log = logging.getLogger(__name__)

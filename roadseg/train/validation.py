@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roadseg.data.shards import Split
+from roadseg.data.shards.index import Split
 from roadseg.errors import RoadsegError
 from roadseg.labels import IGNORE
-from roadseg.train.ranks import Ranks
-from roadseg.train.refusals import ran_out
+from roadseg.train.checks.feasible import ran_out
+from roadseg.train.distributed.process_group import Ranks
 
 CLASSES_AT_ONCE = 20
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from roadseg.config import Transform
+from roadseg.config.sections import Transform
 from roadseg.data.frames import read_frame
 from roadseg.data.manifest import Manifest, Sample
-from roadseg.data.mask_form import MaskForm
-from roadseg.data.shard_images import Format
-from roadseg.data.shards import Shard, Shards, shard_from_json, write_frame
+from roadseg.data.masks.form import MaskForm
+from roadseg.data.shards.images import Format
+from roadseg.data.shards.index import Shard, Shards, shard_from_json, write_frame
 from roadseg.errors import DataError, RoadsegError
 from roadseg.files import json_bytes, read_json, sha256_bytes, sha256_file, write_json
-from roadseg.images import Limits
+from roadseg.images.decode import Limits
 from roadseg.processes import cores, start_worker
 from roadseg.progress import progress
 from roadseg.transform.centroids import class_centroids

@@ -14,7 +14,7 @@ from roadseg.data.manifest import Manifest
 from roadseg.errors import DataError, ImageError
 from roadseg.evaluate.stage import DECODED_AHEAD, Images, evaluate, read_ahead, read_scenes
 from roadseg.files import content_digest, read_json
-from roadseg.images import Limits
+from roadseg.images.decode import Limits
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import IGNORE
 from roadseg.release.archive import load_release

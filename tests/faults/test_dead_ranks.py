@@ -18,15 +18,16 @@ import torch
 from conftest import MICRO, Micro
 from processes import DEADLINE_S, gone, running, when
 
-from roadseg.config import load_config
-from roadseg.config_training import Loss
+from roadseg.config.sections import load_config
+from roadseg.config.training import Loss
 from roadseg.errors import ConfigError, NonFiniteLoss
 from roadseg.files import content_digest, read_json_lines
-from roadseg.pipeline import run
-from roadseg.train import checkpoint, words
-from roadseg.train.launch import launch
-from roadseg.train.ranks import Ranks, joined
-from roadseg.workspace import LEAVE_OUT
+from roadseg.pipeline.run import run
+from roadseg.pipeline.workspace import LEAVE_OUT
+from roadseg.train import checkpoint
+from roadseg.train.distributed import rendezvous as words
+from roadseg.train.distributed.launch import launch
+from roadseg.train.distributed.process_group import Ranks, joined
 
 pytestmark = pytest.mark.fault
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import torch
 from conftest import Micro
 from torch import nn
 
-from roadseg.data.shards import Shards
+from roadseg.data.shards.index import Shards
 from roadseg.errors import DataError
-from roadseg.pipeline import dataset
+from roadseg.pipeline.run import dataset
 from roadseg.train import checkpoint
 from roadseg.transform.stage import rebuild
 

@@ -7,11 +7,11 @@ from multiprocessing import get_context
 import pytest
 from processes import gone
 
-from roadseg.data.mask_form import MaskForm
+from roadseg.data.masks.form import MaskForm
 from roadseg.errors import RoadsegError
-from roadseg.images import Limits
-from roadseg.ingest.pairs import Pair
-from roadseg.ingest.reading import INLINE_PAIRS, read_all
+from roadseg.images.decode import Limits
+from roadseg.ingest.measure import INLINE_PAIRS, read_all
+from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CAMVID
 from roadseg.processes import start_worker
 

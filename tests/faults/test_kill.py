@@ -17,7 +17,7 @@ from conftest import MICRO, Micro
 from processes import DEADLINE_S, running, when
 
 from roadseg.files import content_digest, read_json
-from roadseg.workspace import LEAVE_OUT, Workspace
+from roadseg.pipeline.workspace import LEAVE_OUT, Workspace
 
 pytestmark = pytest.mark.fault
 

@@ -11,7 +11,7 @@ from processes import running
 LOCKED = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader, Dataset
-from roadseg.data.workers import as_it_is, items_of, start_worker
+from roadseg.data.batches.worker_processes import as_it_is, items_of, start_worker
 from roadseg.errors import RoadsegError
 
 class Deadly(Dataset):

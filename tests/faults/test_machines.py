@@ -20,14 +20,14 @@ from processes import DEADLINE_S, gone, running, when
 from test_dead_ranks import ranks_of
 
 from roadseg.files import read_json_lines
-from roadseg.train import place
+from roadseg.train.distributed import environment as place
 
 pytestmark = [pytest.mark.fault, pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 and /proc")]
 HOSTS = ["127.0.0.1", "127.0.0.2"]
 MACHINE = """
 import sys
 from test_machines import on_this_machine
-from roadseg.cli import main
+from roadseg.cli.main import main
 
 if __name__ == "__main__":
     on_this_machine()
@@ -184,7 +184,7 @@ SLOW = MACHINE.replace(
     """import sys
 import time
 from datetime import timedelta
-from roadseg.stages import Stages
+from roadseg.pipeline.stages import Stages
 from roadseg.train import words""",
 )
 

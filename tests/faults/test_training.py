@@ -20,8 +20,8 @@ from conftest import write_shards
 from processes import gone
 from training_runs import STEPS, Driver, Run
 
-from roadseg.data.sampler import Batches, Order
-from roadseg.data.shards import Shards
+from roadseg.data.batches.sampler import Batches, Order
+from roadseg.data.shards.index import Shards
 from roadseg.errors import RoadsegError
 from roadseg.train import checkpoint
 

@@ -13,7 +13,7 @@ from conftest import RGB
 from PIL import Image
 
 from roadseg.errors import UsageError
-from roadseg.images import Limits, read_image
+from roadseg.images.decode import Limits, read_image
 from roadseg.inference.predict import blend, predict
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import IGNORE

@@ -7,15 +7,15 @@ import pytest
 from conftest import THREE
 from html_page import Page, assert_accessible, assert_inert
 
-from roadseg.data.mask_form import MaskForm
-from roadseg.images import Limits, encode_label_png
-from roadseg.ingest.duplicates import NearPair
-from roadseg.ingest.findings import Finding
-from roadseg.ingest.pairs import Pair
-from roadseg.ingest.reading import INLINE_PAIRS, Task, read_all, readers
-from roadseg.ingest.report import render
-from roadseg.ingest.shown import files_behind, index, paths_of
-from roadseg.ingest.thumbnails import SIDE_PX, Wanted, painted, thumbnails
+from roadseg.data.masks.form import MaskForm
+from roadseg.images.decode import Limits, encode_label_png
+from roadseg.ingest.checks.findings import Finding
+from roadseg.ingest.checks.near_duplicates import NearPair
+from roadseg.ingest.measure import INLINE_PAIRS, Task, read_all, readers
+from roadseg.ingest.report.examples import files_behind, index, paths_of
+from roadseg.ingest.report.page import render
+from roadseg.ingest.report.thumbnails import SIDE_PX, Wanted, painted, thumbnails
+from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -245,7 +245,7 @@ def test_paths_are_found_in_entries_whatever_their_names(a, b):
 
 
 def see_nothing(pairs):
-    from roadseg.ingest.reading import Seen
+    from roadseg.ingest.measure import Seen
 
     return [Seen(p, ()) for p in pairs]
 

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from roadseg.config import Data
-from roadseg.ingest.town.tree import write_tree
+from roadseg.config.sections import Data
+from roadseg.town.tree import write_tree
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SPLITS = {"train": 66, "val": 30, "test": 30}  # two sequences a city in train; enough to compare splits

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
-from roadseg.config import Data, Town
+from roadseg import town
+from roadseg.config.sections import Data, Town
 from roadseg.data.manifest import Manifest
 from roadseg.errors import ConfigError, DataError
-from roadseg.images import encode_label_png
-from roadseg.ingest import town
+from roadseg.images.decode import encode_label_png
 from roadseg.ingest.stage import ingest, source_digest
 
 

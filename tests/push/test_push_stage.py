@@ -15,7 +15,7 @@ from roadseg.push import stage
 from roadseg.push.gate import Decision
 from roadseg.push.stage import promote_by_hand, push
 from roadseg.release.archive import Release, load_release
-from roadseg.release.store import Champion, FolderStore
+from roadseg.release.store.base import Champion, FolderStore
 
 
 def release(folder: Path, number: int) -> tuple[Release, Path]:

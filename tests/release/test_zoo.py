@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from roadseg.cli import main
-from roadseg.config import load_config
+from roadseg.cli.main import main
+from roadseg.config.sections import load_config
 from roadseg.release.archive import load_release
 
 ROOT = Path(__file__).parents[2]

@@ -23,9 +23,9 @@ import pytest
 from conftest import RGB
 from PIL import Image
 
-from roadseg.config import Serve
+from roadseg.config.sections import Serve
 from roadseg.errors import ArchiveError, UsageError
-from roadseg.images import Limits, read_image
+from roadseg.images.decode import Limits, read_image
 from roadseg.inference.predictor import Predictor
 from roadseg.release.archive import load_release, load_release_folder
 from roadseg.serve.app import container_release, container_settings, run
@@ -36,7 +36,7 @@ MAX_BODY, MAX_PIXELS = 300_000, 60_000
 SERVE = """
 import sys
 from pathlib import Path
-from roadseg.config import Serve
+from roadseg.config.sections import Serve
 from roadseg.serve.app import serve
 serve(Path(sys.argv[1]), Serve.model_validate_json(sys.argv[2]), say=lambda text: print(text, flush=True))
 """
@@ -45,7 +45,7 @@ serve(Path(sys.argv[1]), Serve.model_validate_json(sys.argv[2]), say=lambda text
 GATED = """
 import sys, time, uuid
 from pathlib import Path
-from roadseg.config import Serve
+from roadseg.config.sections import Serve
 from roadseg.serve.app import create_app, run
 from roadseg.serve.model import load_predictor
 

@@ -13,7 +13,7 @@ import torch
 from conftest import MICRO
 
 import roadseg
-from roadseg.data.shards import Shards
+from roadseg.data.shards.index import Shards
 from roadseg.errors import ConfigError
 from roadseg.files import read_json
 from roadseg.train.determinism import CUBLAS, deterministic

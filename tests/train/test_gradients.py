@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from roadseg.config_training import Loss
-from roadseg.data.loader import Batch
+from roadseg.config.training import Loss
+from roadseg.data.batches.loader import Batch
 from roadseg.model.deeplab import Architecture, build
 from roadseg.model.dropout import draw_part
-from roadseg.train.criterion import Criterion, Terms
+from roadseg.train.distributed.launch import launch
+from roadseg.train.distributed.process_group import ALONE, Ranks, joined
+from roadseg.train.distributed.rendezvous import PeerLost
+from roadseg.train.distributed.sync_batch_norm import sync_batch_norm
 from roadseg.train.gradients import EAGER_STEPS, Gradients
-from roadseg.train.launch import launch
-from roadseg.train.objective import Objective
-from roadseg.train.ranks import ALONE, Ranks, joined
-from roadseg.train.synced_norm import sync_batch_norm
-from roadseg.train.words import PeerLost
+from roadseg.train.losses.criterion import Criterion, Terms
+from roadseg.train.losses.objective import Objective
 
 CPU = torch.device("cpu")
 

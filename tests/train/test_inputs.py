@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from conftest import MICRO, write_release
 
-from roadseg.cli import main
-from roadseg.config import Config, load_config
+from roadseg.cli.main import main
+from roadseg.config.sections import Config, load_config
 from roadseg.errors import ArchiveError, ConfigError, StoreError
 from roadseg.files import sha256_file
-from roadseg.release.find import find_release
-from roadseg.release.store import FolderStore
+from roadseg.release.store.base import FolderStore
+from roadseg.release.store.resolve import find_release
 from roadseg.train.inputs import training_inputs
 
 RELEASES = ("init_from", "distill_from")

@@ -18,23 +18,23 @@ import pytest
 import torch
 from conftest import THREE
 
-from roadseg.data.augment import Augmentation
-from roadseg.data.loader import Batch, Crops, batches_from_workers
-from roadseg.data.sampler import Batches, Order
-from roadseg.data.shards import Shards
+from roadseg.data.augment.cpu import Augmentation
+from roadseg.data.batches.loader import Batch, Crops, batches_from_workers
+from roadseg.data.batches.sampler import Batches, Order
+from roadseg.data.shards.index import Shards
 from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
 from roadseg.files import read_json_lines
 from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.model.surgery import freeze
 from roadseg.train import checkpoint, loop
-from roadseg.train.criterion import Criterion, Terms
+from roadseg.train.distributed.launch import launch
+from roadseg.train.distributed.process_group import ALONE, Ranks, joined
 from roadseg.train.gradients import Gradients
-from roadseg.train.launch import launch
 from roadseg.train.loop import Settings, Stretch, train
-from roadseg.train.objective import Objective
+from roadseg.train.losses.criterion import Criterion, Terms
+from roadseg.train.losses.objective import Objective
 from roadseg.train.optimizer import make_optimizer
-from roadseg.train.ranks import ALONE, Ranks, joined
 from roadseg.train.validation import validate
 
 SETTINGS = Settings(
@@ -419,8 +419,8 @@ import torch
 sys.path[:0] = {paths!r}
 from test_loop import *
 from roadseg.errors import DataError, RoadsegError
-from roadseg.data.loader import Crops
-from roadseg.data.shards import Shards
+from roadseg.data.batches.loader import Crops
+from roadseg.data.shards.index import Shards
 
 plain, calls = Crops.crop, [0]
 def crop(self, sample, out=None):

@@ -14,9 +14,9 @@ import torch
 from conftest import RGB, THREE, write_release, write_shards
 from safetensors.torch import load as load_tensors
 
-from roadseg.config import Config, load_config
-from roadseg.data.feed import Feed
-from roadseg.data.shards import Shards
+from roadseg.config.sections import Config, load_config
+from roadseg.data.batches.feed import Feed
+from roadseg.data.shards.index import Shards
 from roadseg.errors import ArchiveError, ConfigError, RoadsegError
 from roadseg.files import read_json, read_json_lines, sha256_file
 from roadseg.inference.predictor import Predictor

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from roadseg.data.shards import Shards
+from roadseg.data.shards.index import Shards
 from roadseg.errors import RoadsegError
 from roadseg.labels import IGNORE
 from roadseg.train import validation
-from roadseg.train.ranks import ALONE, Ranks
+from roadseg.train.distributed.process_group import ALONE, Ranks
 from roadseg.train.validation import label_map, validate
 
 CPU = torch.device("cpu")

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 from conftest import THREE, scene, write_frames
 
-from roadseg.config import Transform
+from roadseg.config.sections import Transform
 from roadseg.data.manifest import Manifest
-from roadseg.data.mask_form import MaskForm
-from roadseg.data.shards import Shards
+from roadseg.data.masks.form import MaskForm
+from roadseg.data.shards.index import Shards
 from roadseg.errors import DataError, RoadsegError
 from roadseg.files import content_digest
-from roadseg.images import Limits, encode_label_png
+from roadseg.images.decode import Limits, encode_label_png
 from roadseg.labels import IGNORE
+from roadseg.pipeline.workspace import LEAVE_OUT
 from roadseg.transform import stage
 from roadseg.transform.stage import rebuild, transform
-from roadseg.workspace import LEAVE_OUT
 
 SETTINGS = Transform(shard_frames=2)
 
@@ -179,9 +179,9 @@ def test_parts_weights_and_centroids_are_in_the_index(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from roadseg.config import Transform
+from roadseg.config.sections import Transform
 from roadseg.data.manifest import Manifest
-from roadseg.images import Limits
+from roadseg.images.decode import Limits
 from roadseg.transform.stage import transform
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""Batches of augmented samples in the order of the sampler, made by worker processes.
+
+Workers write into slots of shared memory that are made once and used in turn: how much is taken is
+known before the first sample, and a GPU copies straight out of them. What they write are finished
+crops, or, where a GPU augments, the boxes that the crops are cut from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from roadseg.data.augment.cpu import Augmentation, Draw, apply, draw
+from roadseg.data.augment.gpu import Sheet, crops, sheet
+from roadseg.data.batches.sampler import Batches, Sample
+from roadseg.data.batches.worker_processes import ASK_EVERY_S, as_it_is, items_of, start_worker
+from roadseg.data.shards.index import Split
+from roadseg.errors import RoadsegError
+
+log = logging.getLogger(__name__)
+PREFETCH = 2  # batches that a worker is ahead
+HELD = 2  # slots of batches that left the workers: one on its way to the device, one in use
+SHARED_MEMORY = Path("/dev/shm")
+SHARE_TAKEN = 0.8  # of what is free there
+
+
+@dataclass(frozen=True)
+class Batch:
+    """image_BHWC: uint8 RGB. label_BHW: uint8 train ids. samples: what each row is of. Both on one device."""
+
+    image_BHWC: torch.Tensor
+    label_BHW: torch.Tensor
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The augmented crops of a split, each a function of (seed, sample)."""
+
+    split: Split
+    augmentation: Augmentation
+    seed: int
+    fill: tuple[int, int, int]
+
+    def draw(self, sample: Sample) -> Draw:
+        frame = self.split.frames[sample.index]
+        return draw(self.augmentation, sample.generator(self.seed), frame.height, frame.width, sample.centre)
+
+    def crop(self, sample: Sample, out: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(image uint8 [H, W, 3], label uint8 [H, W]), written into `out` if that is given."""
+        d = self.draw(sample)
+        return apply(d, *self.split.read_box(sample.index, *d.box), self.fill, out)
+
+    def largest_box_px(self) -> int:
+        """Pixels of the largest box that a draw may ask for."""
+        a = self.augmentation
+        high, wide = a.crop_px
+        if a.rotate_deg:
+            high, wide = _longest(high, wide, a.rotate_deg), _longest(wide, high, a.rotate_deg)
+        high, wide = ceil(high / a.scale[0]) + 5, ceil(wide / a.scale[0]) + 5
+        sizes = {(frame.height, frame.width) for frame in self.split.frames}
+        return max(min(height, high) * min(width, wide) for height, width in sizes)
+
+
+def _longest(side: int, other: int, rotate_deg: float) -> int:
+    """The side of the box around a rectangle turned by up to `rotate_deg`, at the angle where it is longest."""
+    angle = min(np.deg2rad(rotate_deg), np.arctan2(other, side))
+    return ceil(side * np.cos(angle) + other * np.sin(angle))
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A slot that holds a batch. sheet, used_bytes: of boxes that are still to be augmented."""
+
+    slot: int
+    samples: tuple[Sample, ...]
+    used_bytes: int
+    sheet: Sheet | None = None
+
+
+class _Writer(Dataset):
+    """Called with (slot, samples), leaves finished crops there: all images, then all labels."""
+
+    def __init__(self, crops: Crops, slots: torch.Tensor) -> None:
+        self.crops, self.slots = crops, slots
+
+    def __getitems__(self, work: tuple[int, list[Sample]]) -> Filled | RoadsegError:
+        try:
+            return self.write(*work)
+        except RoadsegError as e:
+            return e  # raised where the batch is taken: PyTorch would make a traceback of its message
+
+    def write(self, slot: int, samples: list[Sample]) -> Filled:
+        image, label = _views(self.slots[slot], len(samples), self.crops.augmentation.crop_px)
+        for sample, *out in zip(samples, image.numpy(), label.numpy(), strict=True):
+            self.crops.crop(sample, (out[0], out[1]))
+        return Filled(slot, tuple(samples), image.numel() + label.numel())
+
+
+class _BoxWriter(_Writer):
+    """Leaves the boxes of the samples there, each image followed by its label."""
+
+    def write(self, slot: int, samples: list[Sample]) -> Filled:
+        memory = self.slots[slot].numpy()
+        draws, starts, at = [], [], 0
+        for sample in samples:
+            d = self.crops.draw(sample)
+            image, label = self.crops.split.read_box(sample.index, *d.box)
+            draws.append(d)
+            starts.append(at)
+            memory[at : at + image.size].reshape(image.shape)[:] = image
+            memory[at + image.size : at + image.size + label.size].reshape(label.shape)[:] = label
+            at += image.size + label.size
+        sides = [d.box[2:] for d in draws]
+        labels = [start + 3 * h * w for start, (h, w) in zip(starts, sides, strict=True)]
+        return Filled(slot, tuple(samples), at, sheet(draws, starts, labels, [w for _, w in sides]))
+
+
+def _views(memory: torch.Tensor, rows: int, crop_px: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = rows * crop_px[0] * crop_px[1]
+    image, label = memory[: 3 * pixels], memory[3 * pixels : 4 * pixels]
+    return image.view(rows, *crop_px, 3), label.view(rows, *crop_px)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """The batches with the slot each goes into."""
+
+    batches: Batches
+    slots: int
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[int, list[Sample]]]:
+        return ((number % self.slots, samples) for number, samples in enumerate(self.batches))
+
+
+def prefetch_that_fits(workers: int, slot_bytes: int, free_bytes: int | None) -> int:
+    """Batches a worker may be ahead, from 1 to PREFETCH, so that all slots fit in shared memory.
+
+    free_bytes: None where there is no limit to know. Raises RoadsegError if one a worker is too many.
+    """
+    if not workers or free_bytes is None:
+        return PREFETCH
+    fit = (int(free_bytes * SHARE_TAKEN) // slot_bytes - HELD) // workers
+    if fit < 1:
+        raise RoadsegError(
+            f"{free_bytes / 1e6:.0f} MB of shared memory are free",
+            expected=f"{(workers + HELD) * slot_bytes / SHARE_TAKEN / 1e6:.0f} MB for {workers} loader processes "
+            f"and batches of {slot_bytes / 1e6:.0f} MB",
+            where=str(SHARED_MEMORY),
+            todo="give the container more (docker run --shm-size), or lower training.workers, training.batch_size "
+            "or training.crop_px; training.workers 0 needs none",
+        )
+    if fit < PREFETCH:
+        log.warning("%s has room for %d batch a loader process ahead, not %d", SHARED_MEMORY, fit, PREFETCH)
+    return min(fit, PREFETCH)
+
+
+def _free_shared_bytes() -> int | None:
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except (OSError, AttributeError):
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def batches_from_workers(
+    crops_of: Crops,
+    batches: Batches,
+    workers: int,
+    device: torch.device,
+    augment_on_gpu: bool = False,
+    stopped: Callable[[], object] = bool,
+) -> Generator[Batch, None, None]:
+    """`batches` on `device`; `workers` processes read ahead, 0 reads in this one.
+
+    stopped: asked while workers keep it waiting; once true, no more batches come. On CUDA the next batch
+    is copied, and augmented if asked for, while the last one is used. Raises RoadsegError
+    when shared memory is too small, when a worker dies, and whatever one raised.
+    """
+    # OpenCV's pool of threads does not survive a fork, neither here nor in the workers.
+    cv2.setNumThreads(0)
+    pixels = crops_of.largest_box_px() if augment_on_gpu else int(np.prod(crops_of.augmentation.crop_px))
+    slot_bytes = -(-4 * pixels * batches.rows // 4096) * 4096
+    prefetch = prefetch_that_fits(workers, slot_bytes, _free_shared_bytes())
+    slots = torch.empty((prefetch * workers + HELD, slot_bytes), dtype=torch.uint8)
+    if workers:
+        slots.share_memory_().zero_()  # what is not there should be missed now, not in a worker
+    source = items_of(
+        DataLoader(
+            (_BoxWriter if augment_on_gpu else _Writer)(crops_of, slots),
+            batch_sampler=_Numbered(batches, len(slots)),  # type: ignore[arg-type]  # any iterable will do
+            num_workers=workers,
+            collate_fn=as_it_is,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
+            prefetch_factor=prefetch if workers else None,
+            timeout=ASK_EVERY_S if workers else 0,
+            worker_init_fn=start_worker,
+        ),
+        stopped,
+    )
+    crop_px, fill = crops_of.augmentation.crop_px, crops_of.fill
+
+    def on_device(filled: Filled) -> Batch:
+        memory = slots[filled.slot, : filled.used_bytes]
+        memory = memory.to(device, non_blocking=True) if device.type == "cuda" else memory.clone()
+        if filled.sheet:
+            return Batch(*crops(memory, filled.sheet, crop_px, fill), filled.samples)
+        return Batch(*_views(memory, len(filled.samples), crop_px), filled.samples)
+
+    with closing(source):
+        if device.type != "cuda":
+            yield from map(on_device, source)
+            return
+        first = next(source, None)  # only once the workers are forked is their memory pinned
+        pinned = _pin(slots)
+        try:
+            yield from one_ahead(chain([] if first is None else [first], source), on_device, device)
+        finally:
+            torch.cuda.synchronize(device)
+            if pinned:
+                torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
+
+
+def one_ahead(
+    source: Iterator[Any], launch: Callable[[Any], Batch], device: torch.device
+) -> Generator[Batch, None, None]:
+    """launch(item) of each, on a CUDA stream of its own, started while the one before is used.
+
+    A batch is handed out when it is complete: waiting for it is waiting for data.
+    """
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for item in source:
+        with torch.cuda.stream(stream):
+            batch, done = launch(item), torch.cuda.Event()
+            done.record()
+        if ahead:
+            yield _complete(*ahead)
+        ahead = batch, done
+    if ahead:
+        yield _complete(*ahead)
+
+
+def _complete(batch: Batch, done: torch.cuda.Event) -> Batch:
+    # The slot of this batch may be written again once the batch after the next is asked for.
+    done.synchronize()
+    for tensor in (batch.image_BHWC, batch.label_BHW):
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return batch
+
+
+def _pin(slots: torch.Tensor) -> bool:
+    status = torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.numel(), 1)  # for every device
+    if int(status):
+        log.warning("shared memory could not be pinned (%s); copies to the GPU are slower", status)
+    return not int(status)

@@ -1,0 +1,337 @@
+"""The only decoder: bytes to RGB pixels or to label ids, under limits.
+
+What becomes of the odd ones. Photographs (`read_image`): grey is repeated to three channels, palettes
+are looked up, alpha is dropped without blending, 16 bits keep their high byte, CMYK and YCCK JPEG are
+converted (an Adobe JPEG's inverted), EXIF orientation is applied, of animations and many pages the
+first is taken, colour profiles are ignored. Label maps (`read_label`): a palette PNG gives its
+indexes, grey of 1, 2 and 4 bits its unscaled values, 16 bits stay; colour, alpha, lossy and float masks
+are refused, and no orientation is applied. A changed byte is noticed in every PNG; JPEG has no
+checksum, so there a broken structure is, and whatever libjpeg warns of (one cut off and given a new
+end, for one).
+
+Who decodes, by measurement (2048x1024, one thread): plain PNG by kornia_rs, 22 ms for OpenCV's 58, and
+3 for 5.5 where it is a label map. It holds the interpreter's lock meanwhile, so that it is used on the
+main thread only, which is where processes made for such work do it; threads of a server or of an
+evaluation get OpenCV and the same pixels. JPEG by simplejpeg, 6 ms for Pillow's 20. The rest by Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import kornia_rs.io
+import numpy as np
+import simplejpeg
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from roadseg.errors import ImageError
+from roadseg.images import formats as image_formats
+from roadseg.images.formats import Clean
+
+# A plugin is built directly: Image.open would warn of large images that the limits allow, and guess.
+_PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
+    "png": PngImagePlugin.PngImageFile,
+    "jpeg": JpegImagePlugin.JpegImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+}
+MAX_SIDE_PX = 1_000_000  # what libpng takes
+_SAFE_REASON = re.compile(r"[\w ,.:;()/+-]{1,100}")
+_warnings_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before it is read or decoded: bytes of a file, pixels by its header."""
+
+    max_bytes: int = 256_000_000
+    max_pixels: int = 64_000_000
+
+
+def probe(data: bytes) -> tuple[str, int, int]:
+    """(format, width, height) as stored, before EXIF orientation, from the header only; ImageError."""
+    return image_formats.size(data)
+
+
+def read_bytes(path: Path, limits: Limits = Limits()) -> bytes:
+    """A file's bytes. Raises ImageError if it is no plain file or too large, OSError if unreadable."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("is no plain file", where=str(path))
+    if status.st_size > limits.max_bytes:
+        raise ImageError(
+            f"the file has {status.st_size:,} bytes", expected=f"at most {limits.max_bytes:,}", where=str(path)
+        )
+    with open(path, "rb", buffering=0) as f:
+        return f.read(status.st_size + 1)  # what grows meanwhile ends too early, which is noticed
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """pixels: uint8 [H, W, 3] RGB, upright, contiguous and writable. format: "png", "jpeg", "webp", "bmp"
+    or "tiff". orientation: EXIF 1..8 as stored, 1 when none."""
+
+    pixels: np.ndarray
+    format: str
+    orientation: int
+
+
+def read_image(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
+    """uint8 [H, W, 3] RGB, upright, contiguous and writable. Raises ImageError, or OSError for a path."""
+    return read_photograph(source, limits).pixels
+
+
+def read_photograph(source: Path | bytes, limits: Limits = Limits()) -> Photograph:
+    """`read_image` with what the file says of itself. Raises ImageError, or OSError for a path."""
+    with naming(source):
+        whole = _open(source, limits)
+        if whole.color_type in (0, 2) and whole.depth == 8:
+            pixels = _decode_png(whole, 1 if whole.color_type == 0 else 3)
+            if pixels.ndim == 2:
+                pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+        elif whole.format == "jpeg" and image_formats.mode(whole.data) in ("grey", "rgb"):
+            pixels = _decode_jpeg(whole)
+        else:
+            pixels = _decode_pillow(whole, as_label=False)
+        return Photograph(_upright(pixels, whole.orientation), whole.format, whole.orientation)
+
+
+def read_label(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
+    """uint8 or uint16 [H, W] of ids as stored. Raises ImageError, or OSError for a path."""
+    with naming(source):
+        whole = _open(source, limits)
+        if whole.format == "jpeg":
+            raise ImageError("a mask saved as jpeg", expected="a lossless one: jpeg changes ids", todo="export as PNG")
+        plain = whole.color_type == 0 and whole.depth in (8, 16)
+        if plain or (whole.color_type == 3 and whole.depth == 8 and _on_main_thread()):
+            return _decode_png(whole, 1)
+        return _decode_pillow(whole, as_label=True)
+
+
+@contextmanager
+def naming(source: Path | str | bytes) -> Iterator[None]:
+    """Puts the path of a failing file into its ImageError; bytes have none."""
+    try:
+        yield
+    except ImageError as e:
+        if e.where or isinstance(source, bytes):
+            raise
+        raise ImageError(e.found, expected=e.expected, where=str(source), todo=e.todo) from None
+
+
+def _open(source: Path | bytes, limits: Limits) -> Clean:
+    data = read_bytes(source, limits) if isinstance(source, Path) else source
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"the file has over {limits.max_bytes:,} bytes", expected=f"at most {limits.max_bytes:,}")
+    format_, width, height = image_formats.size(data)
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"the {format_} header says {width} x {height} = {width * height:,} pixels",
+            expected=f"at most {limits.max_pixels:,}",
+        )
+    if max(width, height) > MAX_SIDE_PX:
+        raise ImageError(
+            f"the {format_} header says {width} x {height} pixels", expected=f"sides up to {MAX_SIDE_PX:,}"
+        )
+    return image_formats.clean(data, format_, width, height)
+
+
+def _on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _decode_png(whole: Clean, channels: int) -> np.ndarray:
+    """uint8 or uint16 [H, W] of grey values or palette indexes, or uint8 [H, W, 3]."""
+    if not _on_main_thread():
+        return _decode_png_cv2(whole)
+    decode = kornia_rs.io.decode_image_png_u16 if whole.depth == 16 else kornia_rs.io.decode_image_png_u8
+    try:
+        pixels = decode(whole.data, (whole.height, whole.width), "mono" if channels == 1 else "rgb")
+    except BaseException as e:
+        # A panic in Rust derives from BaseException, so that it would end a server's thread or a pool.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        image_formats.check_idat(whole.data)  # knows better what is wrong
+        raise _malformed() from None
+    return pixels[:, :, 0] if channels == 1 else pixels
+
+
+def _decode_png_cv2(whole: Clean) -> np.ndarray:
+    """What libpng says of damage goes to stderr, so that the checksums are verified before it begins."""
+    image_formats.check_idat(whole.data)
+    flags = cv2.IMREAD_UNCHANGED if whole.color_type == 0 else cv2.IMREAD_COLOR_RGB
+    try:
+        pixels = cv2.imdecode(np.frombuffer(whole.data, np.uint8), flags)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        raise _malformed()
+    return pixels
+
+
+def _malformed() -> ImageError:
+    return ImageError("the png can't be decoded: its compressed pixels are malformed")
+
+
+def _decode_jpeg(whole: Clean) -> np.ndarray:
+    """Grey or YCbCr. Strict: what libjpeg only warns of is pixels that it made up."""
+    try:
+        if simplejpeg.decode_jpeg_header(whole.data)[:2] != (whole.height, whole.width):
+            raise _two_sizes(whole)
+        return simplejpeg.decode_jpeg(whole.data, "RGB", strict=True)
+    except ValueError as e:
+        raise _undecodable("jpeg", str(e)) from None
+
+
+def _two_sizes(whole: Clean) -> ImageError:
+    """Of a file made to pass the limits with one size and to be decoded with another."""
+    return ImageError(f"the {whole.format} says {whole.width} x {whole.height} pixels, and elsewhere another size")
+
+
+def _undecodable(format_: str, reason: str) -> ImageError:
+    told = _SAFE_REASON.fullmatch(reason) and " at 0x" not in reason  # no address of an object
+    said = f" ({reason.replace('0x', '')})" if told else ""
+    return ImageError(f"the {format_} can't be decoded{said}", todo="open it in a viewer; save it again")
+
+
+def _decode_pillow(whole: Clean, *, as_label: bool) -> np.ndarray:
+    if whole.format == "png":
+        image_formats.check_idat(whole.data)
+    try:
+        with _plugin(whole) as image:
+            return _ids(image, whole) if as_label else _rgb(image, whole)
+    except ImageError:
+        raise
+    except Exception as e:  # third-party parsers on hostile bytes raise nearly anything
+        raise _undecodable(whole.format, str(e)) from None
+
+
+def _plugin(whole: Clean) -> Image.Image:
+    # The lock is for catch_warnings, which is not safe between threads; pixels are decoded outside
+    # of it, but for TIFF, whose tags are read late and whose library writes to stderr by itself.
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _PLUGINS[whole.format](io.BytesIO(whole.data))
+        if image.size != (whole.width, whole.height):
+            raise _two_sizes(whole)
+        if whole.format == "tiff":
+            with _stderr_closed():
+                image.load()
+    return image
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    try:
+        kept = os.dup(2)
+    except OSError:  # a daemon without stderr
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _rgb(image: Image.Image, whole: Clean) -> np.ndarray:
+    mode = image.mode
+    if mode.startswith("I;16"):
+        high = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat((255 - high if whole.white_is_zero else high)[:, :, None], 3, axis=2)
+    if mode in ("I", "F", "LAB"):
+        kind = {"I": "32-bit integers", "F": "floating point", "LAB": "Lab colours"}[mode]
+        raise ImageError(f"the pixels are {kind}", expected="8 or 16 bits of grey or RGB")
+    if mode == "CMYK" and image.format == "JPEG" and not whole.adobe:
+        # Pillow takes every CMYK JPEG for an inverted Adobe one.
+        return np.array(Image.frombytes("CMYK", image.size, image.tobytes().translate(_INVERT)).convert("RGB"))
+    if mode == "RGBa":
+        image = image.convert("RGBA")
+    return np.array(image if mode == "RGB" else image.convert("RGB"))
+
+
+_INVERT = bytes(range(255, -1, -1))
+
+
+def _ids(image: Image.Image, whole: Clean) -> np.ndarray:
+    if whole.white_is_zero:
+        raise ImageError("a mask whose white is 0", expected="one whose black is 0", todo="export as PNG")
+    if image.mode == "1":
+        return np.array(image).astype(np.uint8)
+    if image.mode == "L" and whole.depth in (2, 4):
+        return np.array(image) // np.uint8({2: 85, 4: 17}[whole.depth])  # Pillow stretches them to 0..255
+    if image.mode in ("L", "P"):
+        return np.array(image)
+    if image.mode.startswith("I;16"):
+        return np.array(image).astype(np.uint16)
+    raise ImageError(
+        f"a mask of {_MODES.get(image.mode, image.mode)}",
+        expected="one channel of ids (grey or palette, 8 or 16 bits)",
+        todo="convert its colours to ids first",
+    )
+
+
+_MODES = {
+    "RGB": "RGB colours",
+    "RGBA": "RGBA colours",
+    "LA": "grey and alpha",
+    "CMYK": "CMYK colours",
+    "F": "floating-point numbers",
+    "I": "32-bit integers",
+}
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Applies EXIF orientation 1..8 as the EXIF 2.32 standard, 4.6.4 A, defines it."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def encode_label_png(label: np.ndarray, palette: np.ndarray | None = None) -> bytes:
+    """PNG of uint8 [H, W] ids, one 8-bit channel, with uint8 [256, 3] RGB colours when given.
+
+    Each row is stored as its difference to the one above (the Up filter): masks repeat themselves
+    downwards, which makes zlib's fastest level both quicker and smaller than OpenCV's encoder.
+    """
+    assert label.dtype == np.uint8 and label.ndim == 2
+    height, width = label.shape
+    rows = np.empty((height, width + 1), np.uint8)
+    rows[:, 0] = 2
+    rows[0, 1:] = label[0]
+    np.subtract(label[1:], label[:-1], out=rows[1:, 1:])
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0 if palette is None else 3, 0, 0, 0))]
+    if palette is not None:
+        assert palette.dtype == np.uint8 and palette.shape == (256, 3)
+        chunks.append((b"PLTE", palette.tobytes()))
+    chunks += [(b"IDAT", zlib.compress(rows.data, 1)), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(b)) + name + b + struct.pack(">I", zlib.crc32(name + b)) for name, b in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 90) -> bytes:
+    """JPEG of uint8 [H, W, 3] RGB, quality 1..100, chroma halved both ways."""
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[
+        1
+    ].tobytes()

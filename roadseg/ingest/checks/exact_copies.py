@@ -1,0 +1,42 @@
+"""Which images are the same pixel for pixel, whatever their files.
+
+To hash the pixels of every image takes a hundredth of decoding it, and hardly any has a copy. So those
+alone are hashed, decoded once more, that agree in all that was measured of their pixels and whose files differ.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import xxhash
+
+from roadseg.errors import ImageError
+from roadseg.images.decode import Limits, read_bytes, read_image
+from roadseg.ingest.measure import Seen
+
+
+def with_copies_told(root: Path, limits: Limits, seen: Sequence[Seen], pool: Executor | None) -> list[Seen]:
+    """The same, with equal `pixels_digest` for images of equal pixels. pool: decodes, if there is one."""
+    alike: dict[object, dict[str, str]] = defaultdict(dict)  # by what equal pixels have in common: a path by digest
+    for s in seen:
+        if s.pixels_digest:
+            alike[s.width, s.height, s.look].setdefault(s.pixels_digest, s.pair.image)
+    doubtful = [file for files in alike.values() if len(files) > 1 for file in files.items()]
+    digest = partial(_pixels_digest, root, limits)
+    told = pool.map(digest, doubtful) if pool else map(digest, doubtful)
+    of_pixels = dict(zip((file for file, _ in doubtful), told, strict=True))
+    return [replace(s, pixels_digest=of_pixels[d]) if (d := s.pixels_digest) in of_pixels else s for s in seen]
+
+
+def _pixels_digest(root: Path, limits: Limits, file: tuple[str, str]) -> str:
+    """XXH3-128 of the decoded image (digest of the file, path) and its size."""
+    try:
+        pixels = read_image(read_bytes(root / file[1], limits), limits)
+    except (ImageError, OSError):  # it was read a moment ago; who changes files meanwhile gets a digest of the file
+        return file[0]
+    return f"{xxhash.xxh3_128(pixels.data).hexdigest()}-{pixels.shape[1]}x{pixels.shape[0]}"

@@ -1,0 +1,215 @@
+"""Images that stand out of their split, and splits whose classes are distributed differently."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from roadseg.ingest.checks.findings import Finding, plural
+from roadseg.ingest.image_stats import Look
+from roadseg.ingest.measure import Seen
+from roadseg.ingest.sources.pairs import split_order
+from roadseg.labels import LabelSet
+
+FEWEST = 30  # images from which "far from the others" means something
+MOST = 0.05  # of a split: what more of it has is another kind of picture and no outlier
+ALL_BLACK, ALL_WHITE = 0.95, 0.95  # shares of pixels
+# An outlier is so many robust standard deviations (1.4826 x MAD) from the median and, as frames of one drive
+# hardly vary, so far off in the measure itself. Clean frames of CamVid and of the town keep within 4.5.
+DEVIATIONS = 5.0
+EXPOSURE_OFF = math.log(2.0)  # natural logarithm of the light that there is, or that is left up to white
+SHARPNESS_OFF = math.log(1.8)  # natural logarithm
+CAST_OFF = 0.35  # natural logarithm of red to green, blue to green
+ASPECT_OFF = math.log(1.5)
+COMMON_SIZE = 0.9  # of a split that has one size
+GREY = 0.3  # of 255: channels no further apart
+_NO_LIGHT = 8.0  # of 255: added to a luma before its logarithm; colours of darker pictures say nothing
+DRIFT = 0.25  # PSI; by the rule of thumb of credit scoring 0.1..0.25 is a moderate shift, above it a large one
+_SMALLEST_SHARE = 1e-4  # stands for a class that a split lacks
+_SHOWN_CLASSES = 5
+
+
+def outliers(seen: Sequence[Seen]) -> list[Finding]:
+    """Warnings of images too dark, too bright, blurred, of odd colour or size, and stored on their side.
+
+    "Too" is relative to the images of the same split and part, of which there have to be `FEWEST`; only
+    black and white pictures and EXIF orientation are told of any.
+    """
+    findings: list[Finding] = []
+    for split in split_order({s.pair.split for s in seen}):
+        of_split = sorted((s for s in seen if s.pair.split == split and s.look), key=lambda s: s.pair.image)
+        parts = [[s for s in of_split if s.pair.part == part] for part in sorted({s.pair.part for s in of_split})]
+        for code, find, what, fix in _KINDS:
+            entries = tuple(f"{s.pair.image}: {text}" for part in parts for s, text in find(part))
+            if entries:
+                message = f"{plural(len(entries), 'image')} of {split} {what}"
+                findings.append(Finding(code, "warning", split, entries, len(entries), message, fix))
+    return findings
+
+
+Odd = Iterator[tuple[Seen, str]]
+
+
+def _deviation(values: Sequence[float], least: float) -> np.ndarray:
+    """Signed robust deviations [N] from the median, 0 for what is less than `least` off or not rare."""
+    array = np.array(values, np.float64)
+    if len(array) < FEWEST:
+        return np.zeros(len(array))
+    off = array - np.median(array)
+    spread = 1.4826 * np.median(abs(off))
+    far = (abs(off) >= least) & (abs(off) >= DEVIATIONS * spread)
+    deviation = np.where(far, off, 0.0)
+    for sign in (-1, 1):
+        rare = deviation * sign > 0
+        if rare.sum() > MOST * len(array):
+            deviation[rare] = 0.0
+    return deviation
+
+
+def _dark(seen: Sequence[Seen]) -> Odd:
+    return _exposed(seen, [_look(s).dark for s in seen], ALL_BLACK, "black", lambda luma: luma)
+
+
+def _bright(seen: Sequence[Seen]) -> Odd:
+    return _exposed(seen, [_look(s).bright for s in seen], ALL_WHITE, "white", lambda luma: 255 - luma)
+
+
+def _exposed(
+    seen: Sequence[Seen], shares: Sequence[float], most: float, extreme: str, left: Callable[[float], float]
+) -> Odd:
+    """Logarithms, since exposure multiplies: a tenth of the light is far off also where clouds and sun vary."""
+    luma = [_look(s).luma for s in seen]
+    deviation = _deviation([math.log(left(v) + _NO_LIGHT) for v in luma], EXPOSURE_OFF)
+    for s, value, share, off in zip(seen, luma, shares, deviation, strict=True):
+        if share >= most:
+            yield s, f"{100 * share:.0f} % of it {extreme}"
+        elif off < 0:
+            yield s, f"mean luma {value:.0f} of 255, where {float(np.median(luma)):.0f} is usual"
+
+
+def _blurred(seen: Sequence[Seen]) -> Odd:
+    sharp = [s for s in seen if _look(s).sharpness > 0]  # flat pictures have none and are told of as dark or bright
+    logs = [math.log(_look(s).sharpness) for s in sharp]
+    for s, deviation in zip(sharp, _deviation(logs, SHARPNESS_OFF), strict=True):
+        if deviation < 0:
+            yield s, f"sharpness {_look(s).sharpness:.2f}, where {math.exp(float(np.median(logs))):.2f} is usual"
+
+
+def _colour(seen: Sequence[Seen]) -> Odd:
+    seen = [s for s in seen if _look(s).luma > 2 * _NO_LIGHT and max(_look(s).std_rgb) > GREY]
+    grey = [_is_grey(s) for s in seen]
+    if len(seen) >= FEWEST and sum(grey) <= len(seen) / 2:
+        yield from ((s, "a grey image among coloured ones") for s, is_grey in zip(seen, grey, strict=True) if is_grey)
+    coloured = [s for s, is_grey in zip(seen, grey, strict=True) if not is_grey]
+    casts = [[math.log((_look(s).mean_rgb[c] + 1) / (_look(s).mean_rgb[1] + 1)) for s in coloured] for c in (0, 2)]
+    odd = np.any([_deviation(cast, CAST_OFF) != 0 for cast in casts], axis=0)
+    middle = [math.exp(float(np.median(cast))) if cast else 1.0 for cast in casts]
+    for k in np.flatnonzero(odd).tolist():
+        red, blue = math.exp(casts[0][k]), math.exp(casts[1][k])
+        usual = f"where {middle[0]:.2f} and {middle[1]:.2f} are usual"
+        yield coloured[k], f"red {red:.2f} and blue {blue:.2f} times its green, {usual}"
+
+
+def _is_grey(s: Seen) -> bool:
+    look = _look(s)
+    return all(max(v) - min(v) <= GREY for v in (look.mean_rgb, look.std_rgb))
+
+
+def _size(seen: Sequence[Seen]) -> Odd:
+    """Sizes that few have where nearly all have one; else, as phones and crops come in many, odd aspects."""
+    if len(seen) < FEWEST:
+        return
+    (width, height), common = Counter((s.width, s.height) for s in seen).most_common(1)[0]
+    if common >= COMMON_SIZE * len(seen):
+        for s in seen:
+            if (s.width, s.height) != (width, height):
+                yield s, f"{s.width}x{s.height}, where {width}x{height} is usual"
+        return
+    aspects = [math.log(s.width / s.height) for s in seen]
+    for s, deviation in zip(seen, _deviation(aspects, ASPECT_OFF), strict=True):
+        if deviation:
+            yield s, f"{s.width}x{s.height}: of another shape than nearly all others"
+
+
+def _rotated(seen: Sequence[Seen]) -> Odd:
+    for s in seen:
+        if s.orientation != 1:
+            yield s, f"EXIF orientation {s.orientation}"
+
+
+def _look(s: Seen) -> Look:
+    assert s.look is not None
+    return s.look
+
+
+_KINDS = (
+    (
+        "too-dark", _dark, "far darker than the others",
+        "look at them; take out what shows nothing",
+    ),
+    (
+        "too-bright", _bright, "far brighter than the others",
+        "look at them; take out what shows nothing",
+    ),
+    (
+        "blurred", _blurred, "far less sharp than the others",
+        "look at them: out of focus, shaken, rain on the lens, or enlarged",
+    ),
+    (
+        "odd-color", _colour, "whose colours are far from the others'",
+        "look at them: grey, red and blue exchanged, or a camera's white balance",
+    ),
+    (
+        "odd-size", _size, "of another size or shape than nearly all others",
+        "look where they come from: thumbnails, crops, another camera",
+    ),
+    (
+        "exif-rotated", _rotated, "stored on their side, turned upright by their EXIF data",
+        "see that the masks lie as the upright images do: masks are taken as they are stored",
+    ),
+)  # fmt: skip
+
+
+def histogram_drift(seen: Sequence[Seen], label_set: LabelSet) -> list[Finding]:
+    """A warning for each split whose class shares differ from the first split's (train's) by a PSI above `DRIFT`.
+
+    Void is left out. Splits of fewer than `FEWEST` labelled images are not compared: their shares are chance.
+    """
+    pixels: dict[str, np.ndarray] = {}
+    for split in split_order({s.pair.split for s in seen}):
+        rows = [s.histogram[: label_set.num_classes] for s in seen if s.pair.split == split and any(s.histogram[:-1])]
+        if len(rows) >= FEWEST:
+            pixels[split] = np.sum(np.array(rows, np.float64), axis=0)
+    first, *others = pixels or [""]
+    findings = []
+    for split in others:
+        terms = psi(pixels[first], pixels[split])
+        if terms.sum() > DRIFT:
+            shares = {s: 100 * pixels[s] / pixels[s].sum() for s in (first, split)}
+            order = np.argsort(-terms, kind="stable")[:_SHOWN_CLASSES].tolist()
+            names = [
+                f"{label_set.names[k]} {shares[first][k]:.2g} % and {shares[split][k]:.2g} %"
+                for k in order
+                if terms[k] > 0.02 * DRIFT
+            ]
+            message = (
+                f"the classes of {split} are distributed differently than those of {first} "
+                f"(PSI {terms.sum():.2f}, above {DRIFT}), most of all {', '.join(names)}"
+            )
+            fix = f"draw {first} and {split} from the same drives and places, or expect scores on {split} to differ"
+            where = f"{first} and {split}"
+            findings.append(Finding("class-drift", "warning", where, (), len(names), message, fix))
+    return findings
+
+
+def psi(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """float64 [K]: each class's part of the population stability index of two counts [K]; the sum is the index.
+
+    Shares below 1/10,000 count as that, so that a class that one of them lacks doesn't make it infinite.
+    """
+    p, q = (np.maximum(x / x.sum(), _SMALLEST_SHARE) for x in (a, b))
+    p, q = p / p.sum(), q / q.sum()
+    return (p - q) * np.log(p / q)

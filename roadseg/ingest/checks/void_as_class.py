@@ -1,0 +1,101 @@
+"""Void or padding that was written as 0, where 0 is the id of a class that is learned.
+
+Only what can be told from labels alone: a band of 0 along an edge in every label, or 0 where the class
+can't be, road at the top of the picture or sky at its bottom. What looks like the class is not told: a
+car's bonnet written as road, a band of road at the bottom or of sky at the top.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from roadseg.data.masks.form import MaskForm
+from roadseg.ingest.checks.findings import Finding, plural
+from roadseg.ingest.measure import PLACES_HIGH, PLACES_WIDE, Seen
+from roadseg.labels import IGNORE, LabelClass
+
+_ALWAYS, _NO_BAND = 0.99, 0.6  # share of labels that hold 0 in every cell of a band, and in some cell beside it
+_FEWEST_FOR_BAND = 8  # labels; in a few, a band may be chance
+_FEWEST, _SHARE = 3, 0.05  # labels with 0 out of place, and of all labels
+_FEWEST_CELLS = 2
+_ROADLESS, _SKYLESS = 4, 6  # rows of 16, from the top and from the bottom; in CamVid and the town there is none
+_GROUND = frozenset(("flat", "ground", "terrain", "grass", "pavement", "floor"))
+_ROAD = frozenset(("road", "roads", "street", "lane", "lanes", "roadway", "carriageway", "drivable", "asphalt"))
+
+
+def void_as_class(where: str, split: str, seen: Sequence[Seen], form: MaskForm) -> list[Finding]:
+    """At most one warning for one split and part, called `where` in its message.
+
+    No false one on CamVid, four Cityscapes frames and 500 of the town (benchmarks/planted_faults.py).
+    """
+    zero = _class_of_zero(form)
+    labelled = [s for s in seen if s.places]
+    if zero is None or not labelled:
+        return []
+    places = np.frombuffer(b"".join(s.places for s in labelled), np.uint8).reshape(-1, PLACES_HIGH, PLACES_WIDE)
+    zeros_NHW = places == zero.train_id
+    sides = _bands(zeros_NHW, zero)
+    strange = [] if sides else _out_of_place(zeros_NHW, labelled, zero)
+    if not sides and not strange:
+        return []
+    entries = tuple(s.pair.label for s in labelled) if sides else tuple(strange)
+    if sides:
+        message = f"{zero.name}, whose value in the masks is 0, lies along the {' and '.join(sides)} edge of "
+        message += f"{'all' if len(entries) > 1 else 'the'} {plural(len(entries), 'label')} of {where}, as padding does"
+    else:
+        zone = "bottom" if "sky" in _words(zero) else "top"
+        message = f"{plural(len(entries), 'label')} of {where} without void, but with {zero.name}, whose value in the "
+        message += f"masks is 0, at the {zone} of the picture: void may have been written as 0"
+    fix = "look at some; write void and padding as an id that is ignored, such as 255"
+    return [Finding("void-as-class", "warning", split, entries, len(entries), message, fix)]
+
+
+def _class_of_zero(form: MaskForm) -> LabelClass | None:
+    """The learned class that 0 means: id 0, black, or the background of polygons."""
+    id_ = 0 if form.kind == "ids" else form.background
+    for c in form.label_set.classes:
+        if c.color == (0, 0, 0) if form.kind == "colors" else c.id == id_:
+            return c if c.train_id != IGNORE else None
+    return None
+
+
+def _bands(zeros_NHW: np.ndarray, zero: LabelClass) -> list[str]:
+    """The edges along which every label is 0, up to a line where it is so no more; never those it may fill."""
+    if len(zeros_NHW) < _FEWEST_FOR_BAND:
+        return []
+    always = zeros_NHW.mean(axis=0)
+    sides = {"left": always.T, "right": always.T[::-1]}
+    if "sky" not in _words(zero):
+        sides["top"] = always
+    if not _words(zero) & (_ROAD | _GROUND):
+        sides["bottom"] = always[::-1]
+    found = []
+    for side, lines in sides.items():
+        lowest = lines.min(axis=1)
+        thick = int(np.argmin(lowest >= _ALWAYS))  # of lines from the edge; 0 also where all are
+        if thick and lowest[thick] < _NO_BAND:
+            found.append(side)
+    return found
+
+
+def _out_of_place(zeros_NHW: np.ndarray, seen: Sequence[Seen], zero: LabelClass) -> list[str]:
+    if "sky" in _words(zero):
+        zone = zeros_NHW[:, -_SKYLESS:]
+    elif _words(zero) & _ROAD:
+        zone = zeros_NHW[:, :_ROADLESS]
+    else:
+        return []
+    cells = zone.sum(axis=(1, 2))
+    found = [
+        f"{s.pair.label}: {n} of {zone[0].size} places"
+        for s, n in zip(seen, cells.tolist(), strict=True)
+        if n >= _FEWEST_CELLS and not s.histogram[-1]
+    ]
+    return found if len(found) >= max(_FEWEST, _SHARE * len(seen)) else []
+
+
+def _words(c: LabelClass) -> frozenset[str]:
+    return frozenset(re.split(r"[^a-z]+", c.name.lower()))

@@ -1,0 +1,113 @@
+"""Which frames the data report shows beside a finding: its entries brought back to files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from roadseg.data.masks.form import MaskForm
+from roadseg.ingest.checks.findings import Finding
+from roadseg.ingest.measure import Seen
+from roadseg.ingest.report.thumbnails import Wanted
+from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES
+
+_OF_AN_ERROR, _OF_A_WARNING = 6, 3  # frames
+_OF_ALL = 48
+_ELSEWHERE = {"near-duplicate", "near-duplicate-in-split", "duplicate-in-split", "too-dark", "too-bright", "blurred"}
+_SAME = re.compile(r" = | ~ ")  # what stands between the paths of an entry
+_BETWEEN = re.compile(r": | = | ~ | \(")  # and before what is said of them
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture with its label as the page shows it; `image`, `label` are paths below the root, "" for none.
+
+    note: what is said of it. codes: of the findings that name it.
+    """
+
+    name: str
+    image: str
+    label: str
+    part: str
+    note: str = ""
+    codes: tuple[str, ...] = ()
+
+    @property
+    def image_file(self) -> Wanted | None:
+        return Wanted(self.image) if self.image else None
+
+    @property
+    def label_file(self) -> Wanted | None:
+        return Wanted(self.label, self.part) if self.label else None
+
+    @property
+    def wanted(self) -> list[Wanted]:
+        return [w for w in (self.image_file, self.label_file) if w]
+
+
+def frame_of(s: Seen, note: str = "", *, with_label: bool = True, codes: tuple[str, ...] = ()) -> Frame:
+    p = s.pair
+    return Frame(p.name, p.image, p.label if with_label else "", p.part, note, codes)
+
+
+def index(seen: Sequence[Seen]) -> dict[str, Seen]:
+    """Pairs by the paths of their files; a file of several (COCO) has its first."""
+    by_path: dict[str, Seen] = {}
+    for s in seen:
+        for path in (s.pair.image, s.pair.label, s.pair.instances):
+            if path:
+                by_path.setdefault(path, s)
+    return by_path
+
+
+def paths_of(entry: str, by_path: Mapping[str, Seen]) -> list[str]:
+    """The paths that an entry of Finding.files names: files of pairs, or else what stands before ": ".
+
+    A name may hold the separators itself, so the longest beginning that is a pair's file is taken first.
+    """
+    ends = [m.start() for m in _BETWEEN.finditer(entry)] + [len(entry)]
+    for end in reversed(ends):
+        if entry[:end] in by_path:
+            return [entry[:end], *(p for p in _BETWEEN.split(entry[end:]) if p in by_path)]
+    return _SAME.split(entry.partition(": ")[0])
+
+
+def files_behind(
+    findings: Sequence[Finding], by_path: Mapping[str, Seen], forms: Mapping[str, MaskForm]
+) -> list[tuple[Finding, list[Frame], int]]:
+    """(finding, frames to show, how many entries more it has) of the findings that name pictures, in their order."""
+    concerned = [f for f in findings if f.files and not (f.severity == "warning" and f.code in _ELSEWHERE)]
+    share = max(1, _OF_ALL // max(1, len(concerned)))
+    groups = []
+    for f in concerned:
+        most = min(share, _OF_AN_ERROR if f.severity == "error" else _OF_A_WARNING)
+        frames: dict[str, Frame] = {}
+        taken = 0
+        for entry in f.files:
+            if len(frames) >= most:
+                break
+            for frame in _frames(f, entry, by_path, forms):
+                frames.setdefault(frame.image or frame.label, frame)
+            taken += 1
+        if frames:
+            groups.append((f, list(frames.values()), len(f.files) - taken))
+    return groups
+
+
+def _frames(f: Finding, entry: str, by_path: Mapping[str, Seen], forms: Mapping[str, MaskForm]) -> list[Frame]:
+    """None for an entry that names a sequence or a city."""
+    paths = paths_of(entry, by_path)[:2]
+    if paths[0] in by_path:
+        note = entry[len(paths[0]) :].removeprefix(": ").strip() if len(paths) == 1 else ""
+        return [frame_of(by_path[p], note) for p in paths]
+    note = entry.partition(": ")[2]
+    frames = []
+    for path in paths:
+        part = path.partition("/")[0]
+        part = part if part in forms else ""
+        if path.lower().endswith(PICTURE_SUFFIXES):
+            is_label = f.code == "missing-image" and part in forms
+            image, label = ("", path) if is_label else (path, "")
+            frames.append(Frame(path.rpartition("/")[2], image, label, part, note))
+    return frames

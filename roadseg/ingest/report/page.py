@@ -1,0 +1,337 @@
+"""One offline HTML page of what ingest found, with pictures; also, and most of all, when it refuses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from roadseg.data.masks.form import MaskForm
+from roadseg.images.decode import Limits
+from roadseg.ingest.checks.findings import CODES, Finding, plural
+from roadseg.ingest.checks.near_duplicates import NearPair
+from roadseg.ingest.measure import PLACES_HIGH, PLACES_WIDE, Seen
+from roadseg.ingest.report.examples import Frame, files_behind, frame_of, index, paths_of
+from roadseg.ingest.report.thumbnails import thumbnails
+from roadseg.ingest.sources.pairs import split_order
+from roadseg.labels import LabelSet
+from roadseg.report import charts, distributions
+from roadseg.report.page import count, css_color, fill, percent
+
+_LIMITS = Limits()
+_SHEET = 12  # frames of a split
+_SHEETS = 36  # and of all splits
+_ACROSS, _WITHIN = 12, 6  # near-duplicate pairs
+_EXTREMES = 4
+_FIRST_FILES, _FILES = 3, 200
+_LISTED = 4_000  # files of all findings together
+_ENTRY_CHARS = 400
+_SIZES = 6
+_OF_LOOKS = {"too-dark", "too-bright", "blurred", "odd-size", "odd-color", "exif-rotated"}
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A quantity of a picture. extremes: (name, whether it is the low end, the code of a finding about it)."""
+
+    name: str
+    unit: str
+    of: Callable[[Seen], float]
+    extremes: tuple[tuple[str, bool, str], ...]
+    log: bool = False
+
+
+def _brightness(s: Seen) -> float:
+    assert s.look is not None
+    return s.look.luma
+
+
+def _contrast(s: Seen) -> float:
+    assert s.look is not None
+    return sum(s.look.std_rgb) / 3
+
+
+def _sharpness(s: Seen) -> float:
+    assert s.look is not None
+    return s.look.sharpness
+
+
+_MEASURES = (
+    _Measure(
+        "Brightness", "mean luma, 0 black to 255 white", _brightness,
+        (("Darkest", True, "too-dark"), ("Brightest", False, "too-bright")),
+    ),
+    _Measure("Contrast", "standard deviation of the channels, of 255", _contrast, (("Flattest", True, ""),)),
+    _Measure(
+        "Sharpness", "how much of the contrast is fine: 0.06 blurred, 1 noise", _sharpness,
+        (("Least sharp", True, "blurred"),), log=True,
+    ),
+    _Measure(
+        "Size", "megapixels", lambda s: s.width * s.height / 1e6,
+        (("Smallest", True, ""), ("Largest", False, "")), log=True,
+    ),
+)  # fmt: skip
+
+
+def render(
+    title: str,
+    root: Path,
+    label_set: LabelSet,
+    forms: Mapping[str, MaskForm],
+    seen: Sequence[Seen],
+    findings: Sequence[Finding],
+    near: Sequence[NearPair],
+    limits: Limits = _LIMITS,
+    pool: Executor | None = None,
+) -> str:
+    """The report as HTML.
+
+    seen: the pairs of all splits, broken ones too. near: the most similar first. The pictures shown, about 100, are
+    decoded from `root` under `limits`, in the pool's processes if there is one; one that can't be read is a grey
+    tile with the reason. Raises nothing for what the files hold.
+    """
+    ordered = sorted(seen, key=lambda s: (s.pair.split, s.pair.name))
+    splits = {split: [s for s in ordered if s.pair.split == split] for split in split_order(s.pair.split for s in seen)}
+    told = sorted(findings, key=lambda f: (f.severity != "error", f.code, f.split))
+    by_path = index(ordered)
+    flags = _flags(told, by_path)
+    wrong = _wrong(told, ordered, by_path)
+    sheets = [(split, _sheet(of_split, wrong)) for split, of_split in splits.items()]
+    sheets = [(split, frames[: max(2, _SHEETS // len(sheets))]) for split, frames in sheets if frames]
+    measures = [m for m in (_measure(m, splits, flags) for m in _MEASURES) if m]
+    pairs = _pairs(near, by_path)
+    behind = files_behind(told, by_path, forms)
+    frames = [f for _, shown in sheets for f in shown] + [f for _, shown, _ in behind for f in shown]
+    frames += [f for m in measures for _, shown in m["extremes"] for f in shown] + [f for p in pairs for f in p["two"]]
+    return fill(
+        Path(__file__).with_name("data_report.html"),
+        title=title,
+        refused=any(f.severity == "error" for f in told),
+        verdict=_verdict(told),
+        tiles=_tiles(told, ordered, wrong, label_set),
+        findings=_findings(told),
+        behind=behind,
+        splits=[_split(split, of_split, wrong) for split, of_split in splits.items()],
+        classes=[{"name": c.name, "color": css_color(c.color)} for c in label_set.trained],
+        sheets=sheets,
+        frequencies=_frequencies(splits, label_set),
+        shifts=[f for f in told if f.code == "class-drift"],
+        places=_places(ordered, label_set),
+        measures=measures,
+        pairs=pairs,
+        near_count=len(near),
+        thumbnails=thumbnails(root, [w for f in frames for w in f.wanted], forms, label_set.palette, limits, pool),
+    )
+
+
+def _verdict(findings: Sequence[Finding]) -> tuple[str, str]:
+    errors = sum(f.severity == "error" for f in findings)
+    warnings = plural(len(findings) - errors, "warning")
+    if errors:
+        return "Refused.", f"{plural(errors, 'error')} and {warnings}. Nothing is learned from data with errors."
+    if findings:
+        return "No errors.", f"{warnings.capitalize()} to read before GPU time is spent."
+    return "Fine.", "Every check passed."
+
+
+def _tiles(
+    findings: Sequence[Finding], seen: Sequence[Seen], wrong: Set[str], label_set: LabelSet
+) -> list[tuple[str, str, str]]:
+    errors = [f for f in findings if f.severity == "error"]
+    warnings = [f for f in findings if f.severity != "error"]
+    present = sum(any(column) for column in list(zip(*_histograms(seen), strict=True))[:-1])
+    broken = sum(s.pair.image in wrong for s in seen)
+    return [
+        ("Errors", f"{len(errors):,}", _codes(errors)),
+        ("Warnings", f"{len(warnings):,}", _codes(warnings)),
+        ("Images", count(len(seen)), f"{broken:,} with errors" if broken else "all sound" if seen else "none paired"),
+        ("Classes", f"{present} of {label_set.num_classes}", "occur in the labels"),
+        ("Labelled", percent(_labelled(seen)), "of all pixels; the rest is void"),
+    ]
+
+
+def _histograms(seen: Sequence[Seen]) -> list[tuple[int, ...]]:
+    return [s.histogram for s in seen if s.histogram]
+
+
+def _labelled(seen: Sequence[Seen]) -> float | None:
+    """The share of pixels that are not void; None where no label could be read."""
+    total = sum(map(sum, _histograms(seen)))
+    return 1 - sum(h[-1] for h in _histograms(seen)) / total if total else None
+
+
+def _codes(findings: Sequence[Finding]) -> str:
+    return f"of {plural(len({f.code for f in findings}), 'kind')}" if findings else "none"
+
+
+def _findings(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    listed = min(_FILES, max(_FIRST_FILES + 10, _LISTED // max(1, len(findings))))
+    return [
+        {
+            "finding": f,
+            "means": CODES[f.code].means if f.code in CODES else "",
+            "first": [_cut(e) for e in f.files[:_FIRST_FILES]],
+            "more": [_cut(e) for e in f.files[_FIRST_FILES:listed]],
+            "rest": max(0, len(f.files) - listed),
+        }
+        for f in findings
+    ]
+
+
+def _cut(entry: str) -> str:
+    return entry if len(entry) <= _ENTRY_CHARS else entry[: _ENTRY_CHARS - 1] + "…"
+
+
+def _flags(findings: Sequence[Finding], by_path: Mapping[str, Seen]) -> dict[str, list[str]]:
+    """The codes about its looks that name each image, by the image's path."""
+    flags: dict[str, list[str]] = {}
+    for f in findings:
+        if f.code in _OF_LOOKS:
+            for entry in f.files:
+                for path in paths_of(entry, by_path)[:1]:
+                    if path in by_path:
+                        flags.setdefault(by_path[path].pair.image, []).append(f.code)
+    return flags
+
+
+def _wrong(findings: Sequence[Finding], seen: Sequence[Seen], by_path: Mapping[str, Seen]) -> set[str]:
+    """The images that an error names, themselves or their labels, or that have a problem."""
+    named = {p for f in findings if f.severity == "error" for entry in f.files for p in paths_of(entry, by_path)}
+    return {s.pair.image for s in seen if s.problems} | {by_path[p].pair.image for p in named if p in by_path}
+
+
+def _split(split: str, seen: Sequence[Seen], wrong: Set[str]) -> dict[str, Any]:
+    sizes = Counter(f"{s.width} × {s.height}" if s.width else "unreadable" for s in seen).most_common()
+    return {
+        "name": split,
+        "images": f"{len(seen):,}",
+        "problems": sum(s.pair.image in wrong for s in seen),
+        "sequences": count(len({s.pair.sequence for s in seen} - {""})),
+        "sizes": [(size, f"{n:,}") for size, n in sizes[:_SIZES]],
+        "other_sizes": len(sizes[_SIZES:]),
+        "formats": ", ".join(sorted({s.image_format for s in seen} - {""})),
+        "masks": ", ".join(sorted({s.mask_mode for s in seen} - {""})),
+        "image_bytes": _bytes(sum(s.image_bytes for s in seen)),
+        "label_bytes": _bytes(sum(s.label_bytes for s in seen)),
+        "labelled": percent(_labelled(seen)),
+    }
+
+
+def _bytes(n: int) -> str:
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= limit:
+            return f"{n / limit:.3g} {unit}"
+    return f"{n} B"
+
+
+def _sheet(seen: Sequence[Seen], wrong: Set[str]) -> list[Frame]:
+    """Frames at equal distances from the split's first to its last; of broken ones only where no other are left."""
+    choice = [s for s in seen if s.pair.image not in wrong] or list(seen)
+    at = sorted({round(i * (len(choice) - 1) / (_SHEET - 1)) for i in range(_SHEET)}) if choice else []
+    return [frame_of(choice[i]) for i in at]
+
+
+def _frequencies(splits: Mapping[str, Sequence[Seen]], label_set: LabelSet) -> dict[str, Any]:
+    """A row a class, of shares of the labelled pixels and of the images that hold it by split; void at the end."""
+    tables = {}
+    for split, seen in splits.items():
+        if histograms := _histograms(seen):
+            table = np.array(histograms, np.int64)
+            tables[split] = (table.sum(axis=0), (table > 0).sum(axis=0), len(table))
+    rows = []
+    for k, c in enumerate([*label_set.trained, None]):
+        cells: list[dict[str, Any]] = []
+        for pixels, holding, images in tables.values():
+            whole = int(pixels[:-1].sum() if c else pixels.sum())
+            share = int(pixels[k]) / whole if whole else 0.0
+            cells.append({"share": share, "text": _share(share), "images": int(holding[k]), "of": images})
+        rows.append(
+            {
+                "name": c.name if c else "void",
+                "color": css_color(c.color) if c else None,
+                "cells": cells,
+                "bars": charts.bars([cell["share"] ** 0.5 for cell in cells]),
+            }
+        )
+    return {"splits": list(tables), "rows": rows}
+
+
+def _share(share: float) -> str:
+    return "0" if not share else percent(share, 1 if share >= 0.0995 else 2 if share >= 0.00995 else 3)
+
+
+def _places(seen: Sequence[Seen], label_set: LabelSet) -> list[dict[str, Any]]:
+    grids = [np.frombuffer(s.places, np.uint8) for s in seen if len(s.places) == PLACES_HIGH * PLACES_WIDE]
+    if not grids:
+        return []
+    stack = np.stack(grids)
+    sizes = Counter((s.width, s.height) for s in seen if s.width).most_common(1)
+    width, height = sizes[0][0] if sizes else (2, 1)  # with no image that can be read the labels are still there
+    aspect = min(4.0, max(0.5, width / height))
+    drawn = []
+    for k, c in enumerate(label_set.trained):
+        shares = (stack == k).mean(axis=0).reshape(PLACES_HIGH, PLACES_WIDE)
+        peak = percent(float(shares.max()), 0 if shares.max() >= 0.1 else 1) if shares.any() else ""
+        chart = distributions.place_map(shares, f"Where {c.name} lies in the frame", aspect)
+        drawn.append({"name": c.name, "color": css_color(c.color), "chart": chart, "peak": peak})
+    return drawn
+
+
+def _measure(
+    measure: _Measure, splits: Mapping[str, Sequence[Seen]], flags: Mapping[str, Sequence[str]]
+) -> dict[str, Any] | None:
+    """Histograms of a quantity by split and its most extreme frames; None where all have the same."""
+    readable = {split: [s for s in seen if s.look and s.width] for split, seen in splits.items()}
+    everything = sorted((s for seen in readable.values() for s in seen), key=measure.of)
+    if not everything or measure.of(everything[0]) == measure.of(everything[-1]):
+        return None
+    extremes = []
+    for name, low, code in measure.extremes:
+        ordered = everything if low else everything[::-1]
+        found = [s for s in ordered if code in flags.get(s.pair.image, ())]
+        chosen = found + [s for s in _of_several(ordered) if s not in found]
+        extremes.append((name, [_extreme(s, measure, flags) for s in chosen[:_EXTREMES]]))
+    rows = [(split, [measure.of(s) for s in seen]) for split, seen in readable.items() if seen]
+    middles = "; ".join(f"median of {split} {np.median(values):.3g}" for split, values in rows)
+    spoken = f"{measure.name} of the images by split, {measure.unit}: {middles}"
+    chart = distributions.histograms(rows, label=spoken, x_label=measure.unit, log=measure.log)
+    return {"name": measure.name, "chart": chart, "extremes": extremes}
+
+
+def _of_several(ordered: Sequence[Seen]) -> list[Seen]:
+    """The first few, of a known sequence two at most: neighbours look alike."""
+    chosen: list[Seen] = []
+    drives: Counter[tuple[str, str]] = Counter()
+    for s in ordered:
+        drives[s.pair.part, s.pair.sequence] += 1
+        if not s.pair.sequence or drives[s.pair.part, s.pair.sequence] <= 2:
+            chosen.append(s)
+        if len(chosen) == _EXTREMES:
+            break
+    return chosen
+
+
+def _extreme(s: Seen, measure: _Measure, flags: Mapping[str, Sequence[str]]) -> Frame:
+    size = f"{s.width} × {s.height}" if measure.name == "Size" else f"{measure.name.lower()} {measure.of(s):.3g}"
+    return frame_of(s, f"{s.pair.split}, {size}", with_label=False, codes=tuple(flags.get(s.pair.image, ())))
+
+
+def _pairs(near: Sequence[NearPair], by_path: Mapping[str, Seen]) -> list[dict[str, Any]]:
+    """The most similar pairs, first those of two splits."""
+    across = [p for p in near if p.split_a != p.split_b][:_ACROSS]
+    within = [p for p in near if p.split_a == p.split_b][:_WITHIN]
+    shown = []
+    for p in across + within:
+        two = []
+        for path, split, sequence in ((p.image_a, p.split_a, p.sequence_a), (p.image_b, p.split_b, p.sequence_b)):
+            name = by_path[path].pair.name if path in by_path else path
+            two.append(Frame(name, path, "", "", f"{split}, sequence {sequence}" if sequence else split))
+        text = "the same, pixel for pixel" if p.exact else f"{percent(p.similarity)} alike"
+        across_text = f"{p.split_a} and {p.split_b}" if p.split_a != p.split_b else f"both in {p.split_a}"
+        shown.append({"two": two, "text": text, "where": across_text, "across": p.split_a != p.split_b})
+    return shown

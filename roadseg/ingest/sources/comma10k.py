@@ -1,0 +1,68 @@
+"""comma10k: frames of many drivers' cameras, masks in colours (commaai/comma10k, its README).
+
+imgs/*.png with masks/*.png, and imgs2/*.png with masks2/*.png, which came later with a fisheye frame beside
+each (names with _e_ and _f_). val is the images whose name ends in 9, as the README validates; an e and its
+f fall on one side. imgsd, the camera that looks at the driver, is left out, and with it the sixth class,
+which occurs there only. imgs2 was being labelled when its README was read, so images without a mask
+are left out of it with a note.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from roadseg.data.masks.form import Kind
+from roadseg.ingest.checks.findings import Finding, plural
+from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.splits import Files, Folders, gather, note, pair_up
+from roadseg.labels import IGNORE, LabelClass, LabelSet
+
+# Of the 19 of Cityscapes only road can be told: "movable" is people and all vehicles, "undrivable" the rest.
+LABEL_SET = LabelSet(
+    "comma10k",
+    (
+        LabelClass("road", 1, 0, (0x40, 0x20, 0x20), "drivable", cityscapes="road"),
+        LabelClass("lane markings", 2, 1, (0xFF, 0x00, 0x00), "drivable", cityscapes="road"),
+        LabelClass("undrivable", 3, 2, (0x80, 0x80, 0x60), "undrivable", cityscapes=""),
+        LabelClass("movable", 4, 3, (0x00, 0xFF, 0x66), "movable", cityscapes=""),
+        LabelClass("my car", 5, 4, (0xCC, 0x00, 0xFF), "my car", cityscapes=""),
+        LabelClass("movable in my car", 6, IGNORE, (0x00, 0xCC, 0xFF), cityscapes=""),
+    ),
+    "comma10k: MIT licence.",
+)
+FORM_KIND: Kind = "colors"
+LOOKED_FOR = "imgs/*.png with masks/*.png"
+_SETS = (Folders("imgs", "masks"), Folders("imgs2", "masks2", prefix="imgs2/"))
+_ROUTE = re.compile(r"\d+_(?:[ef]_)?([0-9a-f]{16}_\d{4}-\d\d-\d\d--\d\d-\d\d-\d\d)_.*")
+
+
+def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
+    """The pairs of train and val; `sequence` is the device and the start of its drive. Raises DataError for no imgs."""
+    there = [f for f in _SETS if (root / f.images).is_dir()]
+    if not there:
+        raise not_there(root, LOOKED_FOR)
+    files = gather(root, there)
+    findings = []
+    bare = {name for name in files.images if name.startswith("imgs2/") and name not in files.labels}
+    if bare:
+        paths = tuple(sorted(path for name in bare for path in files.images[name]))
+        message = f"{plural(len(paths), 'image')} of imgs2 without a mask left out"
+        findings.append(note("train", message, "nothing: imgs2 is not labelled throughout", paths))
+    found: list[Pair] = []
+    for split in ("train", "val"):
+        here = files.where(lambda name, split=split: name not in bare and _split(name) == split)  # type: ignore[misc]
+        here = Files(here.images, here.labels, {}, files.unusable if split == "train" else ())
+        pairs_here, findings_here = pair_up(split, here, _sequence, "imgs/")
+        found += pairs_here
+        findings += findings_here
+    return found, findings
+
+
+def _split(name: str) -> str:
+    return "val" if name.endswith("9") else "train"
+
+
+def _sequence(name: str) -> str:
+    route = _ROUTE.fullmatch(name.rpartition("/")[2])
+    return route.group(1) if route else ""

@@ -1,0 +1,166 @@
+"""Images and labels brought together by name, never by order; what doesn't fit is a finding."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from roadseg.errors import DataError
+from roadseg.ingest.checks.findings import Finding, plural
+
+# Which files are pictures goes by these endings; what a picture is goes by its content.
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its label; posix paths relative to the data root, `instances` "" where there are none.
+
+    part: which source of a mixed data set it is from, "" where it is not mixed.
+    """
+
+    split: str
+    name: str
+    sequence: str
+    image: str
+    label: str
+    instances: str = ""
+    part: str = ""
+
+
+def split_order(splits: Iterable[str]) -> list[str]:
+    """train, val and test first, others after them by name."""
+    first = {"train": 0, "val": 1, "test": 2}
+    return sorted(set(splits), key=lambda s: (first.get(s, 3), s))
+
+
+def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXES) -> tuple[list[str], list[str]]:
+    """Sorted posix paths, relative to `root`, of the pictures below root/folder; and names that can't be used.
+
+    Links to folders are followed, each folder once. Hidden files are left out.
+    """
+    found, unusable, seen = [], [], set()
+    for here, folders, names in os.walk(root / folder, followlinks=True, onerror=_refuse):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(d for d in folders if not d.startswith("."))  # of two links to one the first counts
+        for name in names:
+            if name.startswith(".") or not name.lower().endswith(endings):
+                continue
+            path = Path(here, name).relative_to(root).as_posix()
+            if path.isprintable():  # false for control characters and for bytes that are no UTF-8
+                found.append(path)
+            else:
+                unusable.append(ascii(path))
+    return sorted(found), sorted(unusable)
+
+
+def _refuse(e: OSError) -> None:
+    """Of a folder that can't be listed: what lies there would go missing without a word."""
+    if isinstance(e, FileNotFoundError | NotADirectoryError):
+        return  # looked for where a source may have it or not
+    raise DataError(f"can't be listed ({e.strerror})", where=str(e.filename), todo="make the folder readable")
+
+
+def unusable_names(split: str, names: list[str]) -> list[Finding]:
+    if not names:
+        return []
+    message = f"{plural(len(names), 'file name')} of {split} with control characters or bytes that are no UTF-8"
+    return [Finding("bad-name", "error", split, tuple(names), len(names), message, "rename them")]
+
+
+def by_key(paths: Iterable[str], key: Callable[[str], str | None]) -> dict[str, list[str]]:
+    """Paths under their key; those whose key is None are left out."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        name = key(path)
+        if name is not None:
+            groups.setdefault(name, []).append(path)
+    return groups
+
+
+def match(
+    split: str, images: dict[str, list[str]], labels: dict[str, list[str]]
+) -> tuple[list[tuple[str, str, str]], list[Finding]]:
+    """Sorted (key, image, label) of what has one image and one label; findings for everything else."""
+    doubled = [paths for group in (images, labels) for paths in group.values() if len(paths) > 1]
+    findings = []
+    if doubled:
+        entries = tuple(sorted(" = ".join(paths) for paths in doubled))
+        message = f"{plural(len(entries), 'name')} of {split} given to several files, so that a pair can't be told"
+        findings.append(Finding("doubled-file", "error", split, entries, len(entries), message, "keep one of each"))
+    findings += _unpaired("missing-label", split, images, labels)
+    findings += _unpaired("missing-image", split, labels, images)
+    findings += _case_clashes(split, images, labels)
+    single = (k for k in sorted(images.keys() & labels.keys()) if len(images[k]) == len(labels[k]) == 1)
+    return [(k, images[k][0], labels[k][0]) for k in single], findings
+
+
+def _unpaired(code: str, split: str, these: dict[str, list[str]], others: dict[str, list[str]]) -> list[Finding]:
+    """What of `these` has no counterpart in `others`; one that differs in case only is named beside it."""
+    has, lacks, article = ("image", "label", "a") if code == "missing-label" else ("label", "image", "an")
+    single = sorted(these.keys() - others.keys())
+    if not single:
+        return []
+    near = {_folded(key): paths for key, paths in others.items() if key not in these}
+    entries = tuple(
+        path + (f": but for upper and lower case, {near[_folded(key)][0]}" if _folded(key) in near else "")
+        for key in single
+        for path in these[key]
+    )
+    message = f"{plural(len(entries), has)} of {split} without {article} {lacks}"
+    fix = f"add the missing {lacks}s under the same name, or take the {has}s out"
+    if others and not these.keys() & others.keys():
+        here, there = these[single[0]][0], others[min(others)][0]
+        fix = (
+            f"no {has} of {split} has the name of any {lacks}, as in {here} and {there}: rename them "
+            "(source folder: say what names end with, by image_suffix and label_suffix)"
+        )
+    return [Finding(code, "error", split, tuple(sorted(entries)), len(entries), message, fix)]
+
+
+def _case_clashes(split: str, *groups: dict[str, list[str]]) -> list[Finding]:
+    """Names that are one on a file system that ignores case or normalises Unicode (macOS, Windows)."""
+    entries = []
+    for group in groups:
+        folded: dict[str, list[str]] = {}
+        for key, paths in group.items():
+            folded.setdefault(_folded(key), []).append(paths[0])
+        entries += [" ~ ".join(sorted(paths)) for paths in folded.values() if len(paths) > 1]
+    if not entries:
+        return []
+    message = f"{plural(len(entries), 'name')} of {split} told apart by upper and lower case, or Unicode form, only"
+    fix = "rename one of each: macOS and Windows keep only one of them"
+    return [Finding("case-clash", "warning", split, tuple(sorted(entries)), len(entries), message, fix)]
+
+
+def _folded(key: str) -> str:
+    return unicodedata.normalize("NFC", key).casefold()
+
+
+def empty(split: str, folders: str) -> Finding:
+    return Finding(
+        "empty-split", "error", split, (), 0, f"{split} has no pictures in {folders}", "fill or remove the folder"
+    )
+
+
+def not_there(root: Path, looked_for: str) -> DataError:
+    """For a root that isn't one: says what was looked for and what lies there."""
+    if not root.exists():
+        return DataError("no such folder", expected=looked_for, where=str(root), todo="set data.root")
+    if not root.is_dir():
+        return DataError("is a file, not a folder", expected=looked_for, where=str(root), todo="set data.root")
+    names = sorted(ascii(p.name)[1:-1] + ("/" if p.is_dir() else "") for p in root.iterdir())
+    there = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return DataError(
+        f"the data is not there; the folder holds {there or 'nothing'}",
+        expected=looked_for,
+        where=str(root),
+        todo="point data.root at the folder that holds them",
+    )

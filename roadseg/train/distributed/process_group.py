@@ -1,0 +1,205 @@
+"""The processes that train together, and what they add up.
+
+Every message goes through `answered`, so that a peer that died is one kind of error everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roadseg.errors import Interrupted
+from roadseg.train.distributed.environment import Place, place
+from roadseg.train.distributed.rendezvous import PeerLost, Words, answered
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)  # for one message: while rank 0 saves, draws or compiles the others wait in the next
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+HEARD_WITHIN_S = 5.0  # how long a rank that lost another waits to be told why
+SAVED_WITHIN_S = 30.0  # after a signal; launchers give no more
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One of `world` processes that train together; alone by default."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    on_this_machine: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world > 1:
+            with answered():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def summed(self, own: Tensor) -> Tensor:
+        """The sum over all ranks as a new tensor; its gradient is passed on to this rank's own."""
+        return own if self.world == 1 else self.sum_(own.detach().clone()) + (own - own.detach())
+
+    def share_of(self, whole: Tensor) -> Tensor:
+        """This rank's share of a loss that every rank computes: they add up to it; the gradient is that of it all."""
+        return whole if self.world == 1 else whole.detach() / self.world + (whole - whole.detach())
+
+    def whole_rows(self, own_KN: Tensor) -> Tensor:
+        """[ceil(K / ranks), ranks x N]: some of the rows for this rank, with all ranks' columns in their order.
+
+        Every rank gives as many rows, padded with zeros to a multiple of the ranks, and as many columns.
+        """
+        if self.world == 1:
+            return own_KN
+        padded = F.pad(own_KN, (0, 0, 0, -len(own_KN) % self.world))
+        return self._exchanged(padded.unflatten(0, (self.world, -1))).transpose(0, 1).flatten(1)
+
+    def own_columns(self, whole_SM: Tensor, rows: int) -> Tensor:
+        """[rows, N]: the way back from `whole_rows`."""
+        if self.world == 1:
+            return whole_SM
+        return self._exchanged(whole_SM.unflatten(1, (self.world, -1)).transpose(0, 1)).flatten(0, 1)[:rows]
+
+    def _exchanged(self, parts: Tensor) -> Tensor:
+        """Part r of every rank, for rank r."""
+        parts = parts.contiguous()
+        got = torch.empty_like(parts)
+        with answered():
+            dist.all_to_all_single(got, parts)
+        return got
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+        """Sum every .grad over all ranks, in place, and `loss` (float32 []), whose sum is returned.
+
+        All in one flat float32 message, in the order of `parameters`, which is the same on every rank.
+        """
+        if self.world == 1:
+            return loss
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = self.sum_(torch.cat([g.float().reshape(-1) for g in (*gradients, loss)]))
+        *parts, total = flat.split([*(g.numel() for g in gradients), 1])
+        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
+        return total.view(()).clone()  # a view would keep all of the message
+
+    def same_weights(self, module: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0, in place."""
+        if self.world > 1:
+            with answered(), torch.no_grad():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    whole = tensor.contiguous()  # of channels-last memory a message holds the order of dimensions
+                    dist.broadcast(whole, 0)
+                    tensor.copy_(whole)
+
+    def from_main(self, value: T) -> T:
+        """What rank 0 gave, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        with answered():
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """What every rank gave, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        with answered():
+            dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world > 1:
+            with answered():
+                dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def outside() -> Ranks:
+    """This process among those that torchrun or a SageMaker cluster started."""
+    here = place()
+    return Ranks(here.rank, here.world, here.local_rank, here.local_world)
+
+
+@contextmanager
+def joined(ranks: Ranks, device: torch.device, words: Words | None = None) -> Iterator[None]:
+    """Inside, the ranks are connected: by NCCL on CUDA, else by gloo.
+
+    They leave together: the others wait until rank 0 is through. What one raises ends all; those that
+    only notice its silence raise what it said (through `words`), or PeerLost if it was killed.
+    """
+    if ranks.world == 1:
+        yield
+        return
+    here, words = place(), words or Words(place(), "joined")
+    _connect(here, device, words)
+    try:
+        yield
+        if ranks.main:
+            words.tell("left")
+        else:
+            words.wait("left")
+    except PeerLost as lost:
+        _abort(device)
+        if told := words.cause(HEARD_WITHIN_S):
+            raise told from lost
+        raise
+    except Interrupted as e:
+        _abort(device)
+        if ranks.main:
+            words.fail(e)
+        else:  # rank 0 is saving; a launcher that sees another end would cut it short
+            told = words.cause(SAVED_WITHIN_S)
+            if told and not isinstance(told, Interrupted):  # it could not
+                raise told from e
+        raise
+    except BaseException as e:
+        _abort(device)  # first: the others may be in a message, and hear nothing before it breaks
+        words.fail(e)
+        raise
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.destroy_process_group()
+
+
+def _connect(here: Place, device: torch.device, words: Words) -> None:
+    if here.address in ("127.0.0.1", "localhost", "::1"):
+        # Else they look up what this host is called, which without a network may have no answer.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+    words.meet()
+    cuda = device.type == "cuda"
+    with answered():
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", words.store),
+            rank=here.rank,
+            world_size=here.world,
+            timeout=TIMEOUT,
+            device_id=device if cuda else None,
+        )
+
+
+def _abort(device: torch.device) -> None:
+    """Leave without asking the others, which may be gone: NCCL would wait for them."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if dist.is_initialized() and device.type == "cuda" and abort:
+        abort()
+    elif dist.is_initialized() and device.type != "cuda":
+        dist.destroy_process_group()

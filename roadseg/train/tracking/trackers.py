@@ -1,0 +1,203 @@
+"""Losses and scores written to TensorBoard and MLflow too, by threads that training never waits for.
+
+What a run says of itself lies in history.jsonl and log/; a mirror is a copy for people who look at many
+runs in one place. So it may fail: that is said once, its rows are dropped and counted, it is tried again
+every RETRY_S, and training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from roadseg.errors import ConfigError, Interrupted
+from roadseg.train.tracking import sinks as mirror_sinks
+from roadseg.train.tracking.sinks import Row, Sink
+
+log = logging.getLogger(__name__)
+EVERY_STEPS = 20  # of what is mirrored as a mean
+WAITING_ROWS = 1000  # rows that may wait for a slow mirror; more are dropped
+ROWS_AT_ONCE = 100
+RETRY_S = 30.0
+CLOSE_S = 10.0  # what a run waits at its end, over all mirrors: a signal leaves it 30 s in all
+
+
+class Mirrors:
+    """What the loop tells; every call returns at once. Without mirrors nothing is kept."""
+
+    def __init__(self, mirrors: Sequence[_Mirror]) -> None:
+        self._mirrors = mirrors
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._last = 0
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Values of this step, such as {"val/miou": 0.61}; None, such as the score of no class, is left out."""
+        if given := {name: float(value) for name, value in values.items() if value is not None}:
+            self._tell(Row(step, time.time(), given))
+
+    def mean(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of every step, told as their mean since the last multiple of EVERY_STEPS."""
+        if not self._mirrors:
+            return
+        self._last = step
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        if step % EVERY_STEPS == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tell the means of a window that has not ended."""
+        self.scalars(self._last, {name: total / self._counts[name] for name, total in self._sums.items()})
+        self._sums, self._counts = {}, {}
+
+    def text(self, name: str, text: str) -> None:
+        self._tell(Row(0, time.time(), {}, (name, text)))
+
+    def _tell(self, row: Row) -> None:
+        for mirror in self._mirrors:
+            mirror.tell(row)
+
+
+class _Mirror(threading.Thread):
+    """Hands rows to a sink that it opens itself, as opening may take as long as writing."""
+
+    def __init__(self, name: str, opens: Callable[[], Sink]) -> None:
+        super().__init__(name=f"mirror {name}", daemon=True)  # one that hangs must not keep the process
+        self.what, self._opens = name, opens
+        self._rows: queue.Queue[Row] = queue.Queue(WAITING_ROWS)
+        self._status = ""  # set when no row follows
+        self._sink: Sink | None = None
+        self._retry_at = 0.0
+        self._told = self._written = 0
+        self._said = False
+
+    def tell(self, row: Row) -> None:
+        self._told += 1
+        with contextlib.suppress(queue.Full):
+            self._rows.put_nowait(row)
+
+    def end(self, status: str, within_s: float) -> None:
+        """Write what waits, at most so long; then say what was lost."""
+        self._status = status
+        self.join(within_s)
+        if lost := self._told - self._written:
+            log.warning("%s: %d of %d rows were dropped", self.what, lost, self._told)
+
+    def run(self) -> None:
+        while True:
+            status = self._status  # read before the queue: what was told before it was set is still taken
+            if rows := self._take():
+                self._hand_over(rows)
+            elif status:
+                break
+        if self._sink:
+            self._try(lambda sink: sink.close(status))
+
+    def _take(self) -> list[Row]:
+        rows: list[Row] = []
+        with contextlib.suppress(queue.Empty):
+            rows.append(self._rows.get(timeout=0.1))
+            while len(rows) < ROWS_AT_ONCE:
+                rows.append(self._rows.get_nowait())
+        return rows
+
+    def _hand_over(self, rows: list[Row]) -> None:
+        if time.monotonic() >= self._retry_at and self._try(lambda sink: sink.write(rows)):
+            self._written += len(rows)
+
+    def _try(self, act: Callable[[Sink], None]) -> bool:
+        try:
+            self._sink = self._sink or self._opens()
+            act(self._sink)
+            return True
+        except Exception as e:  # a client raises what it likes, and none of it may end a run
+            self._sink, self._retry_at = None, time.monotonic() + RETRY_S
+            if not self._said:
+                self._said = True
+                log.warning(
+                    "%s does not take the figures of this run, which goes on without it: %s", self.what, _plain(e)
+                )
+            return False
+
+
+def _plain(e: Exception) -> str:
+    """Its first line without what a URL may hold of names and passwords."""
+    text = mirror_sinks.without_password(str(e).strip().split("\n")[0])
+    return f"{type(e).__name__}: {text}"[:300]
+
+
+@contextmanager
+def mirrors(
+    names: Sequence[str], folder: Path, run_name: str, config_fields: Mapping[str, Any], start: int = 0
+) -> Iterator[Mirrors]:
+    """Open "tensorboard" (events in `folder`/tensorboard) and "mlflow" (MLFLOW_TRACKING_URI, else `folder`/mlruns).
+
+    folder: the run's log folder. config_fields: nested; written as text or parameters, so nothing secret.
+    start: the step a run goes on after; it writes on to the same files and the same MLflow run. Raises
+    ConfigError, before anything is written, when a package is not there or can't use that address.
+    """
+    opens = {name: _opener(name, folder, run_name, flat(config_fields), start) for name in names}
+    running = [_Mirror(name, open_sink) for name, open_sink in opens.items()]
+    for mirror in running:
+        mirror.start()
+        how = mirror_sinks.how_to_open(mirror.what, _finished(folder), folder)
+        log.info("%s: to look at this run: %s", mirror.what, how)
+    told, status = Mirrors(running), "FAILED"
+    try:
+        if start == 0:
+            told.text("config", "\n".join(f"{key}: {value}" for key, value in flat(config_fields).items()))
+        yield told
+        status = "FINISHED"
+    except Interrupted:
+        status = "KILLED"
+        raise
+    finally:
+        told.flush()
+        until = time.monotonic() + CLOSE_S
+        for mirror in running:
+            mirror.end(status, max(0.0, until - time.monotonic()))
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """Raises ConfigError for those whose package is not there or can't use its address, as `mirrors` does."""
+    with tempfile.TemporaryDirectory(prefix="roadseg-mirrors-") as folder:
+        for name in names:
+            _opener(name, Path(folder), "", {}, 0)
+
+
+def _finished(folder: Path) -> Path:
+    """Where a log folder lies when its stage is done (see workspace.py)."""
+    return folder.parent.with_name(folder.parent.name.removesuffix(".partial")) / folder.name
+
+
+def _opener(name: str, folder: Path, run_name: str, fields: dict[str, str], start: int) -> Callable[[], Sink]:
+    """What opens the sink, after its package was imported: later would be in the middle of a run."""
+    try:
+        if name == "tensorboard":
+            return mirror_sinks.tensorboard(folder / "tensorboard", start)
+        return mirror_sinks.mlflow(folder, run_name, fields)
+    except ImportError as e:
+        raise ConfigError(
+            f"the mirror {name} needs a package that is not installed ({e.name or e})",
+            where="training.mirrors",
+            todo=f"pip install 'roadseg[{name}]', or leave {name} out",
+        ) from e
+
+
+def flat(fields: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """{"training": {"seed": 0}} as {"training.seed": "0"}."""
+    rows: dict[str, str] = {}
+    for key, value in fields.items():
+        path = f"{above}.{key}" if above else str(key)
+        rows |= flat(value, path) if isinstance(value, Mapping) else {path: str(value)}
+    return rows

@@ -1,0 +1,113 @@
+"""Wrong labels are found from a model's own predictions, right ones are left alone."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from conftest import RGB, write_frames
+from html_page import assert_inert
+
+from roadseg.errors import UsageError
+from roadseg.images.decode import Limits
+from roadseg.labels import CITYSCAPES
+from roadseg.review.label_errors import find_suspects, render, table
+
+pytest.importorskip("cleanlab")
+
+
+class Seer:
+    """A predictor that is right with a certainty of its own for each pixel: bright channel = class."""
+
+    label_set = RGB
+
+    def __init__(self, *offsets: float) -> None:
+        self.release = SimpleNamespace(temperature=1.0, class_offsets=np.array(offsets or [0, 0, 0], np.float32))
+
+    def logits(self, image: np.ndarray) -> np.ndarray:
+        small = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA).astype(np.float32)
+        scores_KHW = small.transpose(2, 0, 1)[: RGB.num_classes] / 40
+        return np.ascontiguousarray(scores_KHW + self.release.class_offsets[:, None, None])
+
+
+def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image and train ids: three columns of noise, each with its own channel bright."""
+    rng = np.random.default_rng(seed)
+    label = np.repeat(np.arange(96)[None] // 32, 64, axis=0).astype(np.uint8)
+    image = rng.integers(0, 120, (64, 96, 3))
+    rows, columns = np.indices(label.shape)
+    image[rows, columns, label] += 130
+    return image.astype(np.uint8), label
+
+
+def tree(folder: Path, wrong: set[int]) -> Any:
+    frames = []
+    for i in range(12):
+        image, label = scene(i)
+        if i in wrong:
+            label = label.copy()
+            label[8:40, 36:60] = 2  # an object of class 1 labelled as class 2
+        frames.append((image, label))
+    return write_frames(folder, RGB, {"val": frames})
+
+
+def test_images_with_wrong_objects_come_first_and_say_what_for_what(tmp_path: Path) -> None:
+    manifest = tree(tmp_path, {3, 7})
+    found = find_suspects(Seer(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    names = [s.sample.name for s in found]
+    expected = [manifest.split("val")[i].name for i in (3, 7)]
+    assert sorted(names[:2]) == sorted(expected)
+    assert all(s.share < 0.01 for s in found[2:])
+    labelled, seen, share = found[0].pairs[0]
+    assert (labelled, seen) == (RGB.names[2], RGB.names[1]) and share > 0.03
+    assert found[0].mask.any() and f"labelled {labelled}, seen {seen}" in table(found)
+
+
+def test_class_offsets_say_nothing_of_how_sure_it_is(tmp_path: Path) -> None:
+    manifest = tree(tmp_path, {3})
+    plain, shifted = (
+        find_suspects(seer, manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
+        for seer in (Seer(), Seer(-4, 0, 6))
+    )
+    assert [(s.sample.name, round(s.share, 3)) for s in plain] == [(s.sample.name, round(s.share, 3)) for s in shifted]
+
+
+def test_the_page_shows_them_and_is_inert(tmp_path: Path) -> None:
+    manifest = tree(tmp_path, {3})
+    found = find_suspects(Seer(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    evil = replace(found[0].sample, name="<img onerror=alert(1)>")
+    page = render("<b>t</b>", [replace(found[0], sample=evil), *found[1:]], manifest, tmp_path, Limits())
+    assert_inert(page)
+    assert page.count("data:image/jpeg") == 2 * len(found) and "<img onerror" not in page
+    assert f"labelled {RGB.names[2]}, seen {RGB.names[1]}" in page
+
+
+def test_nothing_is_doubted_in_right_labels(tmp_path: Path) -> None:
+    found = find_suspects(Seer(), tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    assert all(s.share < 0.01 for s in found)
+
+
+def test_other_classes_are_refused(tmp_path: Path) -> None:
+    seer = Seer()
+    seer.label_set = CITYSCAPES
+    with pytest.raises(UsageError, match=r"^test val: the release knows road.*; name other data \(--config, or data.s"):
+        find_suspects(seer, tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
+
+
+def test_without_cleanlab_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("cleanlab"):
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UsageError, match=r"roadseg\[doctor\]"):
+        find_suspects(Seer(), tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
