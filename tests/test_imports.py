@@ -1,0 +1,124 @@
+"""How modules may import one another: no cycle, no stage imports a stage, the server stays light, config stays at the top.
+
+Imports are read from the source, those inside functions and below TYPE_CHECKING included.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "roadseg"
+STAGES = ("ingest", "transform", "train", "evaluate", "push")
+# Who may read the config: the command line, the pipeline and what runs whole pipelines, each stage's entry point,
+# and what a release, a store or a server is opened by.
+CONFIG_READERS = (
+    "roadseg",
+    "roadseg.cli.",
+    "roadseg.config.",
+    "roadseg.pipeline.",
+    "roadseg.sweep.",
+    "roadseg.review.diff",
+    "roadseg.ingest.stage",
+    "roadseg.ingest.sources.select",
+    "roadseg.transform.stage",
+    "roadseg.train.stage",
+    "roadseg.train.recipe",
+    "roadseg.train.distributed.worker",
+    "roadseg.evaluate.stage",
+    "roadseg.push.stage",
+    "roadseg.deploy.",
+    "roadseg.serve.app",
+    "roadseg.release.store.resolve",
+)
+
+
+NOT_YET = {
+    "roadseg.train.inputs", "roadseg.train.package", "roadseg.train.checks.preflight", "roadseg.train.checks.feasible",
+    "roadseg.train.checks.unused_settings", "roadseg.train.checks.memory", "roadseg.train.distributed.environment",
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+MODULES = modules()
+
+
+def imported(name: str, *, at_run_time: bool = False) -> Iterator[str]:
+    """Every module of any package that `name` imports; with `at_run_time` only when it is itself imported."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    nodes = tree.body if at_run_time else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
+
+
+def ours(name: str) -> set[str]:
+    return {found for found in imported(name) if found in MODULES and found != name}
+
+
+GRAPH = {name: ours(name) for name in MODULES}
+
+
+def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that reach one another."""
+    reach = {name: reachable(name, graph) for name in graph}
+    together = {frozenset({name} | {other for other in reach[name] if name in reach[other]}) for name in graph}
+    return sorted((set(group) for group in together if len(group) > 1), key=sorted)
+
+
+def reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
+    seen: set[str] = set()
+    left = list(graph[start])
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left.extend(graph[name])
+    return seen
+
+
+def test_cycles_are_found():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}]
+
+
+def test_no_import_cycles():
+    assert cycles(GRAPH) == []
+
+
+def test_no_stage_imports_another_stage():
+    crossing = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if (mine := name.split(".")[1:2]) and mine[0] in STAGES
+        if (theirs := other.split(".")[1:2]) and theirs[0] in STAGES and theirs != mine
+    ]
+    assert crossing == []
+
+
+def test_the_server_imports_neither_torch_nor_a_stage():
+    server = {name for name in MODULES if name.startswith("roadseg.serve.")}
+    everything = server | {other for name in server for other in reachable(name, GRAPH)}
+    stages = {name for name in everything if name.split(".")[1:2] and name.split(".")[1] in STAGES}
+    assert stages == set()
+    assert {name for name in everything if any(i.split(".")[0] == "torch" for i in imported(name))} == set()
+
+
+def test_config_is_imported_where_it_may_be():
+    def may(name: str) -> bool:
+        return any(name == reader or (reader.endswith(".") and name.startswith(reader)) for reader in CONFIG_READERS)
+
+    sections = {name for name in MODULES if name.startswith("roadseg.config.")} - {"roadseg.config.yaml_file"}
+    found = {name for name, others in GRAPH.items() if others & sections and not may(name)}
+    assert found - NOT_YET == set()
