@@ -1,4 +1,4 @@
-"""How modules may import one another: no cycle, no stage imports a stage, the server stays light, config stays at the top.
+"""How modules may import one another: no cycle, no stage imports a stage, the server is light, config stays on top.
 
 Imports are read from the source, those inside functions and below TYPE_CHECKING included.
 """
