@@ -33,7 +33,7 @@ def child(arguments: list[str], log: str, prelude: str) -> None:
 if __name__ == "__main__":
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    from roadseg.cli.main import main as cli
+    from roadseg import cli
     from roadseg.train import stage  # noqa: F401  # so that no child has to import it
 
     children: dict[int, int | None] = {}

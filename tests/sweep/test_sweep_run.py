@@ -14,8 +14,7 @@ import pytest
 from conftest import MICRO, Micro, write_release
 from html_page import assert_accessible, assert_inert
 
-from roadseg.cli.main import Command, main
-from roadseg.cli.main import main as cli
+from roadseg.cli.main import COMMANDS, Command, main
 from roadseg.cli.sweep import sweep, sweep_arguments
 from roadseg.config.sections import Config, load_config
 from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, StoreError, UsageError
@@ -31,7 +30,7 @@ from roadseg.sweep.table import Result, Spread, paired, rows, spread, student_t
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "sweep", Command("runs", sweep, sweep_arguments))
+    monkeypatch.setitem(COMMANDS, "sweep", Command("runs", sweep, sweep_arguments))
 
 
 # ---- what is asked for ----------------------------------------------------------------------
