@@ -1,7 +1,7 @@
-# make demo | test | lint | format | versions | clean
+# make demo | test | test-all | lint | format | versions | clean
 PYTHON ?= python3
 VENV := .venv
-# Another index for torch and torchvision, such as PyTorch's own of CPU-only wheels; see the README.
+# An index for torch and torchvision, such as PyTorch's own index of CPU-only wheels; see README.md.
 TORCH_INDEX ?=
 
 .PHONY: demo test test-all lint format versions clean
@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/roadseg run --config configs/town.yaml --name demo
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile
 
 test-all: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -q -m "not gpu"
@@ -18,13 +18,13 @@ test-all: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check roadseg tests benchmarks
 	$(VENV)/bin/ruff format --check roadseg tests benchmarks
-	$(VENV)/bin/mypy roadseg
+	$(VENV)/bin/mypy
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix roadseg tests benchmarks
 	$(VENV)/bin/ruff format roadseg tests benchmarks
 
-# After a change of a stage's code, and after deciding whether its VERSION moves: record the new hashes.
+# Record the hashes of the stages' sources, after deciding whether a VERSION moves.
 versions: $(VENV)/.ready
 	$(VENV)/bin/python tests/test_versions.py --record
 

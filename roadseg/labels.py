@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -97,11 +98,11 @@ class LabelSet:
                 groups.setdefault(c.category, []).append(train_id)
         return groups
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "terms": self.terms, "classes": [asdict(c) for c in self.classes]}
 
     @staticmethod
-    def from_json(data: dict) -> LabelSet:
+    def from_json(data: dict[str, Any]) -> LabelSet:
         classes = tuple(LabelClass(**{**c, "color": tuple(c["color"])}) for c in data["classes"])
         return LabelSet(data["name"], classes, data.get("terms", ""))
 

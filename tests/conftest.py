@@ -159,7 +159,7 @@ def write_frames(root: Path, label_set: LabelSet, splits: dict[str, list[tuple[n
             histogram = np.bincount(np.minimum(label.ravel(), void), minlength=void + 1).tolist()
             height, width = label.shape
             digests = [hashlib.sha256(content).hexdigest() for content in data]
-            samples.append(Sample(split, str(i), "", *paths, "", width, height, *digests, 1, 1, tuple(histogram)))
+            samples.append(Sample(split, str(i), "", *paths, "", width, height, *digests, 1, 1, tuple(histogram)))  # type: ignore[call-arg]
     return Manifest("test", label_set, tuple(samples))
 
 

@@ -14,7 +14,7 @@ NAMES = {"Config", "Predictor", "RunResult", "evaluate_release", "load_config", 
 def test_every_promised_name_is_there_and_is_its_module_s() -> None:
     from roadseg.config import sections as config
     from roadseg.inference import predict, predictor
-    from roadseg.pipeline.run import run as pipeline
+    from roadseg.pipeline import run as pipeline
     from roadseg.release import archive
 
     assert set(roadseg.__all__) == NAMES and set(dir(roadseg)) >= NAMES | {"__version__"}

@@ -47,7 +47,8 @@ def _unjudged(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """A number, true or false or one of a few choices; what is none stays a word, for pydantic to judge as in YAML."""
     from tyro.constructors import PrimitiveConstructorSpec
 
-    values = get_args(info.type) if info.type_origin is Literal else (True, False) if info.type is bool else ()
+    origin: object = info.type_origin
+    values = get_args(info.type) if origin is Literal else (True, False) if info.type is bool else ()
     choices = {str(value): value for value in values}
     if not choices and info.type not in (int, float):
         return None

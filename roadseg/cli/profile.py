@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roadseg.config.sections import Config, Training
+from roadseg.config.sections import Config
+from roadseg.config.training import Training
 from roadseg.errors import UsageError
 from roadseg.files import write_json
 

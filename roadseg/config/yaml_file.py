@@ -14,7 +14,7 @@ _LARGEST = 1 << 64  # Python refuses to print numbers of thousands of digits, an
 _BROKEN = (ValueError, LookupError, AttributeError, OverflowError, RecursionError, yaml.YAMLError)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Looks at keys before merges (`<<`) are resolved, which may well give a key that stands beside them."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)

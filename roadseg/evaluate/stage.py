@@ -14,13 +14,14 @@ import numpy as np
 from roadseg.data.frames import read_frame
 from roadseg.data.manifest import Manifest, Sample
 from roadseg.errors import DataError
-from roadseg.evaluate.report import Scene, panels, picture, render
+from roadseg.evaluate.report import Scene, panels, render
 from roadseg.files import read_json, write_json
 from roadseg.images.decode import Limits
 from roadseg.inference.predictor import Predictor
 from roadseg.metrics.confusion import confusion
 from roadseg.metrics.iou import scores
 from roadseg.progress import progress
+from roadseg.report.page import picture
 
 VERSION = 3
 SCHEMA_VERSION = 1

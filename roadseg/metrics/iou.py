@@ -12,13 +12,15 @@ miou * present / (present + len(absent_predicted)). On sets that hold every clas
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from roadseg.errors import UsageError
 from roadseg.labels import LabelSet
 
 
-def scores(confusion: np.ndarray, label_set: LabelSet) -> dict:
+def scores(confusion: np.ndarray, label_set: LabelSet) -> dict[str, Any]:
     """The scores of `confusion` (int64 [K, K], rows truth), as plain JSON values in 0..1.
 
     miou: mean over the present classes of TP / (TP + FP + FN), each summed over all pixels of the set (not a mean

@@ -176,7 +176,7 @@ class _Live(TorchDispatchMode):
     """Follows the storages that operations make until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
         self._seen: set[int] = set()
 

@@ -7,7 +7,8 @@ from safetensors.torch import load as load_tensors
 
 from roadseg.errors import ArchiveError
 from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
-from roadseg.release.archive import WEIGHTS, Release
+from roadseg.release.archive import Release
+from roadseg.release.graph import WEIGHTS
 
 
 def load_network(release: Release) -> DeepLabV3Plus:

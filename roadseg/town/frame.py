@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,7 +35,7 @@ class Frame:
     image: np.ndarray
     label_ids: np.ndarray
     instance_ids: np.ndarray
-    polygons: list[dict]
+    polygons: list[dict[str, Any]]
 
 
 def render(seed: int, index: int, width_px: int, height_px: int, weather: Weather = "clear") -> Frame:
@@ -145,7 +146,7 @@ def _labels(canvas: Canvas) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _polygons(canvas: Canvas) -> list[dict]:
+def _polygons(canvas: Canvas) -> list[dict[str, Any]]:
     found = []
     for number in np.flatnonzero(np.bincount(canvas.objects.ravel())).tolist():
         x0, y0, x1, y1 = canvas.boxes[number]

@@ -18,7 +18,8 @@ from torch import Tensor
 from roadseg.errors import ArchiveError, ConfigError
 from roadseg.files import sha256_file
 from roadseg.model.deeplab import AS_BEFORE, Architecture, DeepLabV3Plus, build
-from roadseg.release.archive import TERMS, WEIGHTS, Release
+from roadseg.release.archive import TERMS, Release
+from roadseg.release.graph import WEIGHTS
 from roadseg.train.checkpoint import averaged
 from roadseg.weights.foreign import load_foreign
 from roadseg.weights.foreign_names import WHERE

@@ -28,7 +28,8 @@ from roadseg.images.decode import encode_jpeg
 from roadseg.labels import IGNORE, LabelSet
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus
 from roadseg.model.surgery import checkpoint_activations, freeze
-from roadseg.release.archive import TERMS, WEIGHTS, Release
+from roadseg.release.archive import TERMS, Release
+from roadseg.release.graph import WEIGHTS
 from roadseg.release.network import load_network
 from roadseg.train.calibration.class_offsets import add_class_offsets, add_to_logits
 from roadseg.train.checks.feasible import (

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import MICRO, Micro
 from PIL import Image
 
 import roadseg
 from roadseg.cli.main import COMMANDS, main
 from roadseg.config.sections import Config
 from roadseg.files import lock, read_json, read_json_lines
+from tests.conftest import MICRO, Micro
 
 pytestmark = pytest.mark.usefixtures("quiet_log")
 

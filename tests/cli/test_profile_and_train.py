@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import MICRO, Micro, channel_graph
 
 from roadseg.cli.main import COMMANDS, Command, main
 from roadseg.cli.profile import profile, profile_arguments
@@ -18,6 +17,7 @@ from roadseg.config.yaml_file import parse_yaml
 from roadseg.files import read_json
 from roadseg.ingest.sources.select import label_set_of
 from roadseg.profile import latency as profile_speed
+from tests.conftest import MICRO, Micro, channel_graph
 
 pytestmark = pytest.mark.usefixtures("quiet_log")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RGB, THREE, channel_graph, write_frames, write_release
 
 from roadseg.data.manifest import Manifest
 from roadseg.errors import DataError, ImageError
@@ -18,6 +17,7 @@ from roadseg.images.decode import Limits
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import IGNORE
 from roadseg.release.archive import load_release
+from tests.conftest import RGB, THREE, channel_graph, write_frames, write_release
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,6 @@ def test_an_error_in_reading_comes_out_where_it_is() -> None:
 
     seen = []
     with pytest.raises(ImageError, match="broken"):
-        for sample, _ in read_ahead([f"s{i}" for i in range(9)], read):  # type: ignore[arg-type]
+        for sample, _ in read_ahead([f"s{i}" for i in range(9)], read):  # type: ignore[arg-type, misc]
             seen.append(sample)
     assert seen == ["s0", "s1"]

@@ -4,13 +4,13 @@ import re
 import cv2
 import numpy as np
 import pytest
-from html_page import Page, assert_accessible, assert_inert
 
 from roadseg.errors import UsageError
 from roadseg.evaluate.report import Scene, panels, render, scene
 from roadseg.labels import CAMVID, CITYSCAPES, IGNORE
 from roadseg.metrics.iou import scores
 from roadseg.report.page import percent, picture
+from tests.html_page import Page, assert_accessible, assert_inert
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&</title><script>alert(1)</script>"
 
@@ -228,7 +228,7 @@ def test_predictions_over_time_are_a_strip():
 def test_values_that_are_not_finite_draw_nothing():
     rows = [{"step": 1, "loss": float("nan"), "learning_rate": None}, {"step": 2, "split": "val", "miou": None}]
     assert "<h2>Training</h2>" not in render({}, [], [], rows)
-    assert Page(render({}, [], [], [*rows, {"step": 3, "loss": 2.0, "learning_rate": 0.0}])).balanced
+    assert Page(render({}, [], [], [*rows, {"step": 3, "loss": 2.0, "learning_rate": 0.0}])).balanced  # type: ignore[list-item]
 
 
 def test_other_pictures_are_refused():

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO, Micro
-from processes import DEADLINE_S, gone, running, when
 
 from roadseg.config.sections import load_config
 from roadseg.config.training import Loss
@@ -28,8 +26,9 @@ from roadseg.train import checkpoint
 from roadseg.train.distributed import rendezvous as words
 from roadseg.train.distributed.launch import launch
 from roadseg.train.distributed.process_group import Ranks, joined
+from tests.conftest import MICRO, Micro
+from tests.faults.processes import DEADLINE_S, gone, running, when
 
-pytestmark = pytest.mark.fault
 CPU = torch.device("cpu")
 TRAIN = ["roadseg.cli", "train", "--config", str(MICRO)]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -55,6 +54,7 @@ def pids(folder: Path) -> list[int]:
     return [int(path.read_text()) for path in sorted(folder.glob("*.pid")) if path.read_text()]
 
 
+@pytest.mark.fault
 def test_what_one_rank_raises_ends_all_within_seconds(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss, match="train samples 7: loss nan; expected finite numbers; look") as caught:
         launch(rounds, (str(tmp_path),), 2)
@@ -63,6 +63,7 @@ def test_what_one_rank_raises_ends_all_within_seconds(tmp_path: Path) -> None:
     assert len(pids(tmp_path)) == 2 and gone(pids(tmp_path), 0)
 
 
+@pytest.mark.fault
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
 def test_ranks_die_with_the_process_that_started_them(tmp_path: Path) -> None:
     (tmp_path / "endless").touch()
@@ -132,6 +133,7 @@ def test_two_ranks_compute_what_one_does(micro: Micro, two: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], abs=2e-3)  # an argmax here and there
 
 
+@pytest.mark.fault
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
 def test_a_killed_rank_ends_the_job_and_torchrun_goes_on_to_the_same_bytes(
     micro: Micro, two: Path, tmp_path: Path
@@ -154,6 +156,7 @@ def test_a_killed_rank_ends_the_job_and_torchrun_goes_on_to_the_same_bytes(
     assert content_digest(output, LEAVE_OUT) == content_digest(two, LEAVE_OUT)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_all_ranks_after_the_same_step(micro: Micro, tmp_path: Path, number: signal.Signals) -> None:
     workspace = with_data(micro, tmp_path / "w")
@@ -170,6 +173,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(micro: Micro, tmp_path: Pa
     assert found and f"after step {found[0]};" in log
 
 
+@pytest.mark.fault
 def test_nobody_waits_for_what_is_there(
     micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_log: None
 ) -> None:
@@ -184,6 +188,7 @@ def test_nobody_waits_for_what_is_there(
         run(config, "train", workspace=tmp_path)
 
 
+@pytest.mark.fault
 def test_a_wrong_setting_is_told_where_the_first_process_is_nowhere_to_be_met(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_log: None
 ) -> None:
@@ -198,6 +203,7 @@ def test_a_wrong_setting_is_told_where_the_first_process_is_nowhere_to_be_met(
     assert time.monotonic() - began < 6
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_same_batch_on_one_two_and_four_ranks(micro: Micro, tmp_path: Path) -> None:

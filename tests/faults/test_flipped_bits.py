@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Micro
 from torch import nn
 
 from roadseg.data.shards.index import Shards
@@ -19,8 +18,8 @@ from roadseg.errors import DataError
 from roadseg.pipeline.run import dataset
 from roadseg.train import checkpoint
 from roadseg.transform.stage import rebuild
+from tests.conftest import Micro
 
-pytestmark = pytest.mark.fault
 FLIPS = 500
 
 
@@ -37,6 +36,7 @@ def flipped(path: Path, rng: random.Random) -> Iterator[None]:
         path.write_bytes(whole)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
@@ -63,6 +63,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert again and again[0] == 12
 
 
+@pytest.mark.fault
 def test_a_damaged_shard_is_found_and_no_other_is_taken_for_damaged(shards: Shards) -> None:
     rng = random.Random(2)
     for _ in range(FLIPS):

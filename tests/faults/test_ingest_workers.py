@@ -5,7 +5,6 @@ import signal
 from multiprocessing import get_context
 
 import pytest
-from processes import gone
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.errors import RoadsegError
@@ -14,6 +13,7 @@ from roadseg.ingest.measure import INLINE_PAIRS, read_all
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CAMVID
 from roadseg.processes import start_worker
+from tests.faults.processes import gone
 
 
 def die() -> None:

@@ -13,13 +13,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from conftest import MICRO, Micro
-from processes import DEADLINE_S, running, when
 
 from roadseg.files import content_digest, read_json
 from roadseg.pipeline.workspace import LEAVE_OUT, Workspace
-
-pytestmark = pytest.mark.fault
+from tests.conftest import MICRO, Micro
+from tests.faults.processes import DEADLINE_S, running, when
 
 
 def start(workspace: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
@@ -85,6 +83,7 @@ def test_killed_in_every_stage_and_run_again_the_same_comes_out(micro: Micro, tm
     assert_like(micro, workspace)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("resumes", [True, False])
 def test_what_a_kill_left_half_written_is_no_part_of_the_result(tmp_path: Path, resumes: bool) -> None:
     """A write that was cut off leaves a hidden file, which must not become a member of the output."""
@@ -103,6 +102,7 @@ def test_what_a_kill_left_half_written_is_no_part_of_the_result(tmp_path: Path, 
     assert workspace.make("s", 1, {}, {}, build, resumes=resumes).content == whole.content
 
 
+@pytest.mark.fault
 def test_a_removal_that_was_killed_halfway_stands_in_nobody_s_way(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     whole = workspace.make("s", 1, {}, {}, lambda work: (work / "a").touch())
@@ -110,6 +110,7 @@ def test_a_removal_that_was_killed_halfway_stands_in_nobody_s_way(tmp_path: Path
     assert workspace.make("s", 1, {}, {}, lambda work: (work / "a").touch()).content == whole.content
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", range(5))

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import running
+
+from tests.faults.processes import running
 
 LOCKED = """
 import os, signal, sys, time

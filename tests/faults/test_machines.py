@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import MICRO, Micro
-from processes import DEADLINE_S, gone, running, when
-from test_dead_ranks import ranks_of
+from test_dead_ranks import ranks_of  # type: ignore[import-not-found]
 
 from roadseg.files import read_json_lines
 from roadseg.train.distributed import environment as place
+from tests.conftest import MICRO, Micro
+from tests.faults.processes import DEADLINE_S, gone, running, when
 
 pytestmark = [pytest.mark.fault, pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 and /proc")]
 HOSTS = ["127.0.0.1", "127.0.0.2"]

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import training_runs as runs
-from conftest import MICRO, write_shards
-from processes import children, running, when
+
+from tests.conftest import MICRO, write_shards
+from tests.faults import training_runs as runs
+from tests.faults.processes import children, running, when
 
 FRAMES = 24  # and samples an epoch, of which a step takes two
 HALF = (FRAMES // 4, FRAMES // 2)

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_runs as runs
-from conftest import write_shards
-from processes import gone
-from training_runs import STEPS, Driver, Run
 
 from roadseg.data.batches.sampler import Batches, Order
 from roadseg.data.shards.index import Shards
 from roadseg.errors import RoadsegError
 from roadseg.train import checkpoint
+from tests.conftest import write_shards
+from tests.faults import training_runs as runs
+from tests.faults.processes import gone
+from tests.faults.training_runs import STEPS, Driver, Run
 
 pytestmark = pytest.mark.fault
 KEEP_ALL = "from roadseg.train import checkpoint; checkpoint.prune = lambda folder, keep: None"

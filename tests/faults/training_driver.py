@@ -50,5 +50,5 @@ if __name__ == "__main__":
             if children[pid] is None:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 children[pid] = os.waitstatus_to_exitcode(status) if done else None
-            answer = {"code": children[pid]}
+            answer = {"code": children[pid]}  # type: ignore[dict-item]
         print(json.dumps(answer), flush=True)

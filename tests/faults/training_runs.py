@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import MICRO
-from processes import children, environment
-
 from roadseg.files import read_json
+from tests.conftest import MICRO
+from tests.faults.processes import children, environment
 
 DEADLINE_S = 120
 STEPS = 12

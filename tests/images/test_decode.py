@@ -591,7 +591,7 @@ def only_image_errors(data: bytes) -> None:
 SEEDS = [*LOSSLESS.values(), *LOSSY.values(), photo("PNG", "P"), photo("PNG", "LA"), photo("BMP", "P")]
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
@@ -605,7 +605,7 @@ def test_mutated_files_raise_nothing_but_image_errors(seed, changes, keep, in_he
     only_image_errors(bytes(data[: round(len(data) * keep)] if keep < 0.5 else data))
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBPVP8X", b"BM", b"II*\0\x08\0\0\0"]),
     st.binary(max_size=400),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RGB
 from PIL import Image
 
 from roadseg.errors import UsageError
@@ -18,6 +17,7 @@ from roadseg.inference.predict import blend, predict
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import IGNORE
 from roadseg.release.archive import load_release
+from tests.conftest import RGB
 
 
 @pytest.fixture(scope="module")

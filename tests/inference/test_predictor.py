@@ -5,13 +5,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import channel_graph, write_release
 from onnx import TensorProto, helper
 from torch.nn import functional as F
 
 from roadseg.errors import ArchiveError, ImageError
 from roadseg.inference.predictor import Predictor
 from roadseg.release.archive import load_release
+from tests.conftest import channel_graph, write_release
 
 
 @pytest.fixture(scope="module")

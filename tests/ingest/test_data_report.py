@@ -4,8 +4,6 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from conftest import THREE
-from html_page import Page, assert_accessible, assert_inert
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.images.decode import Limits, encode_label_png
@@ -17,6 +15,8 @@ from roadseg.ingest.report.page import render
 from roadseg.ingest.report.thumbnails import SIDE_PX, Wanted, painted, thumbnails
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES
+from tests.conftest import THREE
+from tests.html_page import Page, assert_accessible, assert_inert
 
 EVIL = "<img src=x onerror=alert(1)>"
 FORMS = {"": MaskForm("ids", THREE)}
@@ -75,7 +75,7 @@ def all_findings():
 
 def alike(a, b, similarity=0.99, exact=False):
     split = [p.partition("/")[0] for p in (a, b)]
-    return NearPair(a, b, *split, "drive1", "drive2", exact, similarity)
+    return NearPair(a, b, *split, "drive1", "drive2", exact, similarity)  # type: ignore[call-arg]
 
 
 def everything(tree):

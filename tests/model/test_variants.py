@@ -28,7 +28,13 @@ VARIANTS |= {
 }
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+BY_DEFAULT = ("skfusion-dense", "concat-separable", "finest", "full-size-stem", "efficientnet_lite0")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+)
 def network(request: pytest.FixtureRequest) -> DeepLabV3Plus:
     return build(VARIANTS[request.param], seed=1)
 

@@ -18,15 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MICRO, Micro
 from safetensors.torch import save_file
 
 from roadseg.cli.main import main
 from roadseg.config.sections import Config, load_config
+from roadseg.data.manifest import HOLDOUT
 from roadseg.data.shards.index import Shards
 from roadseg.errors import Busy, ConfigError, DataError, GateRefused, Interrupted, StoreError, UsageError
 from roadseg.files import lock, read_json, sha256_file
-from roadseg.ingest.stage import HOLDOUT
 from roadseg.pipeline.run import Stage, evaluate_release, run, run_folder
 from roadseg.pipeline.stages import Stages
 from roadseg.pipeline.workspace import Workspace, leftovers
@@ -36,6 +35,7 @@ from roadseg.release.store.resolve import find_release, store_of
 from roadseg.train.checks import preflight as ahead
 from roadseg.train.checks.preflight import refuse_ahead, refuse_unexportable
 from roadseg.weights.foreign import Taken
+from tests.conftest import MICRO, Micro
 
 LATER = {"push": {"min_gain": 0.9}, "training": {"seed": 5}}  # no six steps gain 0.9
 

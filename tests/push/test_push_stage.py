@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RGB, write_release
 
 from roadseg.errors import ArchiveError, DataError, GateRefused, PointerMoved, StoreError
 from roadseg.push import stage
@@ -16,6 +15,7 @@ from roadseg.push.gate import Decision
 from roadseg.push.stage import promote_by_hand, push
 from roadseg.release.archive import Release, load_release
 from roadseg.release.store.base import Champion, FolderStore
+from tests.conftest import RGB, write_release
 
 
 def release(folder: Path, number: int) -> tuple[Release, Path]:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RGB, write_release
 
 from roadseg.errors import ArchiveError
 from roadseg.files import sha256_file
 from roadseg.release import archive
-from roadseg.release.archive import MEMBERS, MODEL, ONNX, WEIGHTS, load_release, load_release_folder
+from roadseg.release.archive import MEMBERS, MODEL, ONNX, load_release, load_release_folder
+from roadseg.release.graph import WEIGHTS
+from tests.conftest import RGB, write_release
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
 

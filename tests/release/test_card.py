@@ -2,10 +2,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RGB, write_release
 
 from roadseg.release.archive import load_release
 from roadseg.release.card import card
+from tests.conftest import RGB, write_release
 
 
 def evaluation(**changes: Any) -> dict[str, Any]:

@@ -25,7 +25,15 @@ class Exported:
     path: Path
 
 
-@pytest.fixture(scope="module", params=FUSIONS)
+EXPORTED_BY_DEFAULT = ("skfusion", "concat")  # an export takes seconds; the other forms run on demand
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        fusion if fusion in EXPORTED_BY_DEFAULT else pytest.param(fusion, marks=pytest.mark.slow) for fusion in FUSIONS
+    ],
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """On timm's smallest model: an export takes a time for each layer."""
     fusion = request.param
@@ -108,6 +116,8 @@ def test_another_network_is_refused_with_the_figure(exported: Exported) -> None:
 
 
 def test_logits_that_are_not_finite_are_refused(exported: Exported, tmp_path: Path) -> None:
+    if exported.network.architecture.fusion != "skfusion":
+        pytest.skip("each export takes seconds; one form is enough")
     sound, broken = exported.network.inference_network(), exported.network.inference_network()
     with torch.no_grad():
         broken.decoder.classifier.bias[0] = float("nan")

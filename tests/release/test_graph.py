@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import write_release
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
 from roadseg.errors import ArchiveError
-from roadseg.release.archive import ONNX, WEIGHTS, load_release
-from roadseg.release.graph import with_weights, without_weights
+from roadseg.release.archive import ONNX, load_release
+from roadseg.release.graph import WEIGHTS, with_weights, without_weights
+from tests.conftest import write_release
 
 KERNEL = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
 BIAS = np.arange(4, dtype=np.float32)

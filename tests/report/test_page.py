@@ -1,10 +1,10 @@
 import cv2
 import numpy as np
 import pytest
-from html_page import Page
 
 from roadseg.errors import UsageError
 from roadseg.report.page import count, css_color, data_uri, fill, percent, picture, points, soft, stripes
+from tests.html_page import Page
 
 
 def test_pictures_are_shrunk_and_the_same_each_time():

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import MICRO, Micro
 
 from roadseg.cli.main import main
 from roadseg.errors import DataError, RoadsegError
 from roadseg.release.archive import load_release
 from roadseg.review.data_profile import Profile
 from roadseg.review.diff import data_diff
+from tests.conftest import MICRO, Micro
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import RGB, write_frames
-from html_page import assert_inert
 
 from roadseg.errors import UsageError
 from roadseg.images.decode import Limits
 from roadseg.labels import CITYSCAPES
 from roadseg.review.label_errors import find_suspects, render, table
+from tests.conftest import RGB, write_frames
+from tests.html_page import assert_inert
 
 pytest.importorskip("cleanlab")
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RGB
 from PIL import Image
 
 from roadseg.config.sections import Serve
@@ -30,6 +29,7 @@ from roadseg.inference.predictor import Predictor
 from roadseg.release.archive import load_release, load_release_folder
 from roadseg.serve.app import container_release, container_settings, run
 from roadseg.serve.model import Model
+from tests.conftest import RGB
 
 MAX_BODY, MAX_PIXELS = 300_000, 60_000
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MICRO, Micro, write_release
-from html_page import assert_accessible, assert_inert
 
 from roadseg.cli.main import COMMANDS, Command, main
 from roadseg.cli.sweep import sweep, sweep_arguments
@@ -26,6 +24,8 @@ from roadseg.sweep import table as sweep_table
 from roadseg.sweep.plan import parse_seeds, parse_vary, plan_of, settings_of
 from roadseg.sweep.record import described
 from roadseg.sweep.table import Result, Spread, paired, rows, spread, student_t
+from tests.conftest import MICRO, Micro, write_release
+from tests.html_page import assert_accessible, assert_inert
 
 
 @pytest.fixture(autouse=True)

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO
 
 import roadseg
 from roadseg.data.shards.index import Shards
 from roadseg.errors import ConfigError
 from roadseg.files import read_json
 from roadseg.train.determinism import CUBLAS, deterministic
+from tests.conftest import MICRO
 
 
 def settings() -> tuple[object, ...]:
-    cudnn, filled = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory
+    cudnn, filled = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     flags = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     return (*flags, cudnn.benchmark, cudnn.deterministic, filled, os.environ.get(CUBLAS))
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import RGB, THREE, write_release
 from safetensors.torch import save, save_file
 from torch import nn
 
@@ -20,6 +19,7 @@ from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.release.archive import Release, load_release
 from roadseg.train import checkpoint
 from roadseg.train.initial_weights import Start, _advice, refuse_frozen_at_random, starting_network
+from tests.conftest import RGB, THREE, write_release
 
 A = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2), low_levels=(4,))
 MEAN, STD = (10.0, 20.0, 30.0), (1.0, 2.0, 3.0)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MICRO, write_release
 
 from roadseg.cli.main import main
 from roadseg.config.sections import Config, load_config
@@ -14,6 +13,7 @@ from roadseg.files import sha256_file
 from roadseg.release.store.base import FolderStore
 from roadseg.release.store.resolve import find_release
 from roadseg.train.inputs import training_inputs
+from tests.conftest import MICRO, write_release
 
 RELEASES = ("init_from", "distill_from")
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import THREE
 
 from roadseg.data.augment.cpu import Augmentation
 from roadseg.data.batches.loader import Batch, Crops, batches_from_workers
@@ -36,6 +35,7 @@ from roadseg.train.losses.criterion import Criterion, Terms
 from roadseg.train.losses.objective import Objective
 from roadseg.train.optimizer import make_optimizer
 from roadseg.train.validation import validate
+from tests.conftest import THREE
 
 SETTINGS = Settings(
     steps=6, optimizer="adamw", learning_rate=0.003, backbone_lr_factor=1.0, weight_decay=0.01, momentum=0.9,
@@ -550,8 +550,8 @@ def test_waiting_is_what_the_device_waits(
 
 
 def test_each_steps_loss_is_told_once(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told, real = [], loop.Timing.step
-    monkeypatch.setattr(loop.Timing, "step", lambda self, *a: told.append((a[0], round(a[4], 6))) or real(self, *a))
+    told, real = [], loop.Timing.step  # type: ignore[attr-defined]
+    monkeypatch.setattr(loop.Timing, "step", lambda self, *a: told.append((a[0], round(a[4], 6))) or real(self, *a))  # type: ignore[attr-defined]
     run(shards, tmp_path / "work")
     rows = read_json_lines(tmp_path / "work" / "history.jsonl")
     assert told == [(row["step"], row["loss"]) for row in rows if "loss" in row]

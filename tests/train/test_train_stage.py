@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import RGB, THREE, write_release, write_shards
 from safetensors.torch import load as load_tensors
 
 from roadseg.config.sections import Config, load_config
@@ -21,10 +20,12 @@ from roadseg.errors import ArchiveError, ConfigError, RoadsegError
 from roadseg.files import read_json, read_json_lines, sha256_file
 from roadseg.inference.predictor import Predictor
 from roadseg.labels import LabelSet
-from roadseg.release.archive import WEIGHTS, Release, load_release
+from roadseg.release.archive import Release, load_release
 from roadseg.release.card import card
+from roadseg.release.graph import WEIGHTS
 from roadseg.train import checkpoint, stage
 from roadseg.train.stage import choose_device, train_candidate
+from tests.conftest import RGB, THREE, write_release, write_shards
 
 MODEL = {
     "backbone": "test_efficientnet", "backbone_weights": "none", "channels": 8, "head": "separable",

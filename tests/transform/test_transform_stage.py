@@ -15,7 +15,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import THREE, scene, write_frames
 
 from roadseg.config.sections import Transform
 from roadseg.data.manifest import Manifest
@@ -28,6 +27,7 @@ from roadseg.labels import IGNORE
 from roadseg.pipeline.workspace import LEAVE_OUT
 from roadseg.transform import stage
 from roadseg.transform.stage import rebuild, transform
+from tests.conftest import THREE, scene, write_frames
 
 SETTINGS = Transform(shard_frames=2)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from foreign_forms import RATES, SMP, WIDTH, ForeignASPP, MMSeg, VainF, conv_bn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from roadseg.errors import ConfigError
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.weights.foreign import Taken, load_foreign
+from tests.weights.foreign_forms import RATES, SMP, WIDTH, ForeignASPP, MMSeg, VainF, conv_bn
 
 RESNET = Architecture(5, "resnet18", 32, "concat", "dense", WIDTH, RATES, (4,))
 MOBILENET = Architecture(5, "mobilenetv2_100", 32, "concat", "separable", WIDTH, RATES, (4,))

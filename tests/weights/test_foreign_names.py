@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from foreign_forms import RATES, SMP, WIDTH, VainF
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from roadseg.errors import ConfigError
 from roadseg.model import Architecture, build
 from roadseg.weights.foreign import load_foreign
 from roadseg.weights.foreign_names import _torchvision_backbone
+from tests.weights.foreign_forms import RATES, SMP, WIDTH, VainF
 
 RESNET = Architecture(5, "resnet18", 32, "concat", "dense", WIDTH, RATES, (4,))
 

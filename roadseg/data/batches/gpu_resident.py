@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def load(split: Split, device: torch.device, stopped: Callable[[], object] = boo
     return made
 
 
-class _Sheets(Dataset):
+class _Sheets(Dataset[Any]):
     """Called with the samples of a batch, makes their draws. Holds nothing of the device: it is forked."""
 
     def __init__(self, frames: FrameBytes, crops_of: Crops) -> None:

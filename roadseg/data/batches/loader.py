@@ -90,7 +90,7 @@ class Filled:
     sheet: Sheet | None = None
 
 
-class _Writer(Dataset):
+class _Writer(Dataset[Any]):
     """Called with (slot, samples), leaves finished crops there: all images, then all labels."""
 
     def __init__(self, crops: Crops, slots: torch.Tensor) -> None:

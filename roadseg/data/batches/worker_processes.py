@@ -36,7 +36,7 @@ def start_worker(worker: int) -> None:
     end_with_parent()
 
 
-def items_of(loader: DataLoader, stopped: Callable[[], object] = bool) -> Generator[Any, None, None]:
+def items_of(loader: DataLoader[Any], stopped: Callable[[], object] = bool) -> Generator[Any, None, None]:
     """What the loader's processes make, until its end or until `stopped` while they keep it waiting.
 
     An item that is a RoadsegError is raised, and one is when a process has died: here, where an item is asked

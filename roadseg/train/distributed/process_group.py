@@ -188,7 +188,7 @@ def _connect(here: Place, device: torch.device, words: Words) -> None:
     with answered():
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=dist.PrefixStore("group", words.store),
+            store=dist.PrefixStore("group", words.store),  # type: ignore[attr-defined]
             rank=here.rank,
             world_size=here.world,
             timeout=TIMEOUT,

@@ -75,13 +75,13 @@ class Words:
     _heard: list[Exception] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
-    def store(self) -> dist.Store:
+    def store(self) -> dist.Store:  # type: ignore[name-defined]
         """Raises RoadsegError if it can't be reached within MEET_WITHIN."""
         return self._named(self.name, MEET_WITHIN.total_seconds())
 
-    def _named(self, name: str, within_s: float) -> dist.Store:
+    def _named(self, name: str, within_s: float) -> dist.Store:  # type: ignore[name-defined]
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"roadseg/{attempt}/{name}", _store(self.here, within_s))
+        return dist.PrefixStore(f"roadseg/{attempt}/{name}", _store(self.here, within_s))  # type: ignore[attr-defined]
 
     def tell(self, word: str, how: str = "said") -> None:
         self.store.set(word, how)
@@ -239,7 +239,7 @@ class Words:
                 quiet_until = math.inf
 
 
-_stores: dict[Place, dist.TCPStore] = {}  # to the process's end
+_stores: dict[Place, dist.TCPStore] = {}  # type: ignore[name-defined]  # to the process's end
 _opening = threading.Lock()
 
 
@@ -247,7 +247,7 @@ def _keeps_store(here: Place) -> bool:
     return here.main and not here.hosted
 
 
-def _store(here: Place, within_s: float) -> dist.TCPStore:
+def _store(here: Place, within_s: float) -> dist.TCPStore:  # type: ignore[name-defined]
     """The one of this process. Raises RoadsegError if rank 0 can't keep it, or is not there within so long."""
     until = time.monotonic() + within_s
     while True:
@@ -267,13 +267,13 @@ def _store(here: Place, within_s: float) -> dist.TCPStore:
         time.sleep(ASK_EVERY_S)
 
 
-def _opened(here: Place) -> dist.TCPStore:
+def _opened(here: Place) -> dist.TCPStore:  # type: ignore[name-defined]
     """Raises OSError where nobody listens yet: of that PyTorch would print a page each time."""
     keeps = _keeps_store(here)
     if not keeps:
         socket.create_connection((here.address, here.port), CONNECT_WITHIN_S).close()
     within = timedelta(seconds=CONNECT_WITHIN_S)
-    store = dist.TCPStore(  # for several tenants: elastic's agents meet there too
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # for several tenants: elastic's agents meet there too
         here.address, here.port, None, keeps, within, wait_for_workers=False, multi_tenant=True
     )
     store.set_timeout(MEET_WITHIN)

@@ -3,12 +3,12 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from conftest import scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roadseg.data.augment.cpu import Augmentation, apply, augment, colour_matrix, draw, generator
 from roadseg.labels import IGNORE
+from tests.conftest import scene
 
 PLAIN = Augmentation((48, 96), (1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0)
 FILL = (1, 2, 3)

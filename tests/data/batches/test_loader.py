@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import write_shards
 from torch.utils.data import DataLoader
 
 from roadseg.data.augment.cpu import Augmentation, apply
@@ -27,6 +26,7 @@ from roadseg.data.batches.sampler import Batches, Order
 from roadseg.data.shards.index import Shards
 from roadseg.errors import RoadsegError
 from roadseg.processes import keep_freed_memory
+from tests.conftest import write_shards
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 import pytest
 import zstandard
-from conftest import THREE, scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from roadseg.data.shards.images import Format
 from roadseg.data.shards.index import Frame, Shard, Shards, Split, write_frame
 from roadseg.errors import DataError
 from roadseg.files import sha256_file
+from tests.conftest import THREE, scene
 
 FORMS = get_args(Format)
 SIZES = ((1, 1), (70, 131), (129, 300), (200, 530))

@@ -14,13 +14,13 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ConnectionClosedError
 from botocore.httpsession import URLLib3Session
-from conftest import AWS_SECRET, scene, write_shards
-from test_index import FORMS, smooth, written
+from test_index import FORMS, smooth, written  # type: ignore[import-not-found]
 
 from roadseg.aws import aws_client
 from roadseg.data.shards.files import RangedFiles
 from roadseg.data.shards.index import Shards, Split
 from roadseg.errors import ConfigError, DataError
+from tests.conftest import AWS_SECRET, scene, write_shards
 
 pytestmark = [pytest.mark.aws, pytest.mark.usefixtures("aws_credentials")]
 BUCKET = "shards"

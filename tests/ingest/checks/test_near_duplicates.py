@@ -38,11 +38,11 @@ def by_code(findings):
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+    return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)  # type: ignore[return-value]
 
 
 def ahead(index: int, metres: float, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    draw = town.draw_camera
+    draw = town.draw_camera  # type: ignore[attr-defined]
 
     def moved(*args):
         camera = draw(*args)

@@ -116,7 +116,7 @@ class Rerouted(requests.Session):
 @pytest.fixture(autouse=True)
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for whatever else this machine is writing."""
-    monkeypatch.setattr(unpack.os, "sync", lambda: None)
+    monkeypatch.setattr(unpack.os, "sync", lambda: None)  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_offline_with_everything_there_needs_nothing(server, tmp_path, monkeypat
 
 
 def test_room_on_the_disk_is_looked_at_before_anything_is_fetched(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
     with pytest.raises(RoadsegError, match="0.0 GB are free; expected about"):
         download_cityscapes(tmp_path, [IMAGES_ZIP])
     assert server.asked == []
@@ -365,7 +365,7 @@ def test_what_is_there_already_is_not_written_again_and_what_differs_is(tmp_path
 
 def test_a_disk_without_room_is_said_before_unpacking(tmp_path, monkeypatch):
     zipped(tmp_path / "a.zip", LABELS)
-    monkeypatch.setattr(unpack.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=512))
+    monkeypatch.setattr(unpack.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=512))  # type: ignore[attr-defined]
     with pytest.raises(RoadsegError, match="GB are free; expected .* to unpack a.zip"):
         unpack.unpack(tmp_path / "a.zip", tmp_path, TREES)
     assert not (tmp_path / "gtFine").exists()

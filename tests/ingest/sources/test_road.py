@@ -7,7 +7,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import codes, told, touch
 from PIL import Image
 
 from roadseg.data.masks.form import MaskForm
@@ -16,6 +15,7 @@ from roadseg.errors import DataError
 from roadseg.images.decode import Limits
 from roadseg.ingest.sources import bdd100k, camvid_colors, comma10k, kitti, mapillary
 from roadseg.ingest.sources.camvid_colors import segnet_split
+from tests.conftest import codes, told, touch
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -5,12 +5,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import touch
 
 from roadseg.errors import ConfigError, DataError
 from roadseg.ingest.sources import camvid, cityscapes, folder
 from roadseg.ingest.sources.folder import read_description
 from roadseg.labels import IGNORE
+from tests.conftest import touch
 
 
 def frame(split: str, name: str, *kinds: str) -> list[str]:

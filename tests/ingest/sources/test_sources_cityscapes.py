@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import codes, told, touch
 
 from roadseg.data.masks.read import read_ids, train_ids
 from roadseg.errors import DataError
 from roadseg.images.decode import Limits
 from roadseg.ingest.sources import acdc, cityscapes, idd
+from tests.conftest import codes, told, touch
 
 
 def coarse_tree(root: Path, *splits: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.httpsession import URLLib3Session
-from conftest import AWS_SECRET
 
 from roadseg.aws import aws_client
 from roadseg.errors import ConfigError, PointerMoved, RoadsegError, StoreError
@@ -25,6 +24,7 @@ from roadseg.files import sha256_bytes
 from roadseg.release.store.base import ARCHIVE, Champion, FolderStore, Store, champion_bytes, read_document
 from roadseg.release.store.resolve import open_store, resolve
 from roadseg.release.store.s3 import S3Store
+from tests.conftest import AWS_SECRET
 
 pytestmark = [pytest.mark.aws, pytest.mark.usefixtures("aws_credentials")]
 BUCKET = "models"

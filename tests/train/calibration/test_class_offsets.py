@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import THREE, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
@@ -21,12 +20,14 @@ from roadseg.data.shards.index import Shards, Split
 from roadseg.errors import RoadsegError
 from roadseg.files import read_json
 from roadseg.metrics.iou import scores
-from roadseg.release.archive import WEIGHTS, load_release
+from roadseg.release.archive import load_release
 from roadseg.release.card import card
+from roadseg.release.graph import WEIGHTS
 from roadseg.train import checkpoint, stage
 from roadseg.train.calibration import class_offsets
 from roadseg.train.calibration.class_offsets import add_class_offsets, fit_offsets
 from roadseg.train.distributed.process_group import ALONE
+from tests.conftest import THREE, write_shards
 
 CPU = torch.device("cpu")
 
@@ -158,7 +159,7 @@ def test_they_are_fitted_to_one_half_of_train_and_judged_by_the_other(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at: list[tuple[object, list[int], int, bool]] = []
-    original = class_offsets.drawn_pixels
+    original = class_offsets.drawn_pixels  # type: ignore[attr-defined]
 
     def spy(network: nn.Module, split: Split, frames: np.ndarray, pixels: int, *rest: Any) -> tuple[Tensor, Tensor]:
         looked_at.append((split, frames.tolist(), pixels, rest[1]))
@@ -182,7 +183,7 @@ def test_they_are_fitted_to_one_half_of_train_and_judged_by_the_other(
 def test_a_gpu_without_memory_left_hands_over_to_the_cpu(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original, calls = class_offsets.drawn_pixels, []
+    original, calls = class_offsets.drawn_pixels, []  # type: ignore[attr-defined]
 
     def full(*arguments: Any) -> tuple[Tensor, Tensor]:
         calls.append(arguments[5])
@@ -191,7 +192,7 @@ def test_a_gpu_without_memory_left_hands_over_to_the_cpu(
         return original(*arguments)
 
     monkeypatch.setattr(class_offsets, "drawn_pixels", full)
-    network, scored, validate = Colours(0, 0, -30).eval(), [], class_offsets.validate
+    network, scored, validate = Colours(0, 0, -30).eval(), [], class_offsets.validate  # type: ignore[attr-defined]
 
     def kept(run: Colours, *arguments: Any) -> Any:
         scored.append((run, *arguments[2:4]))

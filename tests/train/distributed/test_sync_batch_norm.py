@@ -307,7 +307,11 @@ def test_a_network_is_compiled_as_one_graph_and_counts_a_step_once(tmp_path: Pat
         for name, expected in whole.items():
             scale = max(1e-3, float(expected.abs().max()))
             torch.testing.assert_close(
-                found[name], expected, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+                found[name],
+                expected,
+                rtol=1e-3,
+                atol=1e-4 * scale,
+                msg=lambda m, n=name: f"{n}: {m}",  # type: ignore[misc]
             )
 
 
@@ -383,7 +387,7 @@ def is_batch_norm_on_the_whole(results: Path, case: str) -> None:
     parts = [torch.load(results / f"{case} {rank}.pt") for rank in (0, 1)]
     assert parts[0].keys() == parts[1].keys() == whole.keys()
     joint = {name: torch.cat([part[name] for part in parts]) for name in ("y", "dx") if name in whole}
-    joint |= {name: parts[0][name] + parts[1][name] for name in whole if name in ("0.weight", "0.bias")}
+    joint |= {name: parts[0][name] + parts[1][name] for name in whole if name in ("0.weight", "0.bias")}  # type: ignore[misc]
     for name in whole.keys() - joint.keys():  # statistics: of the whole on each
         assert torch.equal(parts[0][name], parts[1][name])
         joint[name] = parts[0][name]

@@ -100,14 +100,14 @@ def scene(seed: int, k: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 def test_pixel_weights_multiply_class_weights() -> None:
     logits, label, weights, pixels = scene(1)
     inputs = [torch.from_numpy(a) for a in (logits, label, weights)]
-    got = plain_cross_entropy_sum(*inputs, 0.1, torch.from_numpy(pixels))
+    got = plain_cross_entropy_sum(*inputs, 0.1, torch.from_numpy(pixels))  # type: ignore[call-arg]
     assert float(got) == pytest.approx(reference_sum(logits, label, weights, 0.1, pixels), rel=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_equals_plain_loops(gamma: float) -> None:
     logits, label, weights, _ = scene(2)
-    got = focal_sum(*(torch.from_numpy(a) for a in (logits, label, weights)), gamma)
+    got = focal_sum(*(torch.from_numpy(a) for a in (logits, label, weights)), gamma)  # type: ignore[call-arg]
     assert float(got) == pytest.approx(reference_sum(logits, label, weights, 0, np.ones(label.shape), gamma), rel=1e-6)
 
 

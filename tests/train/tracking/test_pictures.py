@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import THREE
 from torch import Tensor, nn
 
 from roadseg.data.shards.index import Shards
@@ -16,6 +15,7 @@ from roadseg.labels import IGNORE
 from roadseg.model import Architecture, build
 from roadseg.report.progress_strip import step_of
 from roadseg.train.tracking.pictures import KEPT, PANEL_PX, Pictures, evenly, panels, thinned
+from tests.conftest import THREE
 
 CPU = torch.device("cpu")
 

@@ -320,7 +320,7 @@ def server() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
         thread = threading.Thread(target=made.serve_forever)
         thread.start()
         try:
-            yield f"http://user:p@secret@127.0.0.1:{made.server_port}", handler.calls
+            yield f"http://user:p@secret@127.0.0.1:{made.server_port}", handler.calls  # type: ignore[attr-defined]
         finally:
             made.shutdown()
             thread.join()
