@@ -1,31 +1,26 @@
-"""The only decoder: bytes to RGB pixels or to label ids, under limits.
+"""The only image decoder: bytes to RGB pixels or to label ids, under limits.
 
-What becomes of the odd ones. Photographs (`read_image`): grey is repeated to three channels, palettes
-are looked up, alpha is dropped without blending, 16 bits keep their high byte, CMYK and YCCK JPEG are
-converted (an Adobe JPEG's inverted), EXIF orientation is applied, of animations and many pages the
-first is taken, colour profiles are ignored. Label maps (`read_label`): a palette PNG gives its
-indexes, grey of 1, 2 and 4 bits its unscaled values, 16 bits stay; colour, alpha, lossy and float masks
-are refused, and no orientation is applied. A changed byte is noticed in every PNG; JPEG has no
-checksum, so there a broken structure is, and whatever libjpeg warns of (one cut off and given a new
-end, for one).
+Photographs (`read_image`): grey is repeated to three channels, palettes are looked up, alpha is dropped without
+blending, 16 bits keep their high byte, CMYK and YCCK JPEG are converted (Adobe's are stored inverted), EXIF
+orientation is applied, the first frame or page is read, color profiles are ignored.
+Label maps (`read_label`): a palette PNG gives its indexes; grey of 1, 2 and 4 bits its unscaled values; 16 bits stay.
+Color, alpha, lossy and float masks are refused, and no orientation is applied.
+Any changed byte of a PNG is detected. JPEG has no checksum: a broken structure and everything libjpeg warns about
+(such as a truncated file with a new end marker) is an error.
 
-Who decodes, by measurement (2048x1024, one thread): plain PNG by kornia_rs, 22 ms for OpenCV's 58, and
-3 for 5.5 where it is a label map. It holds the interpreter's lock meanwhile, so that it is used on the
-main thread only, which is where processes made for such work do it; threads of a server or of an
-evaluation get OpenCV and the same pixels. JPEG by simplejpeg, 6 ms for Pillow's 20. The rest by Pillow.
+Decoders were chosen by speed (2048x1024, one thread). Plain PNG: kornia_rs, 22 ms against OpenCV's 58, and 3 ms
+against 5.5 for label maps. It holds the GIL, so only the main thread (of worker processes, too) uses it; other threads
+use OpenCV and get the same pixels. JPEG: simplejpeg, 6 ms against Pillow's 20. Everything else: Pillow.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import stat
 import struct
 import threading
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,55 +29,45 @@ import cv2
 import kornia_rs.io
 import numpy as np
 import simplejpeg
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import Image
 
 from roadseg.errors import ImageError
 from roadseg.images import formats as image_formats
 from roadseg.images.formats import Clean
 
-# A plugin is built directly: Image.open would warn of large images that the limits allow, and guess.
-_PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
-    "png": PngImagePlugin.PngImageFile,
-    "jpeg": JpegImagePlugin.JpegImageFile,
-    "webp": WebPImagePlugin.WebPImageFile,
-    "bmp": BmpImagePlugin.BmpImageFile,
-    "tiff": TiffImagePlugin.TiffImageFile,
-}
-MAX_SIDE_PX = 1_000_000  # what libpng takes
-_SAFE_REASON = re.compile(r"[\w ,.:;()/+-]{1,100}")
-_warnings_lock = threading.Lock()
+MAX_SIDE_PX = 1_000_000  # libpng's limit
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused before it is read or decoded: bytes of a file, pixels by its header."""
+    """Files over these limits are refused before they are read (bytes) or decoded (pixels, by their header)."""
 
     max_bytes: int = 256_000_000
     max_pixels: int = 64_000_000
 
 
 def probe(data: bytes) -> tuple[str, int, int]:
-    """(format, width, height) as stored, before EXIF orientation, from the header only; ImageError."""
+    """(format, width, height) as stored, before EXIF orientation, from the header only. Raises ImageError."""
     return image_formats.size(data)
 
 
 def read_bytes(path: Path, limits: Limits = Limits()) -> bytes:
-    """A file's bytes. Raises ImageError if it is no plain file or too large, OSError if unreadable."""
+    """A file's bytes. Raises ImageError if it is not a regular file or too large, OSError if unreadable."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError("is no plain file", where=str(path))
+        raise ImageError("is not a regular file", where=str(path))
     if status.st_size > limits.max_bytes:
         raise ImageError(
             f"the file has {status.st_size:,} bytes", expected=f"at most {limits.max_bytes:,}", where=str(path)
         )
     with open(path, "rb", buffering=0) as f:
-        return f.read(status.st_size + 1)  # what grows meanwhile ends too early, which is noticed
+        return f.read(status.st_size + 1)  # a file that grows meanwhile is then truncated, and refused
 
 
 @dataclass(frozen=True)
 class Photograph:
     """pixels: uint8 [H, W, 3] RGB, upright, contiguous and writable. format: "png", "jpeg", "webp", "bmp"
-    or "tiff". orientation: EXIF 1..8 as stored, 1 when none."""
+    or "tiff". orientation: EXIF 1..8 as stored, 1 if absent."""
 
     pixels: np.ndarray
     format: str
@@ -95,7 +80,7 @@ def read_image(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
 
 
 def read_photograph(source: Path | bytes, limits: Limits = Limits()) -> Photograph:
-    """`read_image` with what the file says of itself. Raises ImageError, or OSError for a path."""
+    """`read_image` with the file's format and orientation. Raises ImageError, or OSError for a path."""
     with naming(source):
         whole = _open(source, limits)
         if whole.color_type in (0, 2) and whole.depth == 8:
@@ -123,7 +108,7 @@ def read_label(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
 
 @contextmanager
 def naming(source: Path | str | bytes) -> Iterator[None]:
-    """Puts the path of a failing file into its ImageError; bytes have none."""
+    """Add the path of a failing file to its ImageError; bytes have none."""
     try:
         yield
     except ImageError as e:
@@ -161,16 +146,16 @@ def _decode_png(whole: Clean, channels: int) -> np.ndarray:
     try:
         pixels = decode(whole.data, (whole.height, whole.width), "mono" if channels == 1 else "rgb")
     except BaseException as e:
-        # A panic in Rust derives from BaseException, so that it would end a server's thread or a pool.
+        # A Rust panic derives from BaseException and would end a server's thread or a worker pool.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        image_formats.check_idat(whole.data)  # knows better what is wrong
+        image_formats.check_idat(whole.data)  # raises a more precise error
         raise _malformed() from None
     return pixels[:, :, 0] if channels == 1 else pixels
 
 
 def _decode_png_cv2(whole: Clean) -> np.ndarray:
-    """What libpng says of damage goes to stderr, so that the checksums are verified before it begins."""
+    """Checksums are verified first because libpng reports damage on stderr."""
     image_formats.check_idat(whole.data)
     flags = cv2.IMREAD_UNCHANGED if whole.color_type == 0 else cv2.IMREAD_COLOR_RGB
     try:
@@ -187,49 +172,34 @@ def _malformed() -> ImageError:
 
 
 def _decode_jpeg(whole: Clean) -> np.ndarray:
-    """Grey or YCbCr. Strict: what libjpeg only warns of is pixels that it made up."""
+    """Grey or YCbCr. Strict: where libjpeg only warns, it has invented pixels."""
     try:
         if simplejpeg.decode_jpeg_header(whole.data)[:2] != (whole.height, whole.width):
             raise _two_sizes(whole)
         return simplejpeg.decode_jpeg(whole.data, "RGB", strict=True)
     except ValueError as e:
-        raise _undecodable("jpeg", str(e)) from None
+        raise image_formats.undecodable("jpeg", str(e)) from None
 
 
 def _two_sizes(whole: Clean) -> ImageError:
-    """Of a file made to pass the limits with one size and to be decoded with another."""
+    """For a file crafted to pass the limits with one size and to decode with another."""
     return ImageError(f"the {whole.format} says {whole.width} x {whole.height} pixels, and elsewhere another size")
-
-
-def _undecodable(format_: str, reason: str) -> ImageError:
-    told = _SAFE_REASON.fullmatch(reason) and " at 0x" not in reason  # no address of an object
-    said = f" ({reason.replace('0x', '')})" if told else ""
-    return ImageError(f"the {format_} can't be decoded{said}", todo="open it in a viewer; save it again")
 
 
 def _decode_pillow(whole: Clean, *, as_label: bool) -> np.ndarray:
     if whole.format == "png":
         image_formats.check_idat(whole.data)
-    try:
-        with _plugin(whole) as image:
-            return _ids(image, whole) if as_label else _rgb(image, whole)
-    except ImageError:
-        raise
-    except Exception as e:  # third-party parsers on hostile bytes raise nearly anything
-        raise _undecodable(whole.format, str(e)) from None
+    with image_formats.pillow_errors(whole.format), _opened(whole) as image:
+        return _ids(image, whole) if as_label else _rgb(image, whole)
 
 
-def _plugin(whole: Clean) -> Image.Image:
-    # The lock is for catch_warnings, which is not safe between threads; pixels are decoded outside
-    # of it, but for TIFF, whose tags are read late and whose library writes to stderr by itself.
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = _PLUGINS[whole.format](io.BytesIO(whole.data))
-        if image.size != (whole.width, whole.height):
-            raise _two_sizes(whole)
-        if whole.format == "tiff":
-            with _stderr_closed():
-                image.load()
+def _opened(whole: Clean) -> Image.Image:
+    image = image_formats.open_with_pillow(whole.data, whole.format)
+    if image.size != (whole.width, whole.height):
+        raise _two_sizes(whole)
+    if whole.format == "tiff":  # reads its tags late, and libtiff writes to stderr
+        with image_formats.quiet_pillow(), _stderr_closed():
+            image.load()
     return image
 
 
@@ -256,10 +226,10 @@ def _rgb(image: Image.Image, whole: Clean) -> np.ndarray:
         high = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat((255 - high if whole.white_is_zero else high)[:, :, None], 3, axis=2)
     if mode in ("I", "F", "LAB"):
-        kind = {"I": "32-bit integers", "F": "floating point", "LAB": "Lab colours"}[mode]
+        kind = {"I": "32-bit integers", "F": "floating point", "LAB": "Lab colors"}[mode]
         raise ImageError(f"the pixels are {kind}", expected="8 or 16 bits of grey or RGB")
     if mode == "CMYK" and image.format == "JPEG" and not whole.adobe:
-        # Pillow takes every CMYK JPEG for an inverted Adobe one.
+        # Pillow inverts every CMYK JPEG, as only Adobe's need.
         return np.array(Image.frombytes("CMYK", image.size, image.tobytes().translate(_INVERT)).convert("RGB"))
     if mode == "RGBa":
         image = image.convert("RGBA")
@@ -283,22 +253,22 @@ def _ids(image: Image.Image, whole: Clean) -> np.ndarray:
     raise ImageError(
         f"a mask of {_MODES.get(image.mode, image.mode)}",
         expected="one channel of ids (grey or palette, 8 or 16 bits)",
-        todo="convert its colours to ids first",
+        todo="convert its colors to ids first",
     )
 
 
 _MODES = {
-    "RGB": "RGB colours",
-    "RGBA": "RGBA colours",
+    "RGB": "RGB colors",
+    "RGBA": "RGBA colors",
     "LA": "grey and alpha",
-    "CMYK": "CMYK colours",
+    "CMYK": "CMYK colors",
     "F": "floating-point numbers",
     "I": "32-bit integers",
 }
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Applies EXIF orientation 1..8 as the EXIF 2.32 standard, 4.6.4 A, defines it."""
+    """Apply EXIF orientation 1..8 as the EXIF 2.32 standard, 4.6.4 A, defines it."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
@@ -309,10 +279,10 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def encode_label_png(label: np.ndarray, palette: np.ndarray | None = None) -> bytes:
-    """PNG of uint8 [H, W] ids, one 8-bit channel, with uint8 [256, 3] RGB colours when given.
+    """PNG of uint8 [H, W] ids, one 8-bit channel, with uint8 [256, 3] RGB colors when given.
 
-    Each row is stored as its difference to the one above (the Up filter): masks repeat themselves
-    downwards, which makes zlib's fastest level both quicker and smaller than OpenCV's encoder.
+    Each row is stored as the difference to the row above (the Up filter). Neighboring rows of masks are nearly
+    equal, so zlib's fastest level is both faster and smaller than OpenCV's encoder.
     """
     assert label.dtype == np.uint8 and label.ndim == 2
     height, width = label.shape

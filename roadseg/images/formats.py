@@ -1,24 +1,43 @@
-"""What the bytes of a picture file say before a pixel of it is decoded.
+"""Inspect the bytes of an image file before any pixel is decoded.
 
-Sizes come from headers alone, so that a bomb costs nothing. `clean` then proves that the file is
-whole (structure, end marker, a PNG's checksums) and strips what pixels don't need: text and profiles
-that may unpack to gigabytes, thumbnails, orientation tags that decoders apply unasked. Only its result
-meets a decoder. The checksums of a PNG's pixels are left to decoders that verify them themselves, and
-to `check_idat` before others.
+Sizes come from headers alone, so a decompression bomb costs nothing. For PNG and JPEG, `clean` then checks the
+structure of the whole file (end marker, checksums of a PNG's chunks) and strips what pixels do not need: text
+and profiles that may unpack to gigabytes, thumbnails, orientation tags that decoders would apply. Decoders get only
+its result. The checksums of a PNG's pixel data are left to decoders that verify them, and to `check_idat` for the
+others. WebP, BMP and TIFF are opened by Pillow, which raises on truncated data when it decodes them.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import struct
+import threading
+import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from roadseg.errors import ImageError
 
-MAX_CHUNKS = 200_000  # of a PNG or WebP; 8 kB chunks of a 256 MB file are 31,000
+# Plugins are called directly: Image.open would guess the format and warn about large images that the limits allow.
+_PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
+    "png": PngImagePlugin.PngImageFile,
+    "jpeg": JpegImagePlugin.JpegImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+}
+_SAFE_REASON = re.compile(r"[\w ,.:;()/+-]{1,100}")
+_warnings_lock = threading.Lock()
+_pillow_log = logging.getLogger("PIL.TiffImagePlugin")  # logs errors besides raising them
+
+MAX_CHUNKS = 200_000  # of a PNG; a 256 MB file of 8 kB chunks has 31,000
 MAX_SEGMENTS = 10_000  # of a JPEG
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten, and each costs a pass over all pixels
 
@@ -28,19 +47,22 @@ _PNG_MODES = {0: "grey", 2: "rgb", 3: "palette", 4: "greya", 6: "rgba"}
 _JPEG_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
 _JPEG_MODES = {1: "grey", 3: "rgb", 4: "cmyk"}
-_JPEG_KEPT_APP = (0xE0, 0xEE)  # JFIF and Adobe tell the colour space
+_JPEG_KEPT_APP = (0xE0, 0xEE)  # JFIF and Adobe define the color space
 _JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
-_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION = 256, 257, 262, 274
-_TIFF_BITS, _TIFF_SAMPLES, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 258, 277, 322, 323
+_PILLOW_MODES = {
+    "1": "grey", "L": "grey", "LA": "greya", "P": "palette", "RGB": "rgb", "RGBA": "rgba", "CMYK": "cmyk",
+    "I;16": "grey16", "I;16B": "grey16", "I;16L": "grey16",
+}  # fmt: skip
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 258, 262, 274, 322, 323
 
 
 @dataclass(frozen=True)
 class Clean:
-    """A whole file, stripped to its pixels.
+    """A file that passed the checks, stripped to its pixels.
 
-    orientation: EXIF 1..8. depth: bits a sample. color_type: PNG's, -1 otherwise. adobe: the JPEG
-    says it is Adobe's, so its CMYK is stored inverted. white_is_zero: the TIFF's grey is inverted.
-    format, width, height: what `size` said of it.
+    orientation: EXIF 1..8. depth: bits per sample. color_type: of a PNG, else -1. adobe: the JPEG has Adobe's
+    marker, so its CMYK is stored inverted. white_is_zero: the TIFF's grey is inverted. format, width,
+    height: from `size`.
     """
 
     data: bytes
@@ -52,6 +74,42 @@ class Clean:
     format: str = ""
     width: int = 0
     height: int = 0
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's warnings and log lines, under a lock because warnings.catch_warnings is not thread-safe."""
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _pillow_log.disabled = True
+        try:
+            yield
+        finally:
+            _pillow_log.disabled = False
+
+
+@contextmanager
+def pillow_errors(format_: str) -> Iterator[None]:
+    """Turn Pillow's errors into ImageError; its parsers raise nearly anything on malformed bytes."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as e:
+        raise undecodable(format_, str(e)) from None
+
+
+def undecodable(format_: str, reason: str) -> ImageError:
+    """reason: the decoder's message, kept if it is short and plain text without the address of an object."""
+    safe = _SAFE_REASON.fullmatch(reason) and " at 0x" not in reason
+    detail = f" ({reason.replace('0x', '')})" if safe else ""
+    return ImageError(f"the {format_} can't be decoded{detail}", todo="open it in a viewer; save it again")
+
+
+def open_with_pillow(data: bytes, format_: str) -> Image.Image:
+    """The image with its header read and no pixel decoded. Raises ImageError."""
+    with pillow_errors(format_), quiet_pillow():
+        return _PLUGINS[format_](io.BytesIO(data))
 
 
 def sniff(data: bytes) -> str:
@@ -79,9 +137,13 @@ def size(data: bytes) -> tuple[str, int, int]:
     Raises ImageError for unknown formats, for headers that are cut off, and for sizes below 1.
     """
     format_ = sniff(data)
-    reader = {"png": _png_size, "jpeg": _jpeg_size, "webp": _webp_size, "bmp": _bmp_size, "tiff": _tiff_size}[format_]
     try:
-        width, height = reader(data)
+        if format_ == "png":
+            width, height = _png_size(data)
+        elif format_ == "jpeg":
+            width, height, _ = _jpeg_frame(data)
+        else:
+            width, height = _open_other(data, format_).size
     except (struct.error, IndexError):
         raise ImageError(f"the {format_} is cut off within its header", todo="fetch it again") from None
     if width < 1 or height < 1:
@@ -90,10 +152,10 @@ def size(data: bytes) -> tuple[str, int, int]:
 
 
 def mode(data: bytes) -> str:
-    """How the file stores its values, from the header only; "" where that isn't known.
+    """How the file stores its values, from the header only; "" where unknown.
 
-    "grey", "greya", "palette", "rgb", "rgba" or "cmyk" of up to 8 bits, with "16" behind for more; "rgb" of
-    any colour JPEG or WebP; "json" for text that begins like JSON.
+    "grey", "greya", "palette", "rgb", "rgba" or "cmyk" for up to 8 bits, with the suffix "16" for more; "rgb" for
+    any color JPEG; "json" for text that starts like JSON.
     """
     try:
         format_ = sniff(data)
@@ -102,7 +164,7 @@ def mode(data: bytes) -> str:
             return _PNG_MODES.get(color_type, "") + ("16" if depth == 16 else "")
         if format_ == "jpeg":
             return _JPEG_MODES.get(_jpeg_frame(data)[2], "")
-        return {"webp": _webp_mode, "bmp": _bmp_mode, "tiff": _tiff_mode}[format_](data)
+        return _PILLOW_MODES.get(_open_other(data, format_).mode, "")
     except ImageError:
         return "json" if data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else ""
     except (struct.error, IndexError):
@@ -110,10 +172,13 @@ def mode(data: bytes) -> str:
 
 
 def clean(data: bytes, format_: str, width: int, height: int) -> Clean:
-    """The file proven whole, but for `check_idat`, and stripped. Raises ImageError that says what is wrong."""
-    cleaner = {"png": _clean_png, "jpeg": _clean_jpeg, "webp": _clean_webp, "bmp": _clean_bmp, "tiff": _clean_tiff}
+    """Check the whole structure of a PNG (except `check_idat`) or JPEG and strip it; read a TIFF's or WebP's tags.
+
+    Raises ImageError for truncated and malformed files, and for what costs far more to decode than its size says.
+    """
+    cleaners = {"png": _clean_png, "jpeg": _clean_jpeg, "webp": _clean_webp, "bmp": _clean_bmp, "tiff": _clean_tiff}
     try:
-        return replace(cleaner[format_](data), format=format_, width=width, height=height)
+        return replace(cleaners[format_](data), format=format_, width=width, height=height)
     except (struct.error, IndexError):
         raise _truncated(format_) from None
 
@@ -146,9 +211,9 @@ def _clean_png(data: bytes) -> Clean:
         end = at + 12 + length
         if end > len(data):
             raise _truncated("png")
-        alike = _alike(data, at, end) if name == b"IDAT" else 1
-        end += (alike - 1) * (end - at)
-        chunks += alike
+        count = _equal_chunks(data, at, end) if name == b"IDAT" else 1
+        end += (count - 1) * (end - at)
+        chunks += count
         if name in _PNG_KEPT and name != b"IDAT":
             _check_crc(view, at, end)
         if name in needed:
@@ -170,10 +235,10 @@ def _clean_png(data: bytes) -> Clean:
     return Clean(b"".join(kept) if stripped else data, orientation, depth, color_type)
 
 
-def _alike(data: bytes, start: int, end: int) -> int:
-    """How many chunks of one name and length there are in a row, from this one on.
+def _equal_chunks(data: bytes, start: int, end: int) -> int:
+    """Count the consecutive chunks of the same name and length, from this one on.
 
-    Encoders cut the pixels into some hundred such chunks; one by one they take a hundredth of decoding.
+    Encoders split the pixels into some hundred such chunks; checking them one by one takes 1 % of the decoding time.
     """
     step = end - start
     fit = min((len(data) - start) // step, MAX_CHUNKS + 1)
@@ -183,7 +248,7 @@ def _alike(data: bytes, start: int, end: int) -> int:
 
 
 def check_idat(png: bytes) -> None:
-    """Raises ImageError if a checksum of the pixels' chunks is wrong, in a PNG as `clean` leaves it."""
+    """Raise ImageError if the checksum of an IDAT chunk is wrong. png: from `clean`."""
     view, at = memoryview(png), 8
     while at < len(png):
         length, name = struct.unpack_from(">I4s", png, at)
@@ -199,11 +264,11 @@ def _check_crc(view: memoryview, start: int, end: int) -> None:
 
 
 def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
-    """(marker, start, end) up to the end marker; a scan's entropy-coded data belongs to its segment."""
+    """(marker, start, end) up to the end marker; a scan's segment includes its entropy-coded data."""
     out, at = [], 2
     for _ in range(MAX_SEGMENTS):
         if data[at] != 0xFF:
-            raise ImageError("the jpeg is corrupt: no marker where one has to be")
+            raise ImageError("the jpeg is corrupt: a marker is missing")
         start = at
         while data[at] == 0xFF:
             at += 1
@@ -224,10 +289,6 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
         out.append((marker, start, end))
         at = end
     raise ImageError(f"the jpeg has over {MAX_SEGMENTS} segments")
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    return _jpeg_frame(data)[:2]
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
@@ -263,123 +324,61 @@ def _clean_jpeg(data: bytes) -> Clean:
     return Clean(b"".join(kept), orientation, adobe=adobe)
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    kind = data[12:16]
-    if kind == b"VP8X":
-        return int.from_bytes(_exactly(data, 24, 3), "little") + 1, int.from_bytes(_exactly(data, 27, 3), "little") + 1
-    if kind == b"VP8L":
-        bits = struct.unpack_from("<I", data, 21)[0]
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", data, 26)
-        return width & 0x3FFF, height & 0x3FFF
-    raise ImageError("the webp begins with no known chunk", expected="VP8, VP8L or VP8X")
-
-
-def _webp_mode(data: bytes) -> str:
-    kind = data[12:16]
-    alpha = (kind == b"VP8X" and data[20] & 0x10) or (kind == b"VP8L" and data[24] & 0x10)
-    return "rgba" if alpha else "rgb"
-
-
-def _exactly(data: bytes, at: int, length: int) -> bytes:
-    if at + length > len(data):
-        raise IndexError
-    return data[at : at + length]
+def _open_other(data: bytes, format_: str) -> Image.Image:
+    return open_with_pillow(_upright_tiff(data)[0] if format_ == "tiff" else data, format_)
 
 
 def _clean_webp(data: bytes) -> Clean:
-    end = 8 + struct.unpack_from("<I", data, 4)[0]
-    if end > len(data):
-        raise _truncated("webp")
-    at, orientation, chunks = 12, 1, 0
-    while at + 8 <= end:
-        name, length = struct.unpack_from("<4sI", data, at)
-        if at + 8 + length > end:
-            raise _truncated("webp")
-        if name == b"EXIF":
-            orientation = _exif_orientation(data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
-        at += 8 + length + length % 2
-        chunks += 1
-        if chunks > MAX_CHUNKS:
-            raise ImageError(f"the webp has over {MAX_CHUNKS} chunks")
-    return Clean(data[:end], orientation)
-
-
-def _bmp_size(data: bytes) -> tuple[int, int]:
-    if struct.unpack_from("<I", data, 14)[0] == 12:
-        width, height = struct.unpack_from("<HH", data, 18)
-    else:
-        width, height = struct.unpack_from("<ii", data, 18)
-    return width, abs(height)
-
-
-def _bmp_mode(data: bytes) -> str:
-    bits = struct.unpack_from("<H", data, 24 if struct.unpack_from("<I", data, 14)[0] == 12 else 28)[0]
-    return "palette" if bits <= 8 else "rgba" if bits == 32 else "rgb"
+    exif = open_with_pillow(data, "webp").info.get("exif", b"")
+    return Clean(data, _exif_orientation(exif.removeprefix(b"Exif\0\0")))
 
 
 def _clean_bmp(data: bytes) -> Clean:
-    core = struct.unpack_from("<I", data, 14)[0] == 12
-    bits, compression = (struct.unpack_from("<H", data, 24)[0], 0) if core else struct.unpack_from("<HI", data, 28)
-    if compression not in (0, 3, 6):
+    if open_with_pillow(data, "bmp").info.get("compression", 0) not in (0, 3):  # 3: uncompressed, with bit masks
+        # Pillow fills up truncated run lengths with zeros instead of raising.
         raise ImageError("the bmp is compressed", expected="an uncompressed bmp", todo="save it as PNG")
-    width, height = _bmp_size(data)
-    if len(data) < struct.unpack_from("<I", data, 10)[0] + (width * bits + 31) // 32 * 4 * height:
-        raise _truncated("bmp")
     return Clean(data)
 
 
-def _tiff_entries(data: bytes, offset: int = 0) -> tuple[str, dict[int, tuple[int, int]]]:
-    """Byte order, and of the first directory each tag's (value, where it stands), if one short or long."""
-    order = "<" if data[offset : offset + 2] == b"II" else ">"
-    start = offset + struct.unpack_from(order + "I", data, offset + 4)[0]
-    entries = {}
+def _clean_tiff(data: bytes) -> Clean:
+    data, orientation = _upright_tiff(data)
+    image = open_with_pillow(data, "tiff")
+    assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    with pillow_errors("tiff"), quiet_pillow():
+        tile_px = image.tag_v2.get(_TIFF_TILE_WIDTH, 0) * image.tag_v2.get(_TIFF_TILE_HEIGHT, 0)
+        if tile_px > max(16 * image.width * image.height, 1 << 20):
+            raise ImageError("the tiff has tiles that are much larger than the image")
+        depth, white_is_zero = image.tag_v2.get(_TIFF_BITS, (8,))[0], image.tag_v2.get(_TIFF_PHOTOMETRIC, 0) == 0
+    return Clean(data, orientation, depth, white_is_zero=white_is_zero)
+
+
+def _upright_tiff(data: bytes) -> tuple[bytes, int]:
+    """(the file with its orientation tag set to 1, orientation 1..8): Pillow would apply the tag, to label maps too."""
+    order, value, at = _tiff_orientation(data)
+    if not at or value == 1:
+        return data, 1
+    return data[:at] + struct.pack(order + "H", 1) + data[at + 2 :], value if 1 <= value <= 8 else 1
+
+
+def _tiff_orientation(data: bytes) -> tuple[str, int, int]:
+    """(byte order, orientation, its offset) from the first directory of a TIFF or EXIF block; offset 0 if absent.
+
+    Raises struct.error where the data ends too early.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    start = struct.unpack_from(order + "I", data, 4)[0]
     for i in range(struct.unpack_from(order + "H", data, start)[0]):
         at = start + 2 + 12 * i
         tag, kind, count = struct.unpack_from(order + "HHI", data, at)
-        if kind in (3, 4) and count == 1:
-            entries[tag] = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + 8)[0], at + 8
-    return order, entries
-
-
-def _tiff_size(data: bytes) -> tuple[int, int]:
-    entries = _tiff_entries(data)[1]
-    if _TIFF_WIDTH not in entries or _TIFF_HEIGHT not in entries:
-        raise ImageError("the tiff does not say its width and height")
-    return entries[_TIFF_WIDTH][0], entries[_TIFF_HEIGHT][0]
-
-
-def _tiff_mode(data: bytes) -> str:
-    entries = _tiff_entries(data)[1]
-    names = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 5: "cmyk", 6: "rgb"}
-    name = names.get(entries.get(_TIFF_PHOTOMETRIC, (1, 0))[0], "")
-    # The depths of several channels are a list, which _tiff_entries leaves out.
-    return name + ("16" if name and entries.get(_TIFF_BITS, (8, 0))[0] > 8 else "")
-
-
-def _clean_tiff(data: bytes) -> Clean:
-    """With its orientation tag set to 1, because Pillow would turn the picture by itself."""
-    order, entries = _tiff_entries(data)
-    width, height = _tiff_size(data)
-    tile = entries.get(_TIFF_TILE_WIDTH, (0, 0))[0] * entries.get(_TIFF_TILE_HEIGHT, (0, 0))[0]
-    if tile > max(16 * width * height, 1 << 20):
-        raise ImageError("the tiff has tiles that are much larger than the picture")
-    if entries.get(_TIFF_SAMPLES, (1, 0))[0] > 6:
-        raise ImageError(f"the tiff has {entries[_TIFF_SAMPLES][0]} channels", expected="at most 6")
-    depth, white_is_zero = entries.get(_TIFF_BITS, (8, 0))[0], entries.get(_TIFF_PHOTOMETRIC, (1, 0))[0] == 0
-    result = Clean(data, depth=depth, white_is_zero=white_is_zero)
-    value, at = entries.get(_TIFF_ORIENTATION, (1, 0))
-    if at and value != 1:
-        turned = data[:at] + struct.pack(order + "H", 1) + data[at + 2 :]
-        result = replace(result, data=turned, orientation=value if 1 <= value <= 8 else 1)
-    return result
+        if tag == _TIFF_ORIENTATION and kind in (3, 4) and count == 1:
+            return order, struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + 8)[0], at + 8
+    return order, 1, 0
 
 
 def _exif_orientation(exif: bytes) -> int:
     """1..8; 1 (upright) where the tag is missing, out of range, or the block is malformed."""
     try:
-        value = _tiff_entries(exif)[1].get(_TIFF_ORIENTATION, (1, 0))[0]
+        value = _tiff_orientation(exif)[1]
     except struct.error:
         return 1
     return value if 1 <= value <= 8 else 1

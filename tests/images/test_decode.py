@@ -1,4 +1,4 @@
-"""The image zoo: a documented result for every odd file, and nothing but ImageError for any bytes."""
+"""The decoder: a documented result for every unusual file, and nothing but ImageError for any bytes."""
 
 import io
 import os
@@ -52,12 +52,12 @@ def png(width: int, height: int, depth: int, color_type: int, raw: bytes, *extra
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
-def here(read: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
+def on_main_thread(read: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
     return read(data)
 
 
 def in_a_thread(read: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
-    """Where another decoder reads plain PNGs."""
+    """Other threads decode plain PNGs with OpenCV."""
     with ThreadPoolExecutor(1) as threads:
         return threads.submit(read, data).result()
 
@@ -113,7 +113,7 @@ def test_modes_of_photographs():
     assert_same(read_image(saved(bits, "PNG")), np.repeat(np.array(bits)[..., None].astype(np.uint8) * 255, 3, 2))
 
 
-def test_palette_with_transparency_gives_the_palettes_colours():
+def test_palette_with_transparency_gives_the_palettes_colors():
     image = Image.fromarray(IDS, "P")
     image.putpalette(CITYSCAPES.palette.tobytes())
     expected = CITYSCAPES.palette[IDS]
@@ -146,18 +146,18 @@ def interlaced(image: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-@pytest.mark.parametrize("where", [here, in_a_thread])
-def test_plain_pngs_are_the_same_from_both_decoders(where):
+@pytest.mark.parametrize("run", [on_main_thread, in_a_thread])
+def test_plain_pngs_are_the_same_from_both_decoders(run):
     grey = np.array(Image.fromarray(PHOTO).convert("L"))
     for data in (LOSSLESS["png"], interlaced(PHOTO)):
-        assert_same(where(read_image, data), PHOTO)
+        assert_same(run(read_image, data), PHOTO)
     for data in (saved(Image.fromarray(grey), "PNG"), interlaced(grey)):
-        assert_same(where(read_image, data), np.repeat(grey[..., None], 3, 2))
-        assert_same(where(read_label, data), grey)
+        assert_same(run(read_image, data), np.repeat(grey[..., None], 3, 2))
+        assert_same(run(read_label, data), grey)
     for data in (encode_label_png(IDS), encode_label_png(IDS, CITYSCAPES.palette), interlaced(IDS)):
-        assert_same(where(read_label, data), IDS)
+        assert_same(run(read_label, data), IDS)
     deep = IDS.astype(np.uint16) * 1000
-    assert_same(where(read_label, cv2.imencode(".png", deep)[1].tobytes()), deep)
+    assert_same(run(read_label, cv2.imencode(".png", deep)[1].tobytes()), deep)
 
 
 def test_a_palette_that_is_too_short_for_a_label_does_not_matter():
@@ -198,7 +198,7 @@ def test_how_values_are_stored(data, expected):
     assert mode(data) == expected
 
 
-def test_a_photograph_tells_its_format_and_its_orientation():
+def test_a_photograph_has_its_format_and_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6
     found = read_photograph(photo("JPEG", exif=exif))
@@ -284,19 +284,20 @@ def test_labels_of_few_bits_are_not_stretched(depth, color_type):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (photo("PNG"), "RGB colours"),
-        (photo("PNG", "RGBA"), "RGBA colours"),
+        (photo("PNG"), "RGB colors"),
+        (photo("PNG", "RGBA"), "RGBA colors"),
         (photo("PNG", "LA"), "grey and alpha"),
         (photo("JPEG", "L"), "saved as jpeg"),
-        (photo("WEBP", lossless=True), "RGB colours"),
+        (photo("WEBP", lossless=True), "RGB colors"),
         (photo("TIFF", "F"), "floating-point"),
         (photo("TIFF", "I"), "32-bit integers"),
         (photo("TIFF", "CMYK"), "CMYK"),
     ],
 )
-def test_masks_that_hold_no_ids_are_refused(data, says):
-    with pytest.raises(ImageError, match=says):
+def test_masks_without_ids_are_refused(data, says):
+    with pytest.raises(ImageError) as e:
         read_label(data)
+    assert says in e.value.found
 
 
 @pytest.mark.parametrize(
@@ -311,19 +312,22 @@ def test_masks_that_hold_no_ids_are_refused(data, says):
         (b"\xff\xd8\xff", "cut off"),
     ],
 )
-def test_what_is_no_photograph_is_refused(data, says, tmp_path):
-    with pytest.raises(ImageError, match=says):
+def test_other_content_is_refused(data, says, tmp_path):
+    with pytest.raises(ImageError) as e:
         read_image(data)
+    assert says in e.value.found and e.value.where == ""
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(ImageError, match="a.png: .*" + says):
+    with pytest.raises(ImageError) as e:
         read_image(tmp_path / "a.png")
+    assert says in e.value.found and e.value.where == str(tmp_path / "a.png")
 
 
-def test_folders_pipes_and_absent_files(tmp_path):
+def test_folders_pipes_and_missing_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path, tmp_path / "pipe.png"):
-        with pytest.raises(ImageError, match="no plain file"):
+        with pytest.raises(ImageError) as e:
             read_image(path)
+        assert e.value.where == str(path)
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "absent.png")
 
@@ -331,9 +335,41 @@ def test_folders_pipes_and_absent_files(tmp_path):
 @pytest.mark.parametrize("kind", [*LOSSLESS, *LOSSY])
 def test_truncated_anywhere_is_an_error(kind):
     data = {**LOSSLESS, **LOSSY}[kind]
-    for length in {*range(0, len(data), max(1, len(data) // 150)), len(data) - 1}:
+    padding = 3 if kind == "bmp" else 0  # ends the last row; without it all pixels are still there
+    for length in {*range(0, len(data) - padding, max(1, len(data) // 150)), len(data) - padding - 1}:
         with pytest.raises(ImageError):
             read_image(data[:length])
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_deflate", "packbits"])
+def test_a_tiff_truncated_in_its_first_page_is_an_error(compression):
+    """What is cut off behind the first page does not matter: it is not read."""
+    one = photo("TIFF", compression=compression)
+    two = saved(
+        Image.fromarray(PHOTO), "TIFF", compression=compression, save_all=True, append_images=[Image.new("L", (9, 9))]
+    )
+    for length in range(0, len(one) - 4, 50):
+        with pytest.raises(ImageError):
+            read_image(two[:length])
+    assert_same(read_image(two), PHOTO)
+
+
+@pytest.mark.parametrize("length", range(0, 9000, 450))
+def test_a_truncated_animation_is_an_error(length):
+    data = saved(
+        Image.fromarray(PHOTO), "WEBP", lossless=True, save_all=True, append_images=[Image.fromarray(255 - PHOTO)]
+    )
+    with pytest.raises(ImageError):
+        read_image(data[:length])
+
+
+@pytest.mark.parametrize("compression", [1, 2])
+def test_a_bmp_of_run_lengths_is_refused(compression):
+    """Pillow decodes truncated ones without an error."""
+    data = bytearray(photo("BMP", "P"))
+    data[30:34] = struct.pack("<I", compression)
+    with pytest.raises(ImageError):
+        read_image(bytes(data))
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "jpeg-progressive"])
@@ -348,8 +384,8 @@ def test_a_large_file_truncated_at_every_kilobyte_is_an_error(kind):
 
 
 @pytest.mark.parametrize("data", [LOSSLESS["png"], photo("PNG", "LA")], ids=["plain", "by Pillow"])
-@pytest.mark.parametrize("where", [here, in_a_thread])
-def test_every_changed_byte_of_a_png_is_noticed(where, data):
+@pytest.mark.parametrize("run", [on_main_thread, in_a_thread])
+def test_every_changed_byte_of_a_png_is_detected(run, data):
     def read_changed(_: bytes) -> np.ndarray:
         for at in range(len(data)):
             changed = bytearray(data)
@@ -358,17 +394,18 @@ def test_every_changed_byte_of_a_png_is_noticed(where, data):
                 read_image(bytes(changed))
         return PHOTO
 
-    where(read_changed, b"")
+    run(read_changed, b"")
 
 
-def test_a_changed_byte_in_pixels_that_nobody_needs_is_noticed():
+def test_a_changed_byte_in_unused_compressed_data_is_detected():
     """Compressed data may end before its chunks do; decoders could stop reading there."""
     raw = b"".join(b"\0" + row.tobytes() for row in PHOTO)
     spare = bytearray(png_chunk(b"IDAT", b"nothing"))
     spare[9] ^= 1
     whole = png(67, 41, 8, 2, raw)
-    with pytest.raises(ImageError, match="the checksum of its IDAT chunk is wrong"):
+    with pytest.raises(ImageError) as e:
         read_image(whole[:-12] + bytes(spare) + whole[-12:])
+    assert "IDAT" in e.value.found
 
 
 def cut(whole: bytes, lengths: list[int]) -> bytes:
@@ -386,17 +423,18 @@ def test_pixels_in_many_chunks(lengths):
     many = cut(whole, lengths)
     assert_same(read_image(many), PHOTO)
     for end in range(33, len(many) - 1, 21):
-        with pytest.raises(ImageError, match="truncated"):
+        with pytest.raises(ImageError):
             read_image(many[:end])
 
 
-def test_too_many_chunks_are_refused_however_alike(monkeypatch):
+def test_too_many_chunks_are_refused_also_when_equal(monkeypatch):
     monkeypatch.setattr(image_formats, "MAX_CHUNKS", 50)
     whole = png(67, 41, 8, 2, b"".join(b"\0" + row.tobytes() for row in PHOTO))
     assert_same(read_image(cut(whole, [0] * 47)), PHOTO)  # and a last one of pixels, IHDR, IEND
     for lengths in ([0] * 48, [0] * 9_000, [1, 2] * 25):
-        with pytest.raises(ImageError, match="over 50 chunks"):
+        with pytest.raises(ImageError) as e:
             read_image(cut(whole, lengths))
+        assert "50" in e.value.found
 
 
 def test_a_panic_of_the_decoder_is_an_image_error_and_an_interrupt_is_not(monkeypatch):
@@ -410,7 +448,7 @@ def test_a_panic_of_the_decoder_is_an_image_error_and_an_interrupt_is_not(monkey
         return decode
 
     monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", raising(PanicException("index out of bounds")))
-    with pytest.raises(ImageError, match="malformed"):
+    with pytest.raises(ImageError):
         read_image(LOSSLESS["png"])
     monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
@@ -418,9 +456,9 @@ def test_a_panic_of_the_decoder_is_an_image_error_and_an_interrupt_is_not(monkey
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-progressive"])
-def test_a_jpeg_that_was_cut_off_and_ended_is_noticed(kind):
+def test_a_truncated_jpeg_with_a_new_end_marker_is_an_error(kind):
     data = photo("JPEG", quality=95, progressive=kind.endswith("progressive"))
-    with pytest.raises(ImageError, match="can't be decoded"):
+    with pytest.raises(ImageError):
         read_image(data[: data.rfind(b"\xff\xda") + 60] + b"\xff\xd9")
 
 
@@ -428,24 +466,34 @@ def test_a_jpeg_cannot_hide_its_size_behind_a_marker_without_a_length():
     data = photo("JPEG")
     hidden = b"\xff\xd8\xff\x01" + data[2:]
     assert probe(hidden) == ("jpeg", 67, 41)
-    with pytest.raises(ImageError, match="67 x 41 = 2,747 pixels"):
+    with pytest.raises(ImageError) as e:
         read_image(hidden, Limits(max_pixels=2000))
+    assert "67 x 41 = 2,747" in e.value.found
 
 
-def test_a_tiff_of_two_sizes_is_refused_before_it_is_decoded():
-    data = bytearray(photo("TIFF"))
+def with_entries(data: bytes, before: list[bytes], after: list[bytes]) -> bytes:
+    """A TIFF with more entries in its directory, which is moved to the end."""
     start = struct.unpack_from("<I", data, 4)[0]
     count = struct.unpack_from("<H", data, start)[0]
-    entries = [bytes(data[start + 2 + 12 * i : start + 14 + 12 * i]) for i in range(count)]
-    width = next(e for e in entries if e[:2] == struct.pack("<H", 256))
-    assert width[2:8] == struct.pack("<HI", 4, 1) or width[2:8] == struct.pack("<HI", 3, 1)
-    # Where a tag stands twice, readers differ in which of the two they take.
-    large = struct.pack("<HHII", 256, 4, 1, 60_000)
-    for doubled in ([large, *entries], [*entries, large]):
-        directory = struct.pack("<H", len(doubled)) + b"".join(doubled) + struct.pack("<I", 0)
-        crafted = bytes(data[:4]) + struct.pack("<I", len(data)) + bytes(data[8:]) + directory
-        with pytest.raises(ImageError):
-            read_image(crafted, Limits(max_pixels=10_000))
+    entries = [*before, *(data[start + 2 + 12 * i : start + 14 + 12 * i] for i in range(count)), *after]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + struct.pack("<I", 0)
+    return data[:4] + struct.pack("<I", len(data)) + data[8:] + directory
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_deflate"])
+def test_a_tiff_of_two_sizes_is_decoded_with_the_size_that_was_checked(compression):
+    data, limits = photo("TIFF", compression=compression), Limits(max_pixels=10_000)
+    large = struct.pack("<HHII", 256, 4, 1, 60_000)  # a second width
+    with pytest.raises(ImageError):
+        read_image(with_entries(data, [large], []), limits)
+    assert_same(read_image(with_entries(data, [], [large]), limits), PHOTO)
+
+
+def test_a_tiff_of_huge_tiles_is_refused_before_it_is_decoded():
+    tiles = [struct.pack("<HHII", tag, 4, 1, 1 << 15) for tag in (322, 323)]
+    with pytest.raises(ImageError) as e:
+        read_image(with_entries(photo("TIFF"), [], tiles))
+    assert "tiles" in e.value.found
 
 
 def bombs() -> dict[str, bytes]:
@@ -460,14 +508,15 @@ def bombs() -> dict[str, bytes]:
         tag_at = tiff_data.find(struct.pack("<HH", tag, 4))
         tag_at = tag_at if tag_at >= 0 else tiff_data.find(struct.pack("<HH", tag, 3))
         tiff_data[tag_at + 2 : tag_at + 12] = struct.pack("<HII", 4, 1, 50_000)
-    vp8x = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + (16_000).to_bytes(3, "little") * 2
+    webp = bytearray(photo("WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", (67, 41))]))
+    webp[24:30] = (12_000 - 1).to_bytes(3, "little") * 2  # a valid animation of small frames on a large canvas
     return {
         "png": png(50_000, 50_000, 8, 2, bytes(1000)),
         "png-zip": png(50_000, 50_000, 8, 0, bytes(50_000_000)),
         "jpeg": bytes(jpeg),
         "bmp": bytes(bmp),
         "tiff": bytes(tiff_data),
-        "webp": b"RIFF" + struct.pack("<I", 4 + len(vp8x)) + b"WEBP" + vp8x,
+        "webp": bytes(webp),
     }
 
 
@@ -476,8 +525,9 @@ def test_bombs_are_refused_by_their_header(kind):
     data = bombs()[kind]
     tracemalloc.start()
     begin = time.perf_counter()
-    with pytest.raises(ImageError, match="at most 64,000,000"):
+    with pytest.raises(ImageError) as e:
         read_image(data)
+    assert "64,000,000" in e.value.expected
     took_s = time.perf_counter() - begin
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -538,7 +588,7 @@ def test_bombs_in_png_text_and_profiles_are_never_unpacked():
 def test_a_jpeg_of_a_thousand_scans_is_refused():
     data = photo("JPEG", progressive=True)
     at = data.rfind(b"\xff\xda")
-    with pytest.raises(ImageError, match="scans"):
+    with pytest.raises(ImageError):
         read_image(data[:at] + data[at:-2] * 1000 + data[-2:])
 
 
@@ -546,20 +596,22 @@ def test_limits_are_checked_before_reading(tmp_path):
     path = tmp_path / "large.png"
     with open(path, "wb") as f:
         f.truncate(1 << 40)  # sparse
-    with pytest.raises(ImageError, match="1,099,511,627,776 bytes"):
+    with pytest.raises(ImageError) as e:
         read_image(path)
+    assert "1,099,511,627,776" in e.value.found
     assert_same(read_image(LOSSLESS["png"], Limits(max_pixels=67 * 41)), PHOTO)
-    with pytest.raises(ImageError, match="67 x 41 = 2,747 pixels"):
+    with pytest.raises(ImageError):
         read_image(LOSSLESS["png"], Limits(max_pixels=67 * 41 - 1))
-    with pytest.raises(ImageError, match="bytes"):
+    with pytest.raises(ImageError):
         read_image(LOSSLESS["png"], Limits(max_bytes=100))
 
 
-def test_a_side_that_decoders_refuse_is_refused_by_its_name():
+def test_too_long_a_side_is_refused():
     data = png(2_000_000, 1, 8, 0, bytes(2_000_001))
     for read in (read_image, read_label):
-        with pytest.raises(ImageError, match="2000000 x 1 pixels; expected sides up to 1,000,000"):
+        with pytest.raises(ImageError) as e:
             read(data)
+        assert "2000000 x 1" in e.value.found and "1,000,000" in e.value.expected
 
 
 def test_encoded_labels_are_read_back_by_us_and_by_others():
