@@ -1,18 +1,18 @@
-"""Images a second that one GPU augments, and that it is fed with out of shards, without training.
+"""Images per second that one GPU augments, and that a loader delivers to it from shards, without training.
 
     PYTHONPATH=. python benchmarks/gpu_feed.py [--frames 208] [--workers 8] [--batch 16] [--size 768]
     PYTHONPATH=. python benchmarks/gpu_feed.py --quick        a smoke test: small frames, no GPU needed
 
 1. Renders town frames of 2048x1024 with all cores and writes them as shards.
 2. Augmentation alone, from frames in GPU memory (scale 0.5 to 2, flip, brightness, contrast, saturation;
-   and with 10 degrees of rotation): our kernel, the same in plain PyTorch, and F.grid_sample, each by CUDA
-   events, interleaved, medians. Bytes are those that have to move: each box read once, each crop
-   written once. They are set against a copy of 2 GiB in the same run, which counts bytes read and
-   written. Outputs go round through more memory than the L2 cache holds.
-3. The loader by --workers processes: crops made on the CPU, boxes augmented on the GPU, and all frames
-   in GPU memory. Cold: files dropped from the page cache, every frame once, with the start of the
-   processes in the time. Warm: after every process has seen the frames.
-Before, a few batches of every way are compared. What fails is printed, and the rest goes on.
+   also with 10 degrees of rotation): our kernel, the same in plain PyTorch, and F.grid_sample; timed by CUDA
+   events, interleaved, medians. Bytes are the minimum traffic: each box read once, each crop written once.
+   The bound is a copy of 2 GiB in the same run, counting bytes read and written. Outputs rotate through
+   more memory than the L2 cache holds.
+3. The loader with --workers processes: crops made on the CPU, boxes augmented on the GPU, and all frames
+   in GPU memory. Cold: files dropped from the page cache, every frame once, including the start of the
+   processes. Warm: after every process has read the frames.
+A few batches of every variant are compared first. A failure is printed and the rest continues.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from torch import Tensor
 from roadseg.data.augment import gpu as gpu_augment
 from roadseg.data.augment.cpu import Augmentation
 from roadseg.data.augment.gpu import Sheet
-from roadseg.data.batches.feed import Feed, feed
-from roadseg.data.batches.gpu_resident import Resident, load
+from roadseg.data.batches.gpu_frames import FramesOnGpu, load_frames
 from roadseg.data.batches.loader import Batch, Crops
+from roadseg.data.batches.plan import LoaderPlan, batches_of
 from roadseg.data.batches.sampler import Batches, Order
 from roadseg.data.shards.index import Shard, Shards, write_frame
 from roadseg.files import sha256_file
@@ -64,7 +64,7 @@ def say(text: str, since: float = time.monotonic()) -> None:
 
 
 def write_shard(folders: dict[str, Path], size: tuple[int, int], number: int, indices: list[int]) -> dict[str, Shard]:
-    """The same frames in every form."""
+    """Write the same frames in every format."""
     frames = [render(1, i, *size) for i in indices]
     labels = [CITYSCAPES.id_to_train[frame.label_ids].astype(np.uint8) for frame in frames]
     made = {}
@@ -95,13 +95,13 @@ def write_shards(folders: dict[str, Path], frames: int, size: tuple[int, int]) -
 
 
 def crops_of(folder: Path, a: argparse.Namespace, rotate_deg: float = 0.0) -> Crops:
-    split = Shards.load(folder).split("train")  # its own, so that no other keeps files mapped
+    split = Shards.load(folder).split("train")  # a new one: another may keep files mapped
     return Crops(split, Augmentation((a.size, a.size), rotate_deg=rotate_deg), 0, FILL)
 
 
 def per_call_s(call: Callable[[int], object], calls: int, device: torch.device) -> float:
-    """Mean seconds of a call, the device's own clock where it has one."""
-    kept: deque[object] = deque(maxlen=8)  # their memory must not be written again while it lies in a cache
+    """Mean seconds of a call, by CUDA events on a GPU."""
+    kept: deque[object] = deque(maxlen=8)  # so that the next call does not write to cached memory
     if device.type != "cuda":
         start = time.perf_counter()
         for i in range(calls):
@@ -125,7 +125,7 @@ def copy_bytes_per_s(device: torch.device, n: int) -> float:
 
 
 def by_grid_sample(flat: Tensor, s: Sheet, tensors: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
-    """The usual way on a GPU: each box as float, F.grid_sample for image and label, a matrix product for colour."""
+    """The usual way on a GPU: each box as float, F.grid_sample for image and label, a matrix product for color."""
     images, labels = [], []
     numbers = tensors[1]
     for row, (image_at, label_at, height, width, row_px, _) in enumerate(s.places.tolist()):
@@ -146,8 +146,8 @@ def by_grid_sample(flat: Tensor, s: Sheet, tensors: tuple[Tensor, Tensor], size:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Batches of one augmentation, drawn, with what has to move for one of them."""
+class Prepared:
+    """Crop parameters of several batches, and the bytes that one batch has to move."""
 
     flat: Tensor
     sheets: list[Sheet]
@@ -156,33 +156,33 @@ class Drawn:
     moved_bytes: float
 
 
-def prepare(resident: Resident, crops: Crops, a: argparse.Namespace, device: torch.device) -> Drawn:
+def prepare(frames: FramesOnGpu, crops: Crops, a: argparse.Namespace, device: torch.device) -> Prepared:
     order = Order(crops.split.frames, 0)
-    sheets = [resident.frames.sheet(crops, samples) for samples in Batches(order, a.batch, 0, 4 if a.quick else 48)]
+    sheets = [frames.offsets.sheet(crops, samples) for samples in Batches(order, a.batch, 0, 4 if a.quick else 48)]
     placed = [(torch.from_numpy(s.places).to(device), torch.from_numpy(s.numbers).to(device)) for s in sheets]
-    # What a crop reads: as many pixels as its affine covers, and no more than there are.
+    # A crop reads as many pixels as its affine covers, at most the whole box.
     affines = [s.numbers[:, :6].reshape(-1, 2, 3)[:, :, :2] for s in sheets]
     covered = [np.abs(np.linalg.det(m)) * a.size**2 for m in affines]
-    there = [s.places[:, 2] * s.places[:, 3] for s in sheets]
-    read = statistics.mean(float(np.minimum(c, t).sum()) for c, t in zip(covered, there, strict=True))
-    return Drawn(resident.flat, sheets, placed, (a.size, a.size), 4 * (read + a.batch * a.size**2))
+    boxes = [s.places[:, 2] * s.places[:, 3] for s in sheets]
+    read = statistics.mean(float(np.minimum(c, b).sum()) for c, b in zip(covered, boxes, strict=True))
+    return Prepared(frames.flat, sheets, placed, (a.size, a.size), 4 * (read + a.batch * a.size**2))
 
 
-def whole(d: Drawn, i: int) -> object:
-    return gpu_augment.crops(d.flat, d.sheets[i % len(d.sheets)], d.crop_px, FILL)
+def whole(d: Prepared, i: int) -> object:
+    return gpu_augment.cut_crops(d.flat, d.sheets[i % len(d.sheets)], d.crop_px, FILL)
 
 
-def kernel(d: Drawn, i: int) -> tuple[Tensor, Tensor]:
+def kernel(d: Prepared, i: int) -> tuple[Tensor, Tensor]:
     from roadseg.data.augment import gpu_kernel
 
-    return gpu_kernel.crops(d.flat, *d.placed[i % len(d.placed)], d.crop_px, FILL)
+    return gpu_kernel.cut_crops(d.flat, *d.placed[i % len(d.placed)], d.crop_px, FILL)
 
 
-def plain(d: Drawn, i: int) -> tuple[Tensor, Tensor]:
-    return gpu_augment.plain_crops(d.flat, *d.placed[i % len(d.placed)], d.crop_px, FILL)
+def plain(d: Prepared, i: int) -> tuple[Tensor, Tensor]:
+    return gpu_augment.cut_crops_plain(d.flat, *d.placed[i % len(d.placed)], d.crop_px, FILL)
 
 
-def grid_sample(d: Drawn, i: int) -> object:
+def grid_sample(d: Prepared, i: int) -> object:
     k = i % len(d.sheets)
     return by_grid_sample(d.flat, d.sheets[k], d.placed[k], d.crop_px[0])
 
@@ -190,10 +190,10 @@ def grid_sample(d: Drawn, i: int) -> object:
 def augmentation_alone(folder: Path, a: argparse.Namespace, device: torch.device) -> None:
     bound = copy_bytes_per_s(device, (16 << 20) if a.quick else (2 << 30))
     say(f"copy on the device: {bound / 1e12:.3f} TB/s, bytes read and written")
-    resident = load(crops_of(folder, a).split, device)
+    frames = load_frames(crops_of(folder, a).split, device)
     print("| augmentation alone | images/s | µs a batch | GB/s | share of the copy's |\n|---|---|---|---|---|")
     for rotate_deg in (0.0, 10.0):
-        d = prepare(resident, crops_of(folder, a, rotate_deg), a, device)
+        d = prepare(frames, crops_of(folder, a, rotate_deg), a, device)
         forms: dict[str, tuple[Callable[[int], object], int]] = {
             "as the loader calls it": (partial(whole, d), 96),
             "plain PyTorch": (partial(plain, d), 4),
@@ -231,7 +231,7 @@ def compare(
 
 
 def tiles(call: Callable[[int], object], device: torch.device) -> None:
-    """Which tile suits this GPU."""
+    """Print the kernel's time for several tile sizes."""
     from roadseg.data.augment import gpu_kernel
 
     before, found = (gpu_kernel.TILE, gpu_kernel.WARPS), []
@@ -251,24 +251,24 @@ def drop_from_cache(folder: Path) -> None:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def start(folder: Path, a: argparse.Namespace, chosen: Feed, device: torch.device) -> Generator[Batch, None, None]:
+def start(folder: Path, a: argparse.Namespace, plan: LoaderPlan, device: torch.device) -> Generator[Batch, None, None]:
     crops = crops_of(folder, a)
     order = Order(crops.split.frames, 0)
-    return feed(chosen, crops, Batches(order, a.batch, 0, 10**6), device)
+    return batches_of(plan, crops, Batches(order, a.batch, 0, 10**6), device)
 
 
-def fed(folder: Path, a: argparse.Namespace, chosen: Feed, device: torch.device) -> str:
+def loader_rates(folder: Path, a: argparse.Namespace, plan: LoaderPlan, device: torch.device) -> str:
     """Images/s cold and warm."""
     epoch = -(-a.frames // a.batch)
     drop_from_cache(folder)
     began = time.monotonic()
-    batches = start(folder, a, chosen, device)
+    batches = start(folder, a, plan, device)
     for _ in itertools.islice(batches, epoch):
         pass
     cold = epoch * a.batch / (time.monotonic() - began)
     for path in folder.glob("*.bin"):
         path.read_bytes()
-    for _ in itertools.islice(batches, 4 * epoch):  # each of the processes sees most frames
+    for _ in itertools.islice(batches, 4 * epoch):  # each process reads most frames
         pass
     warm = []
     for _ in range(3):
@@ -282,12 +282,12 @@ def fed(folder: Path, a: argparse.Namespace, chosen: Feed, device: torch.device)
 
 
 def agreement(folder: Path, a: argparse.Namespace, device: torch.device) -> None:
-    """How far the ways differ from crops made by OpenCV, over a few batches."""
-    ways = {"boxes": Feed(False, True, 2, ""), "in GPU memory": Feed(True, True, 0, "")}
-    with closing(start(folder, a, Feed(False, False, 2, ""), device)) as batches:
+    """Print how far each variant differs from crops made by OpenCV, over a few batches."""
+    ways = {"boxes": LoaderPlan(False, True, 2, ""), "in GPU memory": LoaderPlan(True, True, 0, "")}
+    with closing(start(folder, a, LoaderPlan(False, False, 2, ""), device)) as batches:
         wanted = list(itertools.islice(batches, 4))
-    for name, chosen in ways.items():
-        with closing(start(folder, a, chosen, device)) as batches:
+    for name, plan in ways.items():
+        with closing(start(folder, a, plan, device)) as batches:
             got = list(itertools.islice(batches, 4))
         assert [b.samples for b in got] == [b.samples for b in wanted]
         far = [(b.image_BHWC.int() - w.image_BHWC.int()).abs() for b, w in zip(got, wanted, strict=True)]
@@ -296,7 +296,7 @@ def agreement(folder: Path, a: argparse.Namespace, device: torch.device) -> None
         worst = max(int(f.max()) for f in far)
         say(f"{name}: {share:.3%} of values differ by over 2 (most {worst}), {statistics.mean(other):.3%} of labels")
     if device.type == "cuda":
-        d = prepare(load(crops_of(folder, a).split, device), crops_of(folder, a, 10.0), a, device)
+        d = prepare(load_frames(crops_of(folder, a).split, device), crops_of(folder, a, 10.0), a, device)
         for i in range(3):
             ours, plainly = kernel(d, i), plain(d, i)
             far_ = (ours[0].int() - plainly[0].int()).abs()
@@ -309,17 +309,19 @@ def agreement(folder: Path, a: argparse.Namespace, device: torch.device) -> None
 def loader(folder: Path, a: argparse.Namespace, device: torch.device, form: str) -> None:
     cuda = device.type == "cuda"
     ways = {
-        f"{form}: crops made on the CPU, {a.workers} processes": Feed(False, False, a.workers, ""),
-        f"{form}: boxes augmented on the GPU, {a.workers} processes": Feed(False, True, a.workers, ""),
+        f"{form}: crops made on the CPU, {a.workers} processes": LoaderPlan(False, False, a.workers, ""),
+        f"{form}: boxes augmented on the GPU, {a.workers} processes": LoaderPlan(False, True, a.workers, ""),
     }
     if cuda:
-        ways[f"{form}: boxes augmented on the GPU, {2 * a.workers} processes"] = Feed(False, True, 2 * a.workers, "")
+        ways[f"{form}: boxes augmented on the GPU, {2 * a.workers} processes"] = LoaderPlan(
+            False, True, 2 * a.workers, ""
+        )
     if form == a.forms.split(",")[0]:
-        ways["all frames in GPU memory (cold: with loading them)"] = Feed(True, True, 0, "")
+        ways["all frames in GPU memory (cold: with loading them)"] = LoaderPlan(True, True, 0, "")
     print("| loader, no training | cold images/s | warm images/s | range |\n|---|---|---|---|", flush=True)
-    for name, chosen in ways.items():
+    for name, plan in ways.items():
         try:
-            print(f"| {name} | {fed(folder, a, chosen, device)} |", flush=True)
+            print(f"| {name} | {loader_rates(folder, a, plan, device)} |", flush=True)
         except Exception:
             print(f"| {name} | failed | | |")
             traceback.print_exc()

@@ -26,7 +26,7 @@ def aws_session() -> Any:
         import boto3  # type: ignore[import-untyped]
     except ImportError:
         raise _not_installed() from None
-    with said_plainly("AWS"):
+    with aws_errors("AWS"):
         return boto3.session.Session()
 
 
@@ -45,7 +45,7 @@ def aws_client(service: str, *, region: str = "", endpoint_url: str = "") -> Any
         retries={"mode": "standard", "total_max_attempts": 3},
         s3={"addressing_style": "path" if endpoint_url else "auto"},
     )
-    with said_plainly(f"AWS {service}"):
+    with aws_errors(f"AWS {service}"):
         try:
             return session.client(service, region_name=region or None, endpoint_url=endpoint_url or None, config=config)
         except ValueError:  # a plain one is botocore's word for an address it can't parse
@@ -53,7 +53,7 @@ def aws_client(service: str, *, region: str = "", endpoint_url: str = "") -> Any
 
 
 @contextmanager
-def said_plainly(where: str, error: type[RoadsegError] = StoreError) -> Iterator[None]:
+def aws_errors(where: str, error: type[RoadsegError] = StoreError) -> Iterator[None]:
     """Turns botocore's errors into `error`, without secrets, signatures or request ids."""
     try:
         from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]

@@ -1,4 +1,4 @@
-"""Originals as ingest saw them, or not at all."""
+"""Read original images and labels, and refuse files that changed since ingest."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from roadseg.images.decode import Limits, naming, read_bytes, read_image
 def read_frame(root: Path, sample: Sample, form: MaskForm, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
     """(image uint8 [H, W, 3] RGB, train ids uint8 [H, W]) of a sample whose paths start at `root`.
 
-    form: of the sample's part. Raises DataError if a file is gone or its SHA-256 is not the
-    manifest's: fingerprints would lie.
+    form: of the sample's part. Raises DataError if a file is missing, or if its SHA-256 differs from the
+    manifest's: the data fingerprint would be wrong.
     """
     image = read_picture(root, sample, limits)
     with naming(sample.label), _readable(sample.label):
@@ -31,7 +31,7 @@ def read_frame(root: Path, sample: Sample, form: MaskForm, limits: Limits) -> tu
 
 
 def read_picture(root: Path, sample: Sample, limits: Limits) -> np.ndarray:
-    """The image alone, uint8 [H, W, 3] RGB. Raises as `read_frame`."""
+    """The image alone, uint8 [H, W, 3] RGB. Raises like `read_frame`."""
     with naming(sample.image), _readable(sample.image):
         data = read_bytes(root / sample.image, limits)
         _unchanged(sample.image, data, sample.image_sha256)

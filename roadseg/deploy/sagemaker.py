@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from roadseg.aws import aws_client, aws_session, error_code, said_plainly
+from roadseg.aws import aws_client, aws_errors, aws_session, error_code
 from roadseg.config.sections import Aws
 from roadseg.errors import ConfigError, RoadsegError, StoreError
 from roadseg.files import json_bytes, sha256_bytes, sha256_file
@@ -76,11 +76,11 @@ def deploy(
         raise StoreError(f"no release {digest}", where=store.address, todo="push it to this store first")
     connect = connect or partial(aws_client, region=aws.region, endpoint_url=aws.endpoint_url)
     clients = {call.service: connect(call.service) for call in calls}
-    with said_plainly("SageMaker", RoadsegError):
+    with aws_errors("SageMaker", RoadsegError):
         _check_endpoint(clients["sagemaker"], calls)
     made: list[str] = []
     try:
-        with said_plainly("SageMaker", RoadsegError):
+        with aws_errors("SageMaker", RoadsegError):
             _make(calls, clients, made, say, poll_s)
     except RoadsegError as e:
         kept = f"there are: {', '.join(made)}; " if made else "nothing was made; "

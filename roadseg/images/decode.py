@@ -99,7 +99,7 @@ def read_label(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
     with naming(source):
         whole = _open(source, limits)
         if whole.format == "jpeg":
-            raise ImageError("a mask saved as jpeg", expected="a lossless one: jpeg changes ids", todo="export as PNG")
+            raise ImageError("a mask saved as jpeg", expected="a lossless format", todo="export as PNG")
         plain = whole.color_type == 0 and whole.depth in (8, 16)
         if plain or (whole.color_type == 3 and whole.depth == 8 and _on_main_thread()):
             return _decode_png(whole, 1)

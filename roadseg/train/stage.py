@@ -17,9 +17,9 @@ from roadseg.config.sections import Config
 from roadseg.config.training import Loss, Training
 from roadseg.data.augment.class_mix import class_mixed
 from roadseg.data.augment.cpu import Augmentation
-from roadseg.data.batches.feed import Feed, choose_feed, feed
-from roadseg.data.batches.gpu_resident import split_bytes
+from roadseg.data.batches.gpu_frames import split_bytes
 from roadseg.data.batches.loader import Batch, Crops
+from roadseg.data.batches.plan import LoaderPlan, batches_of, choose_loader
 from roadseg.data.batches.sampler import Batches, Order, Sample
 from roadseg.data.manifest import HOLDOUT
 from roadseg.data.shards.index import Shards, Split
@@ -237,13 +237,13 @@ def _stretches(
 
 
 def _source(
-    t: Training, crops: Crops, order: Order, last: int, chosen: Feed, device: torch.device, ranks: Ranks
+    t: Training, crops: Crops, order: Order, last: int, chosen: LoaderPlan, device: torch.device, ranks: Ranks
 ) -> Source:
     """This rank's batches up to step `last`."""
 
     def batches(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
         mine = Batches(order, t.batch_size, step, last, ranks.rank, ranks.world)
-        with closing(feed(chosen, crops, mine, device, stopped)) as made:
+        with closing(batches_of(chosen, crops, mine, device, stopped)) as made:
             if t.augment.class_mix:
                 yield from class_mixed(made, t.augment.class_mix, t.seed, step, ranks.rank * mine.rows, t.batch_size)
             else:
@@ -252,9 +252,9 @@ def _source(
     return batches
 
 
-def _feed(t: Training, frames: Split, device: torch.device, ranks: Ranks) -> Feed:
+def _feed(t: Training, frames: Split, device: torch.device, ranks: Ranks) -> LoaderPlan:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return choose_feed(
+    return choose_loader(
         split_bytes(frames), device, memory, t.augment_device, t.frames_on_gpu, t.workers, ranks.on_this_machine
     )
 

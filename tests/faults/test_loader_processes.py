@@ -12,7 +12,7 @@ from tests.faults.processes import running
 LOCKED = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader, Dataset
-from roadseg.data.batches.worker_processes import as_it_is, items_of, start_worker
+from roadseg.data.batches.worker_processes import identity, items_of, start_worker
 from roadseg.errors import RoadsegError
 
 class Deadly(Dataset):
@@ -26,7 +26,7 @@ class Deadly(Dataset):
         return indices
 
 loader = DataLoader(
-    Deadly(), batch_sampler=[[i] for i in range(100)], num_workers=2, collate_fn=as_it_is, prefetch_factor=2,
+    Deadly(), batch_sampler=[[i] for i in range(100)], num_workers=2, collate_fn=identity, prefetch_factor=2,
     timeout=1.0, worker_init_fn=start_worker,
 )
 try:

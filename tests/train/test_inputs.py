@@ -81,7 +81,7 @@ def test_a_store_that_fails_is_no_wrong_setting(key: str, tmp_path: Path) -> Non
         try:
             raise OSError
         except OSError:
-            raise StoreError("AWS could not be reached", where="s3://bucket") from None  # as said_plainly does
+            raise StoreError("AWS could not be reached", where="s3://bucket") from None  # as aws_errors does
 
     with pytest.raises(StoreError, match="could not be reached"):
         training_inputs(config(**{key: "s3://bucket"}), unreachable)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from roadseg.config.sections import Config, load_config
-from roadseg.data.batches.feed import Feed
+from roadseg.data.batches.plan import LoaderPlan
 from roadseg.data.shards.index import Shards
 from roadseg.errors import ArchiveError, ConfigError, RoadsegError
 from roadseg.files import read_json, read_json_lines, sha256_file
@@ -348,7 +348,7 @@ def test_what_lies_on_the_gpu_for_good_is_told_when_memory_runs_out(
     teacher = load_release(work / "model.tar.gz")
     with pytest.raises(RoadsegError, match="^0 bytes of frames, 0 of a teacher"):
         train_candidate(config(), shards, tmp_path)
-    monkeypatch.setattr(stage, "_feed", lambda *_: Feed(True, True, 0, "all"))
+    monkeypatch.setattr(stage, "_feed", lambda *_: LoaderPlan(True, True, 0, "all"))
     held = 6 * 4 * 48 * 96, len(teacher.members[WEIGHTS])
     with pytest.raises(RoadsegError, match=f"^{held[0]} bytes of frames, {held[1]} of a teacher"):
         train_candidate(config(), shards, tmp_path, teacher=teacher)

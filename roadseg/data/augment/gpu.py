@@ -51,7 +51,7 @@ def sheet(draws: Sequence[Draw], image_at: Sequence[int], label_at: Sequence[int
     return Sheet(np.array(places, np.int64), numbers, np.array([d.blur_px for d in draws], np.float32))
 
 
-def crops(flat: Tensor, s: Sheet, crop_px: tuple[int, int], fill: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def cut_crops(flat: Tensor, s: Sheet, crop_px: tuple[int, int], fill: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """(image uint8 [B, H, W, 3] RGB, label uint8 [B, H, W]) on the device of `flat`, uint8 [bytes].
 
     Where a frame does not reach, the image is `fill` and the label void. Nothing is waited for: on
@@ -62,19 +62,19 @@ def crops(flat: Tensor, s: Sheet, crop_px: tuple[int, int], fill: tuple[int, int
     if flat.is_cuda and kernels_run():
         from roadseg.data.augment import gpu_kernel
 
-        image, label = gpu_kernel.crops(flat, places, numbers, crop_px, fill)
+        image, label = gpu_kernel.cut_crops(flat, places, numbers, crop_px, fill)
     else:
-        image, label = plain_crops(flat, places, numbers, crop_px, fill)
+        image, label = cut_crops_plain(flat, places, numbers, crop_px, fill)
     if (chosen := np.flatnonzero(s.blur_px)).size:
         rows = torch.from_numpy(chosen).to(flat.device)
         image[rows] = blurred(image[rows], s.blur_px[chosen])
     return image, label
 
 
-def plain_crops(
+def cut_crops_plain(
     flat: Tensor, places: Tensor, numbers: Tensor, crop_px: tuple[int, int], fill: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """As `crops`, without blur, in plain PyTorch; places and numbers of a Sheet as tensors."""
+    """As `cut_crops`, without blur, in plain PyTorch; places and numbers of a Sheet as tensors."""
     device = flat.device
     y = torch.arange(crop_px[0], device=device, dtype=torch.float32)[:, None]
     x = torch.arange(crop_px[1], device=device, dtype=torch.float32)

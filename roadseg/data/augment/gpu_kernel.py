@@ -80,10 +80,10 @@ def _crop_tile(
     tl.store(image + at * 3 + 2, tl.where(covered, azure, fill_b).to(tl.uint8), mask=inside)
 
 
-def crops(
+def cut_crops(
     flat: Tensor, places: Tensor, numbers: Tensor, crop_px: tuple[int, int], fill: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """As gpu_augment.plain_crops, on tensors of one CUDA device, on its current stream."""
+    """As gpu.cut_crops_plain, on tensors of one CUDA device, on its current stream."""
     batch, (height, width) = len(places), crop_px
     image = torch.empty((batch, height, width, 3), dtype=torch.uint8, device=flat.device)
     label = torch.empty((batch, height, width), dtype=torch.uint8, device=flat.device)

@@ -23,9 +23,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from roadseg.data.augment.cpu import Augmentation, Draw, apply, draw
-from roadseg.data.augment.gpu import Sheet, crops, sheet
+from roadseg.data.augment.gpu import Sheet, cut_crops, sheet
 from roadseg.data.batches.sampler import Batches, Sample
-from roadseg.data.batches.worker_processes import ASK_EVERY_S, as_it_is, items_of, start_worker
+from roadseg.data.batches.worker_processes import POLL_S, identity, items_of, start_worker
 from roadseg.data.shards.index import Split
 from roadseg.errors import RoadsegError
 
@@ -205,9 +205,9 @@ def batches_from_workers(
             (_BoxWriter if augment_on_gpu else _Writer)(crops_of, slots),
             batch_sampler=_Numbered(batches, len(slots)),  # type: ignore[arg-type]  # any iterable will do
             num_workers=workers,
-            collate_fn=as_it_is,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
+            collate_fn=identity,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
             prefetch_factor=prefetch if workers else None,
-            timeout=ASK_EVERY_S if workers else 0,
+            timeout=POLL_S if workers else 0,
             worker_init_fn=start_worker,
         ),
         stopped,
@@ -218,7 +218,7 @@ def batches_from_workers(
         memory = slots[filled.slot, : filled.used_bytes]
         memory = memory.to(device, non_blocking=True) if device.type == "cuda" else memory.clone()
         if filled.sheet:
-            return Batch(*crops(memory, filled.sheet, crop_px, fill), filled.samples)
+            return Batch(*cut_crops(memory, filled.sheet, crop_px, fill), filled.samples)
         return Batch(*_views(memory, len(filled.samples), crop_px), filled.samples)
 
     with closing(source):

@@ -16,11 +16,11 @@ from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 from roadseg.errors import RoadsegError
 from roadseg.processes import end_with_parent, keep_freed_memory
 
-ASK_EVERY_S = 1.0  # whether to stop, and whether all live, while waiting for an item
+POLL_S = 1.0  # whether to stop, and whether all live, while waiting for an item
 LOCK_HELD_S = 5.0  # by a worker, for microseconds; longer: by one that was killed
 
 
-def as_it_is(item: Any) -> Any:
+def identity(item: Any) -> Any:
     """For DataLoader's collate_fn: what its dataset gives is an item already."""
     return item
 

@@ -1,10 +1,10 @@
-"""Masks drawn from COCO JSON, one file for many images.
+"""Draw masks from COCO JSON, one file for many images.
 
-A file is scanned once a process, and only where each image's parts stand is kept: 16 bytes an annotation,
-while the parsed file would take ten times its size. Polygons are filled pixel for pixel as pycocotools
-fills them. What COCO leaves open is which of two overlapping annotations has a pixel; here, crowds lie
-below everything and larger areas below smaller ones, as in Ultralytics, coco2voc and COCO-Assistant, or,
-if the form says so, earlier ones below later ones, as Labelme and Cityscapes draw.
+A file is scanned once per process, and only the byte offsets of each image's parts are kept: 16 bytes per
+annotation, while the parsed file would take ten times its size. Polygons are filled exactly as by pycocotools.
+COCO does not define which of two overlapping annotations wins a pixel. Here crowds are drawn first, then larger
+areas before smaller ones, as in Ultralytics, coco2voc and COCO-Assistant; or, with overlap "order", annotations
+in file order, as Labelme and Cityscapes draw them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from roadseg.data.masks.form import UNKNOWN, MaskForm, ids_by_name
-from roadseg.data.masks.json_values import canvas_size, is_coordinate, kind_of, parse_json, shown
+from roadseg.data.masks.json_values import canvas_size, describe_value, is_coordinate, parse_json, printable
 from roadseg.data.masks.polygons import MAX_LAYERS
 from roadseg.data.masks.rle import Patch, fill_polygon, fill_runs, runs_of
 from roadseg.errors import ImageError
@@ -31,16 +31,16 @@ from roadseg.images.decode import Limits, read_bytes
 
 _EXPECTED = "a COCO JSON: images, annotations with segmentation, categories"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_MAX_OUTLINE_PX = 20_000_000  # of all polygons of an image; a thousand detailed ones have a million
+_MAX_OUTLINE_PX = 20_000_000  # of all polygons of an image; a thousand detailed ones have 1,000,000
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """Where in a COCO file the parts of each image stand; built by `open_annotations`.
+    """Byte offsets of each image's parts in a COCO file; made by `open_annotations`.
 
-    images: image id to its span of bytes. annotations: the same to the spans of its annotations, int64
-    [n, 2], in the order of the file. file_names, categories: by id. Ids are texts, as in "file.json#12".
-    strays: annotations by the image id they give, which no image has.
+    images: {image id: (start, end)}. annotations: {image id: int64 [n, 2] of start and end}, in file order.
+    file_names, categories: by id. Ids are strings, as in "file.json#12". strays: number of annotations by image
+    id, for ids that no image has.
     """
 
     path: Path
@@ -53,9 +53,9 @@ class Annotations:
 
 
 def open_annotations(path: Path, limits: Limits) -> Annotations:
-    """The file's index, from memory if the file is as it was. Raises ImageError, or OSError if unreadable.
+    """The file's index, cached while the file is unchanged. Raises ImageError, or OSError if unreadable.
 
-    The scan takes twice the file's size in memory, and about 3 s a 100 MB on one slow core.
+    The scan takes twice the file's size in memory, and about 3 s per 100 MB on one slow core.
     """
     return _opened(path, limits, _stamp(os.stat(path)))
 
@@ -70,10 +70,10 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def read_part(path: Path, key: str, limits: Limits) -> bytes:
-    """The image's own part as JSON: width, height, annotations (category, iscrowd, segmentation).
+    """One image's part as JSON: width, height, annotations (category, iscrowd, segmentation).
 
-    The same bytes for the same content, however the file spells it. category: the name; the id where the
-    file has no name for it. Raises as open_annotations, and ImageError for an image that it lacks.
+    Equal content gives equal bytes, whatever the formatting of the file. category: the name, or the id where the
+    file has no name for it. Raises like `open_annotations`, and ImageError for an unknown image id.
     """
     annotations = open_annotations(path, limits)
     with open(path, "rb") as f:
@@ -100,7 +100,7 @@ def _part(annotations: Annotations, key: str, read: Callable[[int, int], bytes])
 
 
 def _key(id_: Any) -> str | None:
-    """An id as text; None for what is no id, or none that can stand in a path."""
+    """An id as a string; None for values that are not usable as an id in a path."""
     if isinstance(id_, str):
         return id_ if 0 < len(id_) < 200 and id_.isprintable() and "/" not in id_ else None
     return str(id_) if type(id_) is int and abs(id_) < 1 << 64 else None
@@ -108,12 +108,12 @@ def _key(id_: Any) -> str | None:
 
 @dataclass
 class _Scan:
-    """What one pass over the file gathers."""
+    """Collects the results of one pass over the file."""
 
     images: dict[str, tuple[int, int]] = field(default_factory=dict)
     file_names: dict[str, str] = field(default_factory=dict)
     categories: dict[str, str] = field(default_factory=dict)
-    owners: dict[str, int] = field(default_factory=dict)  # image id of an annotation to its number
+    owners: dict[str, int] = field(default_factory=dict)  # {image id of an annotation: number of that image}
     rows: array[int] = field(default_factory=lambda: array("q"))  # owner, start, end of each annotation
 
     def image(self, value: Any, start: int, end: int) -> None:
@@ -142,18 +142,18 @@ class _Scan:
 
 def _index(data: bytes, path: Path, stamp: tuple[int, int, int]) -> Annotations:
     if data[:4] in (b"\x89PNG", b"RIFF") or data[:3] == b"\xff\xd8\xff":
-        raise ImageError("the content is a picture", expected=_EXPECTED)
+        raise ImageError("the content is an image", expected=_EXPECTED)
     scan = _Scan()
     try:
-        seen = _scan(data.decode("latin-1"), scan)
+        keys = _scan(data.decode("latin-1"), scan)
     except RecursionError:
         raise ImageError("the JSON is nested too deep", expected=_EXPECTED) from None
     except IndexError:
         raise ImageError("the JSON is cut off", expected=_EXPECTED, todo="fetch or export it again") from None
     except ValueError as e:
-        said = f"{e.msg}, byte {e.pos:,}" if isinstance(e, json.JSONDecodeError) else str(e)[:80]
-        raise ImageError(f"is no JSON ({said})", expected=_EXPECTED, todo="fetch or export it again") from None
-    if missing := {"images", "annotations"} - seen:
+        reason = f"{e.msg}, byte {e.pos:,}" if isinstance(e, json.JSONDecodeError) else str(e)[:80]
+        raise ImageError(f"not valid JSON ({reason})", expected=_EXPECTED, todo="fetch or export it again") from None
+    if missing := {"images", "annotations"} - keys:
         raise ImageError(f"the JSON has no {' and no '.join(sorted(missing))}", expected=_EXPECTED)
     table = np.array(scan.rows, np.int64).reshape(-1, 3)
     table = table[np.argsort(table[:, 0], kind="stable")]
@@ -164,45 +164,45 @@ def _index(data: bytes, path: Path, stamp: tuple[int, int, int]) -> Annotations:
 
 
 def _scan(text: str, scan: _Scan) -> set[str]:
-    """Walks the file's top level, element by element, so that no more than one is in memory; the keys seen.
+    """Parse the file's top level element by element, so that only one is in memory. Returns the top-level keys.
 
-    text: the bytes as Latin-1, so that positions are those of bytes; JSON's own characters are ASCII in
-    UTF-8 too. Raises ValueError, IndexError or RecursionError for what is no JSON.
+    text: the bytes decoded as Latin-1, so that positions are byte offsets; JSON's syntax is ASCII in UTF-8 too.
+    Raises ValueError, IndexError or RecursionError for invalid JSON.
     """
-    takers = {"images": scan.image, "annotations": scan.annotation, "categories": scan.category}
-    decode = json.JSONDecoder(parse_constant=_no_number).raw_decode
-    seen = set()
+    handlers = {"images": scan.image, "annotations": scan.annotation, "categories": scan.category}
+    decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+    keys: set[str] = set()
     at = _after(text, 3 if text.startswith("\xef\xbb\xbf") else 0, "{")
     while text[at] != "}":
         key, at = decode(text, at)
         at = _after(text, at, ":")
-        if not isinstance(key, str) or key in seen:
-            raise ValueError("a key that is no text, or is doubled")
-        seen.add(key)
-        if key in takers and text[at] != "[":
-            raise ImageError(f"{key} is no list", expected=_EXPECTED, todo="export it again")
-        if key in takers:
+        if not isinstance(key, str) or key in keys:
+            raise ValueError("a key that is not a string, or is doubled")
+        keys.add(key)
+        if key in handlers and text[at] != "[":
+            raise ImageError(f"{key} is not a list", expected=_EXPECTED, todo="export it again")
+        if key in handlers:
             at = _after(text, at, "[")
             while text[at] != "]":
                 value, end = decode(text, at)
                 if not text[at:end].isascii():
                     value = json.loads(text[at:end].encode("latin-1"))
-                takers[key](value, at, end)
+                handlers[key](value, at, end)
                 at = _comma(text, end, "]")
             at += 1
         else:
             at = decode(text, at)[1]
         at = _comma(text, at, "}")
-    return seen
+    return keys
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number")
 
 
 def _after(text: str, at: int, mark: str) -> int:
-    """Where the next value begins after `mark`."""
-    at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches nothing, too
+    """Position of the next value after `mark`."""
+    at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # also matches the empty string
     if text[at] != mark:
         raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
     return _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
@@ -215,7 +215,7 @@ def _comma(text: str, at: int, end: str) -> int:
 
 @dataclass(frozen=True)
 class _Shape:
-    """One annotation: rings, each float64 [n, 2] of x and y, or run lengths in columns, background first."""
+    """One annotation: rings, each float64 [n, 2] of x and y, or column-wise run lengths, background first."""
 
     id_: int
     crowd: bool
@@ -225,20 +225,20 @@ class _Shape:
 
 
 def draw_coco(data: bytes, form: MaskForm, limits: Limits) -> np.ndarray:
-    """uint8 [H, W] of the form's ids; uint16 if a category is no class: its pixels hold UNKNOWN.
+    """uint8 [H, W] of the form's ids; uint16 if a category is not a class: its pixels become UNKNOWN.
 
-    data: an image's part, from `read_part`. A category counts as the class of its name, or of its id where
-    the file names none. Raises ImageError for annotations without an
-    outline, for run lengths of another size, and for sizes and work over the limits.
+    data: from `read_part`. A category is the class of its name, or of its id where the file has no name for it.
+    Raises ImageError for annotations without an outline, for run lengths of another size, and for sizes and work
+    over the limits.
     """
     entry = _entry(data)
     width, height = canvas_size(entry["width"], entry["height"], limits)
     known = ids_by_name(form.label_set)
     shapes = [_shape(row, i, known, form, width, height) for i, row in enumerate(entry["annotations"])]
     if form.overlap == "area":
-        shapes.sort(key=lambda s: (not s.crowd, -s.area))  # stable: of equal ones the later lies above
+        shapes.sort(key=lambda s: (not s.crowd, -s.area))  # stable: the later of equal ones is drawn on top
     if sum(_outline_px(ring) for s in shapes for ring in s.rings) > _MAX_OUTLINE_PX:
-        raise ImageError("the outlines are far longer than a picture of this size has")
+        raise ImageError("the outlines are far too long for an image of this size")
     wide = max([form.background, *(s.id_ for s in shapes)]) > 255
     ids = np.full((height, width), form.background, np.uint16 if wide else np.uint8)
     work = 0
@@ -248,7 +248,7 @@ def draw_coco(data: bytes, form: MaskForm, limits: Limits) -> np.ndarray:
             ids[y : y + rows, x : x + columns][patch] = shape.id_
             work += patch.size
             if work > MAX_LAYERS * ids.size:
-                raise ImageError(f"the annotations cover the picture over {MAX_LAYERS:,} times")
+                raise ImageError(f"the annotations cover the image over {MAX_LAYERS:,} times")
     return ids
 
 
@@ -265,7 +265,7 @@ def _outline_px(ring: np.ndarray) -> float:
 def _shape(row: dict[str, Any], i: int, known: dict[str, int], form: MaskForm, width: int, height: int) -> _Shape:
     segmentation = row["segmentation"]
     id_ = _id_of(row["category"], known, form)
-    at = f"annotation {i} of the image ({_called(row['category'])})"
+    at = f"annotation {i} of the image ({_category_name(row['category'])})"
     if isinstance(segmentation, dict):
         runs = runs_of(segmentation, width, height, at)
         return _Shape(id_, row["iscrowd"], float(runs[1::2].sum()), runs=runs)
@@ -280,32 +280,32 @@ def _id_of(category: Any, known: dict[str, int], form: MaskForm) -> int:
     return category if type(category) is int and category in form.label_set.known_ids else UNKNOWN
 
 
-def _called(category: Any) -> str:
-    return shown(category) if isinstance(category, str) else f"id {kind_of(category)}"
+def _category_name(category: Any) -> str:
+    return printable(category) if isinstance(category, str) else f"id {describe_value(category)}"
 
 
 def _rings(segmentation: Any, at: str) -> tuple[np.ndarray, ...]:
     if segmentation is None or segmentation == []:
-        todo = "export the masks too, or take the annotation out"
+        todo = "export the masks too, or remove the annotation"
         raise ImageError(f"{at} has a box but no outline", expected="segmentation: polygons or RLE", todo=todo)
     if not isinstance(segmentation, list):
-        raise ImageError(f"{at}: segmentation is {kind_of(segmentation)}", expected="polygons or RLE")
+        raise ImageError(f"{at}: segmentation is {describe_value(segmentation)}", expected="polygons or RLE")
     for ring in segmentation:
         if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2 or not all(map(is_coordinate, ring)):
-            said = f"a polygon of {len(ring)} values" if isinstance(ring, list) else f"{kind_of(ring)} for a polygon"
-            raise ImageError(f"{at} has {said}", expected="x1, y1, x2, y2, x3, y3, ..., each within a million pixels")
+            found = f"a polygon of {len(ring)} values" if isinstance(ring, list) else describe_value(ring)
+            raise ImageError(f"{at} has {found}", expected="x1, y1, x2, y2, x3, y3, ..., each within a million pixels")
     return tuple(np.array(ring, np.float64).reshape(-1, 2) for ring in segmentation)
 
 
 def unknown_categories(data: bytes, form: MaskForm) -> Counter[str]:
-    """How many annotations have each category that is no class of the form's, by name or "id n"."""
+    """The number of annotations by category (name or "id n"), for categories that are not classes of the form."""
     known = ids_by_name(form.label_set)
     categories = [row["category"] for row in _entry(data)["annotations"]]
-    return Counter(_called(c) for c in categories if _id_of(c, known, form) == UNKNOWN)
+    return Counter(_category_name(c) for c in categories if _id_of(c, known, form) == UNKNOWN)
 
 
 def _entry(data: bytes) -> dict[str, Any]:
     entry = parse_json(data, _EXPECTED)
     if not isinstance(entry, dict) or entry.keys() != {"width", "height", "annotations"}:
-        raise ImageError("is not one image's part of a COCO file", expected="the part that read_part gives")
+        raise ImageError("is not one image's part of a COCO file", expected="the result of read_part")
     return entry

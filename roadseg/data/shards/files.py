@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from roadseg.aws import aws_client, said_plainly
+from roadseg.aws import aws_client, aws_errors
 from roadseg.errors import ConfigError, DataError
 from roadseg.files import read_json, sha256_file, write_json
 from roadseg.processes import cores
@@ -132,7 +132,7 @@ class RangedFiles:
     def get(self, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes start..stop-1 of an object; all of it without `stop`."""
         for attempt in range(_ATTEMPTS):
-            with said_plainly(self.where(file), DataError):
+            with aws_errors(self.where(file), DataError):
                 data = self._try(file, start, stop, last=attempt == _ATTEMPTS - 1)
             if data is not None and (stop is None or len(data) == stop - start):
                 return data
@@ -172,7 +172,7 @@ class RangedFiles:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every object below the prefix."""
-        with said_plainly(str(self.place), DataError):
+        with aws_errors(str(self.place), DataError):
             pages = (
                 self.client()
                 .get_paginator("list_objects_v2")

@@ -12,7 +12,7 @@ import secrets
 import time
 from pathlib import Path
 
-from roadseg.aws import aws_client, error_code, said_plainly
+from roadseg.aws import aws_client, aws_errors, error_code
 from roadseg.errors import ConfigError, PointerMoved, ReleaseNotFound, StoreError
 from roadseg.files import sha256_bytes, sha256_file, write_atomic
 from roadseg.release.archive import LIMIT_BYTES
@@ -115,7 +115,7 @@ class S3Store:
         from botocore.exceptions import ClientError
 
         sha256 = base64.b64encode(hashlib.sha256(data).digest()).decode()
-        with said_plainly(self.address):
+        with aws_errors(self.address):
             for attempt in range(_CONFLICTS):
                 try:
                     self.client.put_object(
@@ -139,13 +139,13 @@ class S3Store:
 
     def _is_marked(self, mark: str) -> bool:
         """Whether the pointer is our own write after all: botocore repeats one whose answer got lost."""
-        with said_plainly(self.address):
+        with aws_errors(self.address):
             head = self.client.head_object(Bucket=self.bucket, Key=f"{self._prefix}champion.json")
         return bool(head["Metadata"].get("mark") == mark)
 
     def _stored_sha256(self, name: str) -> str:
         """Hex SHA-256 of an object: S3's own when it is of the whole, else of the bytes."""
-        with said_plainly(self.address):
+        with aws_errors(self.address):
             head = self.client.head_object(Bucket=self.bucket, Key=self._prefix + name, ChecksumMode="ENABLED")
         checksum = head.get("ChecksumSHA256", "")
         if checksum and head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
@@ -157,7 +157,7 @@ class S3Store:
         """(bytes, ETag) of an object, None when it does not exist."""
         from botocore.exceptions import ClientError
 
-        with said_plainly(self.address):
+        with aws_errors(self.address):
             try:
                 answer = self.client.get_object(Bucket=self.bucket, Key=self._prefix + name)
             except ClientError as e:
@@ -171,7 +171,7 @@ class S3Store:
     def _names(self, below: str) -> list[str]:
         """Names of all objects below, sorted."""
         start = self._prefix + below
-        with said_plainly(self.address):
+        with aws_errors(self.address):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
             return [o["Key"].removeprefix(self._prefix) for page in pages for o in page.get("Contents", ())]
 

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from roadseg.config.sections import Config
-from roadseg.data.batches.feed import refuse_places
+from roadseg.data.batches.plan import check_devices
 from roadseg.errors import ConfigError, ExportError
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, build
 from roadseg.model.dropout import refuse_own_draws
@@ -45,7 +45,7 @@ def refuse_ahead(config: Config, init: Release | None, machines: int = 1) -> Non
     world = machines * processes(t, machines)
     if world == 1:  # of several each has its own
         choose_device(t.device)
-    refuse_places(torch.device(device_name(t.device)), t.augment_device, t.frames_on_gpu)
+    check_devices(torch.device(device_name(t.device)), t.augment_device, t.frames_on_gpu)
     if place().main:  # it alone writes them
         refuse_missing(t.mirrors)
     architecture = architecture_of(config, len(ANY_CLASSES))

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from roadseg.data.augment.cpu import Augmentation, Draw, apply, draw, generator
-from roadseg.data.augment.gpu import Sheet, blurred, crops, plain_crops, sheet
+from roadseg.data.augment.gpu import Sheet, blurred, cut_crops, cut_crops_plain, sheet
 from roadseg.labels import IGNORE
 
 FILL = (1, 2, 3)
@@ -89,7 +89,7 @@ def test_it_is_what_the_reference_says_pixel_by_pixel(form: str) -> None:
     drawn = draws(FORMS[form], 3)
     frames = [frame(i) for i in range(3)]
     flat, s = whole(frames, drawn)
-    image, label = crops(flat, s, drawn[0].crop_px, FILL)
+    image, label = cut_crops(flat, s, drawn[0].crop_px, FILL)
     assert image.dtype == label.dtype == torch.uint8
     for row, (d, (frame_image, frame_label)) in enumerate(zip(drawn, frames, strict=True)):
         want_image, want_label = reference(d, frame_image, frame_label)
@@ -102,7 +102,7 @@ def test_it_is_what_the_reference_says_pixel_by_pixel(form: str) -> None:
 def test_it_is_what_opencv_makes_of_the_same_draw(form: str) -> None:
     drawn, (frame_image, frame_label) = draws(FORMS[form]), frame()
     flat, s = whole([(frame_image, frame_label)] * len(drawn), drawn)
-    image, label = crops(flat, s, drawn[0].crop_px, FILL)
+    image, label = cut_crops(flat, s, drawn[0].crop_px, FILL)
     for row, d in enumerate(drawn):
         want_image, want_label = apply(d, box_of(d, frame_image), box_of(d, frame_label), FILL)
         inside = cv2.erode((want_label != IGNORE).astype(np.uint8), np.ones((3, 3))) > 0
@@ -115,7 +115,7 @@ def test_it_is_what_opencv_makes_of_the_same_draw(form: str) -> None:
 def test_much_smaller_is_near_the_mean_of_the_area() -> None:
     drawn, (frame_image, frame_label) = draws(replace(FORMS["much smaller"], scale=(0.2, 0.25))), frame()
     flat, s = whole([(frame_image, frame_label)] * len(drawn), drawn)
-    image, _ = crops(flat, s, drawn[0].crop_px, FILL)
+    image, _ = cut_crops(flat, s, drawn[0].crop_px, FILL)
     for row, d in enumerate(drawn):
         assert d.taps > 1
         want, _ = apply(d, box_of(d, frame_image), box_of(d, frame_label), FILL)
@@ -130,8 +130,8 @@ def test_blur_is_gaussian_and_only_where_drawn() -> None:
         assert np.abs(got.numpy().astype(int) - want).max() <= 1
     drawn = [replace(d, blur_px=b) for d, b in zip(draws(FORMS["larger"], 3), (0.0, 1.2, 0.0), strict=True)]
     flat, s = whole([frame()] * 3, drawn)
-    got, _ = crops(flat, s, drawn[0].crop_px, FILL)
-    sharp, _ = crops(flat, replace(s, blur_px=s.blur_px * 0), drawn[0].crop_px, FILL)
+    got, _ = cut_crops(flat, s, drawn[0].crop_px, FILL)
+    sharp, _ = cut_crops(flat, replace(s, blur_px=s.blur_px * 0), drawn[0].crop_px, FILL)
     assert [torch.equal(a, b) for a, b in zip(got, sharp, strict=True)] == [True, False, True]
     assert torch.equal(got[1:2], blurred(sharp[1:2], s.blur_px[1:2]))
 
@@ -140,8 +140,8 @@ def both(kernel: ModuleType, form: str, device: str) -> None:
     drawn = draws(FORMS[form], 4)
     flat, s = whole([frame(i) for i in range(4)], drawn)
     tensors = [t.to(device) for t in (flat, torch.from_numpy(s.places), torch.from_numpy(s.numbers))]
-    image, label = kernel.crops(*tensors, drawn[0].crop_px, FILL)
-    want_image, want_label = plain_crops(*tensors, drawn[0].crop_px, FILL)  # type: ignore[call-arg]
+    image, label = kernel.cut_crops(*tensors, drawn[0].crop_px, FILL)
+    want_image, want_label = cut_crops_plain(*tensors, drawn[0].crop_px, FILL)  # type: ignore[call-arg]
     far = (image.int() - want_image.int()).abs()
     assert far.max() <= 1 or (far > 1).float().mean() < 1e-3
     assert (far > 0).float().mean() < 0.01 and (label != want_label).float().mean() < 1e-3

