@@ -1,22 +1,22 @@
-"""How a shard keeps the pixels of a frame, so that a box of it is read without the rest.
+"""Encode the pixels of a frame so that a box is decoded without the rest.
 
-An image is cut into bands of 64 rows that are stored one after another; a box needs the bands it
-touches. Real Cityscapes frames of 2048x1024, random 768x768 boxes with their labels on one core of a Xeon,
-files in memory, by benchmarks/shard_speed.py (whose PNGs take 2.2 MB and give 16 boxes a second):
+An image is stored as bands of 64 rows; a box needs the bands it overlaps. Sizes per frame and random 768x768 boxes
+with labels per second: real Cityscapes frames of 2048x1024, one core of a Xeon, files in memory, by
+benchmarks/shard_speed.py (PNG: 2.2 MB, 16 boxes per second):
 
-    raw       6.3 MB   1,880/s  the rows themselves; a box is a view of the mapped file. For speed.
-    jpeg      0.44 MB    290/s  quality 95, mean error 1.0 of 255. For disks that are small or far away.
-    lossless  2.3 MB     200/s  for exactness where raw does not fit.
+    raw       6.3 MB   1,880/s  the plain rows; a box is a view of the mapped file. For speed.
+    jpeg      0.44 MB    290/s  quality 95, mean error 1.0 of 255. For small disks and for S3.
+    lossless  2.3 MB     200/s  for exact pixels where raw is too large.
 
-jpeg: one baseline JPEG a frame, 4:2:0, with a restart marker every 64 pixels of every 16 rows. What lies
-between two markers decodes alone, so the pieces that a box touches are joined under the frame's own header
-into a small JPEG, which any decoder reads in one call. Tiles that are JPEGs of their own would each need a
-header, and of tiles of 256 pixels a box decodes a half more than its own. 4:4:4 has a mean error of 0.83 for
-1.31 times the bytes and 1.4 times the time.
+jpeg: one baseline JPEG per frame, 4:2:0, with a restart marker every 64 pixels of every 16 rows. The data between two
+markers decodes independently, so the segments that a box overlaps are joined under the frame's header, with the
+size changed, into a small JPEG that any decoder reads in one call. Separate JPEG tiles would each need a header, and
+with tiles of 256 pixels a box decodes half as many pixels again. 4:4:4 has a mean error of 0.83 for 1.31 times the
+bytes and 1.4 times the time.
 
-lossless: tiles of 64x256, each pixel less its left and upper and plus its upper left neighbour, by
-zstd. WebP takes 1.6 MB, but 6 times as long to decode; differences between the colours save 6 % on real
-frames and cost 7 % on rendered ones. The filter is undone by an integral image.
+lossless: tiles of 64x256; each pixel minus its left and upper neighbors plus its upper left neighbor, then zstd.
+An integral image undoes the filter. WebP takes 1.6 MB but 6 times as long to decode; differences between the colors
+save 6 % on real frames and cost 7 % on rendered ones.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ import zstandard
 Format = Literal["raw", "jpeg", "lossless"]
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the frame
 BAND_ROWS = 64
-MCU_PX = 16  # 4:2:0: a coded unit is 16x16 pixels
-SEGMENT_PX = 64  # between two restart markers
+MCU_PX = 16  # 4:2:0 codes units of 16x16 pixels
+SEGMENT_PX = 64  # width between two restart markers
 TILE_PX = 256
-_EDGE_PX = 2  # pixels beside a box that chroma is interpolated from, so that a box equals the frame there
+_EDGE_PX = 2  # extra pixels around a box, from which chroma is interpolated: a box then equals the whole frame
 
-_own = threading.local()  # a zstd context is not for two threads, and making one costs more than a tile
+_local = threading.local()  # zstd contexts are not thread-safe, and creating one costs more than a tile
 
 
 def decompress(data: np.ndarray, size: int) -> bytes:
-    """zstd, uint8 [n] to exactly `size` bytes. Raises zstandard.ZstdError."""
-    if not hasattr(_own, "zstd"):
-        _own.zstd = zstandard.ZstdDecompressor()
-    out: bytes = _own.zstd.decompress(data, max_output_size=size)
+    """Decompress zstd, uint8 [n], to exactly `size` bytes. Raises zstandard.ZstdError."""
+    if not hasattr(_local, "zstd"):
+        _local.zstd = zstandard.ZstdDecompressor()
+    out: bytes = _local.zstd.decompress(data, max_output_size=size)
     if len(out) != size:
         raise zstandard.ZstdError(f"{len(out)} bytes; expected {size}")
     return out
 
 
 def encode_image(image: np.ndarray, form: Format, quality: int) -> tuple[bytes, list[bytes]]:
-    """(header, a frame's bands top to bottom) of an image uint8 [H, W, 3] RGB. Only jpeg has a header."""
+    """(header, bands from top to bottom) of an image uint8 [H, W, 3] RGB. Only jpeg has a header."""
     if form == "jpeg":
         return _encode_jpeg(image, quality)
     bands = [np.ascontiguousarray(image[y : y + BAND_ROWS]) for y in range(0, len(image), BAND_ROWS)]
@@ -61,7 +61,7 @@ def encode_image(image: np.ndarray, form: Format, quality: int) -> tuple[bytes, 
 
 
 def rows_needed(form: Format, top: int, height: int, frame_height: int) -> tuple[int, int]:
-    """First row and the one after the last whose bands a box needs."""
+    """First and last (exclusive) row whose bands a box needs."""
     edge = _EDGE_PX if form == "jpeg" else 0
     return max(0, top - edge), min(frame_height, top + height + edge)
 
@@ -76,8 +76,8 @@ def decode_box(
 ) -> np.ndarray:
     """uint8 [height, width, 3] RGB of a box of a frame of `frame_px` (height, width).
 
-    bands: uint8 [n] each, adjacent in memory where `form` is raw; the first holds `first_row` as its
-    top. A raw box is a view of them; a jpeg's is one of the pixels around it.
+    bands: uint8 [n] each, for raw one array with all of them; first_row: top of the first band. A raw box is a view
+    of the band; a jpeg box is a view of the decoded pixels.
     """
     top, left, height, width = box
     if form == "jpeg":
@@ -94,9 +94,9 @@ def decode_box(
 
 
 def _encode_jpeg(image: np.ndarray, quality: int) -> tuple[bytes, list[bytes]]:
-    """A band: uint16 byte counts of its segments, then the segments, each with its marker behind it."""
+    """A band is uint16 byte counts of its segments, then the segments, each followed by its marker."""
     height, width = image.shape[:2]
-    # A segment must not run on into the next rows.
+    # A segment must not continue in the next rows.
     padded = cv2.copyMakeBorder(image, 0, -height % MCU_PX, 0, -width % SEGMENT_PX, cv2.BORDER_REPLICATE)
     options = {
         cv2.IMWRITE_JPEG_QUALITY: quality,
@@ -109,10 +109,10 @@ def _encode_jpeg(image: np.ndarray, quality: int) -> tuple[bytes, list[bytes]]:
     )
     assert done
     scan = _scan_start(data)
-    # In a scan 0xFF is followed by 0, or it is a marker.
+    # In a scan, 0xFF is followed by 0 unless it starts a marker.
     after = np.flatnonzero((data[scan:-1] == 0xFF) & (data[scan + 1 :] != 0)) + scan + 2
     columns = padded.shape[1] // SEGMENT_PX
-    assert len(after) == columns * (len(padded) // MCU_PX), "restart markers as asked for, and the end"
+    assert len(after) == columns * (len(padded) // MCU_PX), "all restart markers and the end marker"
     starts = np.concatenate([[scan], after])
     counts = np.diff(starts).astype("<u2")
     step = columns * (BAND_ROWS // MCU_PX)
@@ -128,7 +128,7 @@ def _scan_start(data: np.ndarray) -> int:
 
 
 def _marker(data: bytes, kind: int) -> tuple[int, int]:
-    """Where a header's first marker segment of this kind starts, and where the next does."""
+    """(start, end) of the first marker segment of this kind in a header."""
     at = 2
     while True:
         end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
@@ -160,9 +160,9 @@ def _decode_jpeg(
                 counts.append(sizes[a:b])
     data = np.frombuffer(bytearray().join(pieces), np.uint8)
     marks = len(pieces[0]) - 1 + np.cumsum(np.concatenate(counts), dtype=np.int64)
-    data[marks] = 0xD0 + np.arange(len(marks)) % 8  # they count modulo 8
-    data[-1] = 0xD9  # the last one ends the image
-    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")  # the pixels that OpenCV makes of it, 12 % sooner
+    data[marks] = 0xD0 + np.arange(len(marks)) % 8  # restart markers count modulo 8
+    data[-1] = 0xD9  # end of image
+    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")  # OpenCV's pixels, 12 % faster
     y, x = top - first_row - rows.start * MCU_PX, left - start * SEGMENT_PX
     return pixels[y : y + height, x : x + width]
 
@@ -176,7 +176,7 @@ def _resized_header(header: bytes, height: int, width: int) -> bytes:
 
 
 def _encode_lossless(band: np.ndarray) -> bytes:
-    """uint32 byte counts of the band's tiles, then the tiles; differences are modulo 256."""
+    """A band is uint32 byte counts of its tiles, then the tiles; differences are modulo 256."""
     packed = []
     for x in range(0, band.shape[1], TILE_PX):
         tile = band[:, x : x + TILE_PX].copy()

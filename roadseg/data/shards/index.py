@@ -1,22 +1,19 @@
-"""Shards: frames laid out so that a box is read without the rest of its frame, and no wrong byte is used.
+"""Shard files: frames stored so that a box is read without the rest of its frame, and damage is detected.
 
-A shard file holds frames one after another. A frame's record is
+A shard file holds the records of several frames. A record consists of
 
-    table    uint32 byte counts of the label's bands, then of the image's; uint64 XXH3 of each; JPEG header
-    label    train ids in bands of 128 rows, each zstd at level 9
-    image    at a multiple of 64 bytes, in bands of 64 rows; shard_images.py tells raw, jpeg and lossless
+    table    uint32 byte counts of the label's bands, then of the image's; uint64 XXH3 of each band; JPEG header
+    label    train ids in bands of 128 rows, each compressed by zstd
+    image    at a multiple of 64 bytes, in bands of 64 rows; see images.py for raw, jpeg and lossless
 
-and shards.json says where the records lie, with the XXH3 of every table, the SHA-256 of every shard file
-and of itself. Labels of Cityscapes (2048x1024, one core of a Xeon): whole at level 3 15.2 kB and 0.23 ms a
-random 768x768 box, bands of 128 rows at level 9 10.5 kB and 0.17 ms; smaller tiles cost more.
+shards.json has the offsets of the records, the XXH3 of every table, the SHA-256 of every shard file and its own
+SHA-256. Labels of Cityscapes (2048x1024, one core of a Xeon): in one piece at level 3, 15.2 kB and 0.23 ms per
+random 768x768 box; in bands of 128 rows at level 9, 10.5 kB and 0.17 ms; smaller tiles cost more.
 
-**Integrity.** A table, a label band and a band of jpeg or lossless are verified whenever they are read
-(some 20 us a box). For raw that would double the time (0.5 ms at 10 GB/s), so a process verifies a band
-when it first touches it, and not again when the page was dropped and comes from the disk once more.
-Besides, `Shards.damaged` compares whole files with their SHA-256 where size, times or inode are not those
-of the last time that it did. From S3 every band that comes is verified.
-
-Version 1 (raw rows and a label in one piece, with no checksums of their own) stays readable.
+**Integrity.** Tables, label bands, and jpeg and lossless bands are verified on every read (about 20 us per box).
+For raw that would double the time (0.5 ms at 10 GB/s), so a process verifies a raw band on first use, and not again
+when the kernel drops the page and reads it from disk again. In addition, `Shards.damaged` compares whole files with
+their SHA-256 if size, times or inode changed since the last check. Everything read from S3 is verified.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ import numpy as np
 import xxhash
 import zstandard
 
-from roadseg.data.shards.files import Files, RangedFiles, S3Prefix, not_as_made, open_files, place
+from roadseg.data.shards.files import Files, RangedFiles, S3Prefix, changed_files, open_files, parse_address
 from roadseg.data.shards.images import BAND_ROWS, Box, Format, decode_box, decompress, encode_image, rows_needed
 from roadseg.errors import DataError
 from roadseg.files import json_bytes, sha256_bytes, write_atomic
@@ -49,11 +46,10 @@ _SEAL = b',"sha256":"'
 
 @dataclass(frozen=True)
 class Frame:
-    """Where one frame lies. Offsets and sizes in bytes, from the start of the shard file.
+    """Location of one frame. Offsets from the start of the shard file and sizes, in bytes.
 
-    part: of a mixed data set, "" otherwise. centroids: (train id, y, x) in pixels of the frame, where
-    a class has pixels: what class-uniform sampling puts its crops on. The table ends where the label
-    starts; table_check: its XXH3 in hex, "" in version 1, which has no tables.
+    part: of a mixed data set, else "". centroids: (train id, y, x) of pixels of each class, for class-uniform
+    sampling. The table ends where the label starts; table_check: its XXH3 in hex.
     """
 
     name: str
@@ -63,10 +59,10 @@ class Frame:
     image_offset: int
     label_offset: int
     label_bytes: int
-    part: str = ""
-    centroids: tuple[tuple[int, int, int], ...] = ()
-    table_bytes: int = 0
-    table_check: str = ""
+    part: str
+    centroids: tuple[tuple[int, int, int], ...]
+    table_bytes: int
+    table_check: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Shard:
     file: str
     sha256: str
     frames: tuple[Frame, ...]
-    size_bytes: int = 0  # 0 where not known
+    size_bytes: int = 0  # 0 if unknown
 
 
 def write_frame(
@@ -116,11 +112,11 @@ def write_frame(
 
 @dataclass(frozen=True)
 class Shards:
-    """The content of shards.json and where it lies, a folder or an S3 prefix.
+    """The content of shards.json, and its location: a folder or an S3 prefix.
 
     mean, std: per RGB channel over train, in 0..255. class_pixels: {split: pixels by train id,
-    void last}. fingerprints: {split: data fingerprint}. form: of the images. part_weights: of a mixed
-    data set, how often a sample is drawn from each part.
+    void last}. fingerprints: {split: data fingerprint}. form: storage format of the images. part_weights: for a
+    mixed data set, {part: sampling weight}.
     """
 
     folder: Path | S3Prefix
@@ -136,7 +132,7 @@ class Shards:
 
     @cached_property
     def content(self) -> str:
-        """The content digest of a folder that holds this index and its shards, as the workspace takes it."""
+        """The content digest of a folder with this index and its shards, as the workspace computes it."""
         rows = [(s.file, s.sha256) for shards in self.shards.values() for s in shards]
         return sha256_bytes(json_bytes(sorted([*rows, (INDEX, sha256_bytes(self._index()))])))
 
@@ -162,57 +158,60 @@ class Shards:
 
     @staticmethod
     def load(address: Path | str, *, region: str = "", endpoint_url: str = "") -> Shards:
-        """From a folder or s3://bucket/prefix.
+        """address: a folder or s3://bucket/prefix.
 
-        Raises DataError when the index is missing, broken, changed since it was written, or of a newer schema.
+        Raises DataError if the index is missing, invalid, changed since it was written, or of another schema version.
         """
-        where = place(address, region, endpoint_url)
+        where = parse_address(address, region, endpoint_url)
         name = f"{where}/{INDEX}"
         try:
             data = (where / INDEX).read_bytes() if isinstance(where, Path) else RangedFiles(where).get(INDEX)
             index = json.loads(data)
             version = index["schema_version"]
-            if version not in range(1, SCHEMA_VERSION + 1):
-                raise DataError(f"schema version {version!r}", where=name, todo="update roadseg")
-            if version > 1:
-                _unbroken(data)
+            if version != SCHEMA_VERSION:
+                raise DataError(
+                    f"schema version {version!r}",
+                    expected=str(SCHEMA_VERSION),
+                    where=name,
+                    todo="make the shards again, or use the roadseg version that made them",
+                )
+            _check_seal(data)
             return _shards(where, index)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as e:
             raise DataError(
                 f"not a readable shard index ({type(e).__name__}: {e})",
                 where=name,
-                todo="copy the shards there again; those of a workspace are made anew once their folder is removed",
+                todo="copy the shards again; in a workspace, remove their folder and run again",
             ) from e
 
     def damaged(self) -> list[tuple[str, int]]:
-        """(split, number) of every shard that is missing or is not what was made.
+        """(split, number) of every shard that is missing or differs from what transform wrote.
 
-        Locally a file is hashed unless log/verified.json says that it was when it had this size, inode and
-        change time: 19 GB of raw Cityscapes are looked at in milliseconds. On S3 sizes are compared;
-        there whatever is read is verified on the way.
+        A local file is hashed unless log/verified.json has it with its current size, inode and change time: 19 GB of
+        raw Cityscapes are checked in milliseconds. On S3 only sizes are compared, as everything read is verified.
         """
         all_shards = [(split, i, s) for split, shards in self.shards.items() for i, s in enumerate(shards)]
         if isinstance(self.folder, S3Prefix):
             sizes = RangedFiles(self.folder).sizes()
             found = [(split, i, s.size_bytes, sizes.get(s.file)) for split, i, s in all_shards]
-            return [(split, i) for split, i, made, there in found if there is None or made not in (0, there)]
-        wrong = not_as_made(self.folder, {s.file: (s.sha256, s.size_bytes) for _, _, s in all_shards})
+            return [(split, i) for split, i, made, size in found if size is None or made not in (0, size)]
+        wrong = changed_files(self.folder, {s.file: (s.sha256, s.size_bytes) for _, _, s in all_shards})
         return [(split, i) for split, i, s in all_shards if s.file in wrong]
 
     def split(self, name: str) -> Split:
         return Split(open_files(self.folder), self.shards[name], self.form)
 
 
-def _unbroken(data: bytes) -> None:
+def _check_seal(data: bytes) -> None:
     head, _, tail = data.rpartition(_SEAL)
     if tail != sha256_bytes(head + b"}").encode() + b'"}\n':
-        raise ValueError("it is not as it was written")
+        raise ValueError("its SHA-256 is wrong")
 
 
 def _shards(where: Path | S3Prefix, index: dict[str, Any]) -> Shards:
-    form = index.get("form", "raw")
+    form = index["form"]
     if form not in get_args(Format):
-        raise ValueError(f"images of form {form!r}")
+        raise ValueError(f"unknown image format {form!r}")
     return Shards(
         where,
         index["source"],
@@ -223,79 +222,74 @@ def _shards(where: Path | S3Prefix, index: dict[str, Any]) -> Shards:
         index["fingerprints"],
         {split: tuple(shard_from_json(s) for s in rows) for split, rows in index["shards"].items()},
         form,
-        index.get("part_weights", {}),
+        index["part_weights"],
     )
 
 
 def shard_from_json(row: dict[str, Any]) -> Shard:
-    """What `dataclasses.asdict` and JSON made of a Shard. Raises KeyError, TypeError for anything else."""
-    frames = tuple(Frame(**{**f, "centroids": tuple(map(tuple, f.get("centroids", ())))}) for f in row["frames"])
-    return Shard(row["file"], row["sha256"], frames, row.get("size_bytes", 0))
+    """Inverse of `dataclasses.asdict`, after JSON. Raises KeyError or TypeError for anything else."""
+    frames = tuple(Frame(**{**f, "centroids": tuple(map(tuple, f["centroids"]))}) for f in row["frames"])
+    return Shard(row["file"], row["sha256"], frames, row["size_bytes"])
 
 
 class Split:
-    """Random access to the frames of one split, from any process that it is forked or pickled into."""
+    """Random access to the frames of one split. May be forked and pickled."""
 
     def __init__(self, files: Files, shards: Iterable[Shard], form: Format = "raw") -> None:
-        self._where = [(shard.file, frame) for shard in shards for frame in shard.frames]
+        self._located = [(shard.file, frame) for shard in shards for frame in shard.frames]
         self._files, self._form = files, form
-        self._seen: dict[int, int] = {}  # by frame, a bit for every band of raw that was verified
+        self._verified: dict[int, int] = {}  # {frame index: bit mask of its verified raw bands}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": {}}
+        return {**self.__dict__, "_verified": {}}
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._located)
 
     @cached_property
     def frames(self) -> list[Frame]:
-        return [frame for _, frame in self._where]
+        return [frame for _, frame in self._located]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(image uint8 [H, W, 3] RGB, label uint8 [H, W] of train ids)."""
-        frame = self._where[index][1]
+        frame = self._located[index][1]
         return self.read_box(index, 0, 0, frame.height, frame.width)
 
     def read_box(self, index: int, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """(image uint8 [height, width, 3] RGB, label uint8 [height, width]) of a box that lies in the frame.
+        """(image uint8 [height, width, 3] RGB, label uint8 [height, width]) of a box inside the frame.
 
-        A raw image is a read-only view of the mapped file. From S3 a box is one GET, from the frame's
-        label to the last row of the image that it needs, and one more for a frame's first box in this process.
-        Raises DataError, naming frame and file, for bytes that are not those that were written.
+        A raw image is a read-only view of the mapped file. From S3 a box is one GET, from the frame's label to the
+        last image row needed, plus one for the table at a frame's first box in this process.
+        Raises DataError with frame and file for damaged bytes.
         """
-        file, frame = self._where[index]
+        file, frame = self._located[index]
         assert 0 <= top <= frame.height - height and 0 <= left <= frame.width - width and min(height, width) > 0
-        label_rows, image_rows = (LABEL_ROWS, BAND_ROWS) if frame.table_check else (frame.height, frame.height)
-        a, b = top // label_rows, (top + height - 1) // label_rows + 1
         first, last = rows_needed(self._form, top, height, frame.height)
-        c, d = first // image_rows, (last - 1) // image_rows + 1
-        labels, images, checks, header = self._table(file, frame)
+        label_range = range(top // LABEL_ROWS, (top + height - 1) // LABEL_ROWS + 1)
+        image_range = range(first // BAND_ROWS, (last - 1) // BAND_ROWS + 1)
+        label_at, image_at, checks, header = self._table(file, frame)
 
-        start = min(labels[a], images[c])  # of version 1 the image comes first
-        unseen = self._unseen(index, c, d)
-        data = self._files.read(file, start, max(labels[b], images[d]), ahead=self._form == "raw")
-        label_bands = [data[labels[i] - start : labels[i + 1] - start] for i in range(a, b)]
-        image_bands = [data[images[i] - start : images[i + 1] - start] for i in range(c, d)]
-        if checks:
-            count = len(labels) - 1
-            for i, band in enumerate(label_bands, a):
-                self._check(band, checks[i], file, frame)
-            for i in unseen:
-                self._check(image_bands[i - c], checks[count + i], file, frame)
-            if self._form == "raw" and self._files.keeps and unseen:
-                self._seen[index] = self._seen.get(index, 0) | ((1 << d) - (1 << c))
+        start = label_at[label_range.start]
+        data = self._files.read(file, start, image_at[image_range.stop], ahead=self._form == "raw")
+        label_bands = [data[label_at[i] - start : label_at[i + 1] - start] for i in label_range]
+        image_bands = [data[image_at[i] - start : image_at[i + 1] - start] for i in image_range]
+        for i, band in zip(label_range, label_bands, strict=True):
+            self._check(band, checks[i], file, frame)
+        verified = self._verified.get(index, 0)
+        for i, band in zip(image_range, image_bands, strict=True):
+            if not verified >> i & 1:
+                self._check(band, checks[len(label_at) - 1 + i], file, frame)
+        if self._form == "raw" and self._files.keeps:
+            self._verified[index] = verified | ((1 << image_range.stop) - (1 << image_range.start))
 
         box, size = (top, left, height, width), (frame.height, frame.width)
         if self._form == "raw":
-            image_bands = [data[images[c] - start : images[d] - start]]
-        image = decode_box(self._form, header, image_bands, c * image_rows, size, box)
-        return image, self._label(label_bands, a * label_rows, label_rows, size, box, file, frame)
+            image_bands = [data[image_at[image_range.start] - start : image_at[image_range.stop] - start]]
+        image = decode_box(self._form, header, image_bands, image_range.start * BAND_ROWS, size, box)
+        return image, _decode_label(label_bands, label_range.start * LABEL_ROWS, size, box)
 
     def _table(self, file: str, frame: Frame) -> tuple[list[int], list[int], tuple[int, ...], bytes]:
-        """Offsets in the file of the label's bands and of the image's, with their ends; checksums; header."""
-        if not frame.table_check:
-            end = frame.image_offset + 3 * frame.height * frame.width
-            return [frame.label_offset, frame.label_offset + frame.label_bytes], [frame.image_offset, end], (), b""
+        """(offsets of the label's bands, of the image's bands, both with the end; checksums; JPEG header)."""
         table = self._files.table(file, frame.label_offset - frame.table_bytes, frame.label_offset)
         if xxhash.xxh3_64_hexdigest(table) != frame.table_check:
             raise self._damage(file, frame)
@@ -305,11 +299,6 @@ class Split:
         images = _offsets(frame.image_offset, values[count:bands])
         return labels, images, values[bands:], table[12 * bands :]
 
-    def _unseen(self, index: int, first: int, last: int) -> list[int]:
-        """Those of these bands of the image that this process has not verified, or must again."""
-        seen = self._seen.get(index, 0)
-        return [i for i in range(first, last) if not seen >> i & 1]
-
     def _check(self, band: np.ndarray, check: int, file: str, frame: Frame) -> None:
         if xxhash.xxh3_64_intdigest(band.data) != check:
             raise self._damage(file, frame)
@@ -317,35 +306,24 @@ class Split:
     def _damage(self, file: str, frame: Frame) -> DataError:
         self._files.distrust(file)
         return DataError(
-            f"the bytes of frame {frame.name} are damaged",
-            expected="those that transform wrote",
+            f"frame {frame.name} is damaged",
+            expected="the bytes that transform wrote",
             where=self._files.where(file),
-            todo="run again: the shard is made again from the originals",
+            todo="run again: transform then rebuilds the shard from the originals",
         )
 
-    def _label(
-        self,
-        bands: list[np.ndarray],
-        row: int,
-        rows: int,
-        size: tuple[int, int],
-        box: Box,
-        file: str,
-        frame: Frame,
-    ) -> np.ndarray:
-        """uint8 [height, width] of a box; `row` is the top of the first band."""
-        top, left, height, width = box
-        out = np.empty((height, width), np.uint8)
-        for y, band in enumerate(bands):
-            y0 = row + y * rows
-            inside = min(rows, size[0] - y0)
-            try:
-                ids = np.frombuffer(decompress(band, inside * size[1]), np.uint8).reshape(inside, size[1])
-            except zstandard.ZstdError:  # of version 1, which has no checksums
-                raise self._damage(file, frame) from None
-            a, b = max(y0, top), min(y0 + inside, top + height)
-            out[a - top : b - top] = ids[a - y0 : b - y0, left : left + width]
-        return out
+
+def _decode_label(bands: list[np.ndarray], first_row: int, frame_px: tuple[int, int], box: Box) -> np.ndarray:
+    """uint8 [height, width] of a box; first_row: top of the first band."""
+    top, left, height, width = box
+    out = np.empty((height, width), np.uint8)
+    for number, band in enumerate(bands):
+        y = first_row + number * LABEL_ROWS
+        rows = min(LABEL_ROWS, frame_px[0] - y)
+        ids = np.frombuffer(decompress(band, rows * frame_px[1]), np.uint8).reshape(rows, frame_px[1])
+        a, b = max(y, top), min(y + rows, top + height)
+        out[a - top : b - top] = ids[a - y : b - y, left : left + width]
+    return out
 
 
 def _offsets(start: int, sizes: Iterable[int]) -> list[int]:

@@ -1,18 +1,17 @@
-"""Shards: what was written comes back, box by box, and no flipped bit is used or overlooked."""
+"""Shards: boxes equal what was written, and every flipped bit is detected."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
 import cv2
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +27,7 @@ SIZES = ((1, 1), (70, 131), (129, 300), (200, 530))
 
 
 def smooth(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """An image as a camera gives it, without the noise of `scene`, which no JPEG keeps."""
+    """A smooth image, without the noise of `scene`, which JPEG does not keep."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
     image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -64,13 +63,13 @@ def test_frames_come_back_bit_for_bit(shards: Shards) -> None:
         assert split.frames[i].name == f"train{i}"
 
 
-def test_the_index_brings_back_all_it_was_given(made: Shards) -> None:
+def test_the_index_round_trips(made: Shards) -> None:
     loaded = Shards.load(str(made.folder))
     assert loaded == made and loaded.part_weights == {"a": 2.0}
     assert loaded.split("train").frames[0].centroids == ((0, 1, 2),)
 
 
-def test_images_come_back_as_their_form_promises(made: Shards) -> None:
+def test_images_are_exact_or_as_good_as_their_jpeg(made: Shards) -> None:
     split = made.split("train")
     for i, size in enumerate(SIZES):
         image, label = split.read(i)
@@ -79,7 +78,7 @@ def test_images_come_back_as_their_form_promises(made: Shards) -> None:
         assert image.shape == expected.shape and image.dtype == np.uint8
         if made.form != "jpeg":
             np.testing.assert_array_equal(image, expected)
-        else:  # the encoder's own loss on the same pixels, and none besides
+        else:  # no loss besides the encoder's
             options = [cv2.IMWRITE_JPEG_QUALITY, 95]
             reference = cv2.imdecode(cv2.imencode(".jpg", expected[..., ::-1], options)[1], cv2.IMREAD_COLOR)
             error, reference_error = (np.abs(x.astype(int) - expected).mean() for x in (image, reference[..., ::-1]))
@@ -101,7 +100,7 @@ def test_a_box_is_that_part_of_the_frame(made: Shards, data: st.DataObject) -> N
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_box_reads_only_the_bands_that_it_touches(tmp_path: Path, form: Format) -> None:
-    """Bytes of other bands may be anything."""
+    """Other bands may hold arbitrary bytes."""
     shards = written(tmp_path, form, [smooth(512, 256)])
     frame = shards.split("train").frames[0]
     expected = shards.split("train").read_box(0, 130, 0, 40, 256)
@@ -111,8 +110,9 @@ def test_a_box_reads_only_the_bands_that_it_touches(tmp_path: Path, form: Format
     (tmp_path / "train-00000.bin").write_bytes(data)
     for got, want in zip(shards.split("train").read_box(0, 130, 0, 40, 256), expected, strict=True):
         np.testing.assert_array_equal(got, want)
-    with pytest.raises(DataError, match="frame f0 are damaged"):
+    with pytest.raises(DataError) as e:
         shards.split("train").read(0)
+    assert "f0" in e.value.found and e.value.where == str(tmp_path / "train-00000.bin")
 
 
 def test_a_split_is_pickled_without_its_frames(made: Shards) -> None:
@@ -150,7 +150,7 @@ def test_every_flipped_bit_of_a_shard_is_found(made: Shards) -> None:
         assert made.damaged() == [("train", 0)]
         i = next(i for i, end in enumerate(ends) if position < end)
         if not frames[i].label_offset + frames[i].label_bytes <= position < frames[i].image_offset:
-            with pytest.raises(DataError, match=rf"train-00000.bin: the bytes of frame f{i} are damaged"):
+            with pytest.raises(DataError, match=rf"train-00000.bin: frame f{i} is damaged"):
                 made.split("train").read(i)
     path.unlink()
     assert made.damaged() == [("train", 0)]
@@ -187,8 +187,8 @@ def test_unchanged_files_are_not_read_again(shards: Shards, monkeypatch: pytest.
 
 
 @pytest.mark.fault
-def test_damage_that_only_reading_shows_is_found_by_the_next_look(shards: Shards) -> None:
-    """A disk that loses a bit changes no time: the stamp is forged here to stand for that."""
+def test_damage_found_while_reading_is_found_by_the_next_check(shards: Shards) -> None:
+    """A disk that loses a bit changes no time, so the recorded stamp is forged."""
     path = shards.folder / "train-00000.bin"
     frame = shards.split("train").frames[2]
     assert shards.damaged() == []
@@ -200,7 +200,7 @@ def test_damage_that_only_reading_shows_is_found_by_the_next_look(shards: Shards
     assert shards.damaged() == []
     split = shards.split("train")
     split.read(1)
-    with pytest.raises(DataError, match="frame train2 are damaged.*run again"):
+    with pytest.raises(DataError, match="frame train2"):
         split.read_box(2, 0, 0, 10, 10)
     assert shards.damaged() == [("train", 0)]
 
@@ -212,74 +212,28 @@ def test_a_shard_that_is_too_short(shards: Shards) -> None:
         with pytest.raises(DataError, match="train-00000.bin"):
             shards.split("train").read(5)
     path.unlink()
-    with pytest.raises(DataError, match="train-00000.bin: can't be read"):
+    with pytest.raises(DataError, match="train-00000.bin"):
         shards.split("train").read(0)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"schema_version": 99}', '{"schema_version": 2}', "[]"])
-def test_a_broken_index_is_told(tmp_path: Path, text: str) -> None:
+def test_a_broken_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "shards.json").write_text(text)
     with pytest.raises(DataError, match="shards.json"):
         Shards.load(tmp_path)
 
 
-# ── version 1 ───────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_schema_version_is_refused(shards: Shards, version: int) -> None:
+    path = shards.folder / "shards.json"
+    path.write_bytes(path.read_bytes().replace(b'"schema_version":2', b'"schema_version":%d' % version))
+    with pytest.raises(DataError) as e:
+        Shards.load(shards.folder)
+    assert e.value.where == str(path) and str(version) in e.value.found
 
 
-def write_version_1(folder: Path, frames: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """As the first version wrote: raw rows at 64 bytes, the label in one piece, no checksums but the file's."""
-    data, rows = bytearray(), []
-    for i, (image, label) in enumerate(frames):
-        data += b"\0" * (-len(data) % 64)
-        image_offset = len(data)
-        data += image.tobytes()
-        packed = zstandard.compress(label.tobytes(), 3)
-        at = {"image_offset": image_offset, "label_offset": len(data), "label_bytes": len(packed)}
-        rows.append({"name": f"f{i}", "sequence": "s", "height": label.shape[0], "width": label.shape[1], **at})
-        data += packed
-    (folder / "train-00000.bin").write_bytes(data)
-    sha256 = sha256_file(folder / "train-00000.bin")
-    index = {
-        "schema_version": 1,
-        "source": "test",
-        "label_set": THREE.to_json(),
-        "mean": [1.0, 2.0, 3.0],
-        "std": [4.0, 5.0, 6.0],
-        "class_pixels": {"train": [1, 2, 3, 4]},
-        "fingerprints": {"train": "t" * 64},
-        "shards": {"train": [{"file": "train-00000.bin", "sha256": sha256, "frames": rows}]},
-    }
-    (folder / "shards.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-
-
-def test_version_1_stays_readable(tmp_path: Path) -> None:
-    write_version_1(tmp_path, [smooth(*size) for size in SIZES])
-    shards = Shards.load(tmp_path)
-    assert shards.form == "raw" and shards.part_weights == {} and shards.damaged() == []
-    split = shards.split("train")
-    for i, size in enumerate(SIZES):
-        assert split.frames[i] == replace(split.frames[i], part="", centroids=(), table_check="")
-        for got, want in zip(split.read(i), smooth(*size), strict=True):
-            np.testing.assert_array_equal(got, want)
-    image, label = split.read_box(3, 100, 200, 90, 300)
-    np.testing.assert_array_equal(image, smooth(*SIZES[3])[0][100:190, 200:500])
-    np.testing.assert_array_equal(label, smooth(*SIZES[3])[1][100:190, 200:500])
-
-
-@pytest.mark.fault
-def test_a_damaged_label_of_version_1(tmp_path: Path) -> None:
-    write_version_1(tmp_path, [smooth(70, 131)])
-    frame = Shards.load(tmp_path).split("train").frames[0]
-    data = bytearray((tmp_path / "train-00000.bin").read_bytes())
-    data[frame.label_offset] ^= 1
-    (tmp_path / "train-00000.bin").write_bytes(data)
-    assert Shards.load(tmp_path).damaged() == [("train", 0)]
-    with pytest.raises(DataError, match="frame f0 are damaged"):
-        Shards.load(tmp_path).split("train").read(0)
-
-
-def test_a_frame_s_fields_are_those_of_the_index(made: Shards) -> None:
-    """Another reader may rely on them: asdict of Frame is what stands in the file."""
+def test_the_index_has_the_fields_of_frames(made: Shards) -> None:
+    """Other readers rely on the names of Frame's fields in the file."""
     index = json.loads((made.folder / "shards.json").read_bytes())
     first = index["shards"]["train"][0]["frames"][0]
     assert first == json.loads(json.dumps(asdict(made.split("train").frames[0])))

@@ -49,7 +49,7 @@ def uploaded(shards: Shards, client: Any) -> Shards:
 
 
 def answers(split: Split, change: Any) -> list[str]:
-    """Let `change(request, range)` answer the split's GETs; returns the ranges that were asked for."""
+    """Let `change(request)` answer the split's GETs; returns the list of requested ranges."""
     files, asked = split._files, []
     assert isinstance(files, RangedFiles)
 
@@ -84,7 +84,7 @@ def read_in_worker(split: Split, out: Any) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # forked beside the server's thread
-def test_workers_make_connections_of_their_own(tmp_path: Path, bucket: Any, method: str) -> None:
+def test_workers_make_their_own_connections(tmp_path: Path, bucket: Any, method: str) -> None:
     split = uploaded(write_shards(tmp_path / "x"), bucket).split("train")
     split.read(0)
     mine = split._files.client()  # type: ignore[union-attr]
@@ -99,7 +99,7 @@ def test_workers_make_connections_of_their_own(tmp_path: Path, bucket: Any, meth
     assert split._files.client() is mine and b"client" in pickle.dumps(split)  # type: ignore[union-attr]
 
 
-def test_what_passes_is_tried_again(tmp_path: Path, bucket: Any) -> None:
+def test_transient_failures_are_retried(tmp_path: Path, bucket: Any) -> None:
     split = uploaded(write_shards(tmp_path / "x"), bucket).split("train")
     troubles = ["500", "503", "cut", "short", "500", "reset"]
 
@@ -122,7 +122,7 @@ def test_what_passes_is_tried_again(tmp_path: Path, bucket: Any) -> None:
 
 
 class Raw:
-    """The body of an answer as urllib3 gives it."""
+    """The body of a response, with urllib3's interface."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -136,7 +136,7 @@ class Raw:
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "said"),
+    ("status", "code", "message"),
     [
         (403, "AccessDenied", "access denied"),
         (400, "ExpiredToken", "credentials have expired"),
@@ -144,11 +144,11 @@ class Raw:
         (503, "SlowDown", "asks to slow down"),
     ],
 )
-def test_refusals_are_said_without_secrets(tmp_path: Path, bucket: Any, status: int, code: str, said: str) -> None:
+def test_refusals_have_no_secrets(tmp_path: Path, bucket: Any, status: int, code: str, message: str) -> None:
     split = uploaded(write_shards(tmp_path / "x"), bucket).split("train")
     body = f"<Error><Code>{code}</Code><Message>you may not</Message></Error>".encode()
     asked = answers(split, lambda request: AWSResponse(request.url, status, {}, Raw(body)))
-    with pytest.raises(DataError, match=said) as e:
+    with pytest.raises(DataError, match=message) as e:
         split.read(0)
     assert f"s3://{BUCKET}/a/b/train-00000.bin" in str(e.value)
     assert AWS_SECRET not in str(e.value) and "Signature" not in str(e.value)
@@ -169,34 +169,34 @@ def test_damage_is_found(tmp_path: Path, bucket: Any) -> None:
             broken = bytearray(whole)
             broken[position] ^= 1 << int(rng.integers(8))
             bucket.put_object(Bucket=BUCKET, Key="a/b/train-00000.bin", Body=bytes(broken))
-            with pytest.raises(DataError, match="s3://shards/a/b/train-00000.bin: the bytes of frame f1 are damaged"):
+            with pytest.raises(DataError, match="s3://shards/a/b/train-00000.bin: frame f1"):
                 remote.split("train").read(1)
     bucket.put_object(Bucket=BUCKET, Key="a/b/train-00000.bin", Body=whole[:-7])
     assert remote.damaged() == [("train", 0)]
-    with pytest.raises(DataError, match="bytes came; expected"):
+    with pytest.raises(DataError, match="a/b/train-00000.bin: received"):
         remote.split("train").read(1)
     bucket.delete_object(Bucket=BUCKET, Key="a/b/train-00000.bin")
     assert remote.damaged() == [("train", 0)]
 
 
-def test_where_there_are_no_shards(bucket: Any) -> None:
+def test_missing_shards(bucket: Any) -> None:
     address = bucket.meta.endpoint_url
-    with pytest.raises(DataError, match=f"s3://{BUCKET}/none/shards.json: there is no such object"):
+    with pytest.raises(DataError, match=f"s3://{BUCKET}/none/shards.json"):
         Shards.load(f"s3://{BUCKET}/none", region="us-east-1", endpoint_url=address)
     with pytest.raises(DataError, match="the bucket does not exist"):
         Shards.load("s3://nowhere/x", region="us-east-1", endpoint_url=address)
     bucket.put_object(Bucket=BUCKET, Key="x/shards.json", Body=b"{}")
-    with pytest.raises(DataError, match="not a readable shard index.*copy the shards there again"):
+    with pytest.raises(DataError, match=f"s3://{BUCKET}/x/shards.json"):
         Shards.load(f"s3://{BUCKET}/x", region="us-east-1", endpoint_url=address)
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3:///x", "s3:/bucket/x"])
 def test_an_address_without_a_bucket(url: str) -> None:
-    with pytest.raises(ConfigError, match="names no bucket"):
+    with pytest.raises(ConfigError, match="no bucket in"):
         Shards.load(url)
 
 
-def test_nobody_answers() -> None:
+def test_an_unreachable_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
     with pytest.raises(DataError, match="AWS could not be reached"):
