@@ -56,7 +56,17 @@ def write(folder: Path, frames: int) -> None:
             rows = tuple(write_frame(f, str(i), "", *pair, form=form) for i, pair in enumerate(made))  # type: ignore[arg-type]
         shards = {"train": (Shard(path.name, sha256_file(path), rows),)}
         grey = (127.5, 127.5, 127.5)
-        Shards(folder / form, "town", CITYSCAPES, grey, grey, {"train": [1] * 20}, {}, shards, form).save()  # type: ignore[arg-type]
+        Shards(
+            folder=folder / form,
+            source="town",
+            label_set=CITYSCAPES,
+            mean=grey,
+            std=grey,
+            class_pixels={"train": [1] * 20},
+            fingerprints={},
+            shards=shards,
+            form=form,
+        ).save()  # type: ignore[arg-type]
 
 
 def usual(pngs: list[Path], size: int) -> Callable[[int], object]:

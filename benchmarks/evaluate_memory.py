@@ -39,7 +39,9 @@ def write_model(path: Path) -> None:
     from roadseg.release.archive import write_archive
     from roadseg.release.export import export_onnx
 
-    a = Architecture(TOWN.num_classes, "mobilenetv2_050", channels=CHANNELS, head="separable", auxiliary=False)
+    a = Architecture(
+        num_classes=TOWN.num_classes, backbone="mobilenetv2_050", channels=CHANNELS, head="separable", auxiliary=False
+    )
     network = build(a, seed=0).eval()
     export_onnx(network, path.with_suffix(".onnx"))
     model = {

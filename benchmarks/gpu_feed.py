@@ -90,7 +90,17 @@ def write_shards(folders: dict[str, Path], frames: int, size: tuple[int, int]) -
     grey = (127.5, 127.5, 127.5)
     for form, folder in folders.items():
         rows = {"train": tuple(shards[form] for shards in made)}
-        Shards(folder, "town", CITYSCAPES, grey, grey, {"train": [1] * 20}, {}, rows, form).save()  # type: ignore[arg-type]
+        Shards(
+            folder=folder,
+            source="town",
+            label_set=CITYSCAPES,
+            mean=grey,
+            std=grey,
+            class_pixels={"train": [1] * 20},
+            fingerprints={},
+            shards=rows,
+            form=form,
+        ).save()  # type: ignore[arg-type]
         say(f"{form} shards: {sum(p.stat().st_size for p in folder.glob('*.bin')) / 1e6:.0f} MB")
 
 

@@ -26,9 +26,19 @@ CLASSES = 19
 
 def gradient(backbone: str, dtype: torch.dtype, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """(logits, the gradient in one vector), both float64."""
-    architecture = Architecture(CLASSES, backbone, auxiliary=True, dropout=0.0)
+    architecture = Architecture(num_classes=CLASSES, backbone=backbone, auxiliary=True, dropout=0.0)
     network = build(architecture, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3).train().to(dtype)
-    criterion = Criterion(Terms(), Terms(), 0.4, torch.linspace(1, 10, CLASSES), 0.0, 0.7, 0.0625, 2.0, 2)
+    criterion = Criterion(
+        main=Terms(),
+        auxiliary=Terms(),
+        auxiliary_weight=0.4,
+        class_weights_K=torch.linspace(1, 10, CLASSES),
+        label_smoothing=0.0,
+        ohem_threshold=0.7,
+        ohem_keep=0.0625,
+        focal_gamma=2.0,
+        boundary_px=2,
+    )
     output = network(image)
     criterion(output, label, criterion.counts(label), 1).backward()
     gradients = [p.grad.double().flatten() for p in network.parameters() if p.grad is not None]

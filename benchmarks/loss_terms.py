@@ -32,7 +32,17 @@ def losses(label: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
 
     def ours(weights: dict[str, float]) -> Callable[[Tensor], Tensor]:
         terms = Terms(**{"cross_entropy": 0.0, **weights})
-        criterion = Criterion(terms, terms, 0.0, None, 0.05, 0.7, 0.0625, 2.0, 3)
+        criterion = Criterion(
+            main=terms,
+            auxiliary=terms,
+            auxiliary_weight=0.0,
+            class_weights_K=None,
+            label_smoothing=0.05,
+            ohem_threshold=0.7,
+            ohem_keep=0.0625,
+            focal_gamma=2.0,
+            boundary_px=3,
+        )
         return lambda logits: criterion(logits, label, criterion.counts(label), 1)
 
     def peer(logits: Tensor) -> Tensor:

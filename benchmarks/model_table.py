@@ -43,7 +43,9 @@ def rows(num_classes: int) -> Iterator[tuple[str, tuple[str, str, int] | None, n
     for channels, low_levels in ((128, (8, 4)), (256, (4,))):
         for fusion in FUSIONS:
             for head in HEADS:
-                a = Architecture(num_classes, fusion=fusion, head=head, channels=channels, low_levels=low_levels)
+                a = Architecture(
+                    num_classes=num_classes, fusion=fusion, head=head, channels=channels, low_levels=low_levels
+                )
                 name = f"{fusion}, {head}, C={channels}, low levels {'+'.join(map(str, low_levels))}"
                 yield name, (fusion, head, channels), build(a, seed=0)
 

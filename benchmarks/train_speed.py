@@ -37,7 +37,19 @@ def ours(
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=device.type == "cuda")
     average = EMA(network, 0.999)
     weights = torch.ones(architecture.num_classes, device=device)
-    objective = Objective(Criterion(Terms(), Terms(), 0.4, weights, 0.05, 0.7, 0.0625, 2.0, 3))
+    objective = Objective(
+        Criterion(
+            main=Terms(),
+            auxiliary=Terms(),
+            auxiliary_weight=0.4,
+            class_weights_K=weights,
+            label_smoothing=0.05,
+            ohem_threshold=0.7,
+            ohem_keep=0.0625,
+            focal_gamma=2.0,
+            boundary_px=3,
+        )
+    )
     gradients = Gradients(network, objective, device, device.type == "cuda", graph, compiled=compiled)
 
     def step() -> None:
@@ -72,8 +84,8 @@ def peer(network: nn.Module, batch: Batch, device: torch.device) -> Callable[[],
 
 
 def forms(a: argparse.Namespace, batch: Batch, device: torch.device) -> dict[str, Callable[[], object]]:
-    heads = Architecture(a.classes, auxiliary=True)
-    plain = Architecture(a.classes)
+    heads = Architecture(num_classes=a.classes, auxiliary=True)
+    plain = Architecture(num_classes=a.classes)
     made = {"roadseg, two auxiliary heads, eager": ours(heads, batch, device, False)}
     if device.type == "cuda":
         made["roadseg, two auxiliary heads, CUDA graph"] = ours(heads, batch, device, True)

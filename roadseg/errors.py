@@ -13,6 +13,8 @@ RoadsegError 1
 │   └── PointerMoved      the champion changed since it was read
 ├── ExportError 1         the exported graph is not the network at every size
 ├── NonFiniteLoss 1       training diverged
+├── PeerLost 1            another process of the training is gone
+│   └── PeerFailed        and reported why itself
 └── Interrupted 143/130   stopped by a signal, state saved
 """
 
@@ -83,6 +85,14 @@ class ExportError(RoadsegError):
 
 
 class NonFiniteLoss(RoadsegError):
+    pass
+
+
+class PeerLost(RoadsegError):
+    pass
+
+
+class PeerFailed(PeerLost):
     pass
 
 

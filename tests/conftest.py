@@ -159,7 +159,13 @@ def write_frames(root: Path, label_set: LabelSet, splits: dict[str, list[tuple[n
             histogram = np.bincount(np.minimum(label.ravel(), void), minlength=void + 1).tolist()
             height, width = label.shape
             digests = [hashlib.sha256(content).hexdigest() for content in data]
-            samples.append(Sample(split, str(i), "", *paths, "", width, height, *digests, 1, 1, tuple(histogram)))  # type: ignore[call-arg]
+            samples.append(
+                Sample(
+                    split=split, name=str(i), sequence="", image=paths[0], label=paths[1], instances="", width=width,
+                    height=height, image_sha256=digests[0], label_sha256=digests[1], image_bytes=1, label_bytes=1,
+                    histogram=tuple(histogram),
+                )
+            )  # fmt: skip
     return Manifest("test", label_set, tuple(samples))
 
 
@@ -172,14 +178,14 @@ def write_shards(folder: Path, train: int = 6, val: int = 3) -> Shards:
             frames = tuple(write_frame(f, f"{split}{i}", "s", *scene(first + i)) for i in range(count))
         shards[split] = (Shard(path.name, sha256_file(path), frames),)
     made = Shards(
-        folder,
-        "test",
-        THREE,
-        (120.0, 120.0, 120.0),
-        (60.0, 60.0, 60.0),
-        {"train": [500, 400, 60, 40], "val": [500, 400, 60, 40]},
-        {"train": "t" * 64, "val": "v" * 64},
-        shards,
+        folder=folder,
+        source="test",
+        label_set=THREE,
+        mean=(120.0, 120.0, 120.0),
+        std=(60.0, 60.0, 60.0),
+        class_pixels={"train": [500, 400, 60, 40], "val": [500, 400, 60, 40]},
+        fingerprints={"train": "t" * 64, "val": "v" * 64},
+        shards=shards,
     )
     made.save()
     return made

@@ -74,7 +74,13 @@ def test_a_row_is_measured_for_what_the_change_ships(ablation: ModuleType) -> No
     keys = [ablation.network_key(ablation.architecture_of(c)) for c in (phased, at_8, config([8]), config([16]))]
     assert keys[0] == keys[1] and len(set(keys)) == 3
     assert ablation.architecture_of(phased) == Architecture(
-        11, "test_efficientnet", 8, channels=8, head="separable", atrous_rates=(4, 8, 12), dropout=phased.model.dropout
+        num_classes=11,
+        backbone="test_efficientnet",
+        output_stride=8,
+        channels=8,
+        head="separable",
+        atrous_rates=(4, 8, 12),
+        dropout=phased.model.dropout,
     )
 
 

@@ -34,12 +34,6 @@ CONFIG_READERS = (
 )
 
 
-NOT_YET = {
-    "roadseg.train.inputs", "roadseg.train.package", "roadseg.train.checks.preflight", "roadseg.train.checks.feasible",
-    "roadseg.train.checks.unused_settings", "roadseg.train.checks.memory", "roadseg.train.distributed.environment",
-}  # fmt: skip
-
-
 def modules() -> dict[str, Path]:
     return {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
@@ -121,4 +115,4 @@ def test_config_is_imported_where_it_may_be():
 
     sections = {name for name in MODULES if name.startswith("roadseg.config.")} - {"roadseg.config.yaml_file"}
     found = {name for name, others in GRAPH.items() if others & sections and not may(name)}
-    assert found - NOT_YET == set()
+    assert found == set()

@@ -58,7 +58,8 @@ def _errors(a: argparse.Namespace, config: Config) -> int:
     from roadseg.review.label_errors import find_suspects, render, table
 
     release = load_release(find_release(config, a.workspace, a.release or "champion"))
-    manifest, root, limits = dataset(config, a.workspace)
+    found = dataset(config, a.workspace)
+    manifest, root, limits = found.manifest, found.root, found.limits
     title = f"labels of {manifest.source} {config.data.split} by release {release.digest[:12]}"
     trained = release.model["training"]
     log.info("%s, trained on %s; --config, or data.source and data.root, name other data", title, trained["source"])

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from roadseg.cli.flags import parse_flags, unknown_flag
 from roadseg.cli.profile import profile, profile_arguments
 from roadseg.cli.sweep import sweep, sweep_arguments
 from roadseg.config.sections import Config, load_config
-from roadseg.errors import RoadsegError, UsageError
+from roadseg.errors import PeerFailed, RoadsegError, UsageError
+from roadseg.logs import JsonLines, log_to_console
 from roadseg.version import __version__
 
 log = logging.getLogger("roadseg")
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _dispatch(argv[0], argv[1:])
+    except PeerFailed as e:  # the rank that failed prints its own error
+        return e.exit_code
     except RoadsegError as e:
         print(f"roadseg {argv[0]}: {e}", file=sys.stderr)
         return e.exit_code
@@ -113,7 +115,7 @@ def _dispatch(name: str, rest: list[str]) -> int:
     if unknown:
         raise unknown_flag(unknown, f"roadseg {name}")
     config = parse_flags(parsed.config, flags, f"roadseg {name}", about)
-    _log_to(sys.stderr)
+    log_to_console(sys.stderr)
     return command.call(parsed, config)
 
 
@@ -135,32 +137,6 @@ def _peek_config(own: list[str]) -> Path | None:
     return parser.parse_known_args([token for token in own if token not in ("-h", "--help")])[0].config
 
 
-def _log_to(stream: Any) -> None:
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-
-class _JsonLines(logging.Handler):
-    """runs/<name>/log.jsonl: one object a line with time, level, logger and message."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def emit(self, record: logging.LogRecord) -> None:
-        row = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        with suppress(OSError), open(self._path, "a", encoding="utf-8") as f:  # it was said on the terminal
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 # ---- the stages -----------------------------------------------------------------------------
 
 
@@ -173,7 +149,9 @@ def _stage(until: str) -> Callable[[argparse.Namespace, Config], int]:
     def call(a: argparse.Namespace, config: Config) -> int:
         from roadseg.pipeline.run import run, run_folder
 
-        log.addHandler(_JsonLines(run_folder(a.workspace, a.name) / "log.jsonl"))
+        if (code := _on_all_hosts(config)) is not None:
+            return code
+        log.addHandler(JsonLines(run_folder(a.workspace, a.name) / "log.jsonl"))
         result = run(config, until, workspace=a.workspace, name=a.name, wait=not a.no_wait)  # type: ignore[arg-type]
         for stage, output in result.outputs.items():
             print(f"{stage:<9} {output.folder}")
@@ -189,6 +167,25 @@ def _stage(until: str) -> Callable[[argparse.Namespace, Config], int]:
         return 0
 
     return call
+
+
+def _on_all_hosts(config: Config) -> int | None:
+    """On a host of a SageMaker cluster: run this command under torchrun, and return its exit code; elsewhere None."""
+    from roadseg.train.distributed.environment import PORT, cluster_from_environment, sagemaker_hosts
+
+    number, hosts = sagemaker_hosts()
+    if len(hosts) < 2 or cluster_from_environment().world > 1:
+        return None
+    from torch.distributed.run import main as torchrun
+
+    from roadseg.train.device import processes_per_machine
+
+    t = config.training
+    processes = processes_per_machine(t.gpus, t.device, processes_started=len(hosts))
+    about = ["--nnodes", len(hosts), "--node-rank", number, "--nproc-per-node", processes]
+    meeting = ["--master-addr", hosts[0], "--master-port", PORT]
+    torchrun([*map(str, about), *map(str, meeting), "-m", "roadseg.cli", *sys.argv[1:]])
+    return 0
 
 
 def _print_scores(evaluation: dict[str, Any]) -> None:

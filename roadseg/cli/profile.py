@@ -48,7 +48,7 @@ def profile(a: argparse.Namespace, config: Config) -> int:
     image_BHW = (a.batch, height, width)
     from roadseg.profile.cost import cost
     from roadseg.profile.latency import machine
-    from roadseg.train.stage import choose_device
+    from roadseg.train.device import choose_device
 
     t = config.training
     device = choose_device(t.device)
@@ -190,9 +190,9 @@ def _classes(config: Config) -> int:
 
 def _micro_batch(t: Training) -> int:
     """Crops that one GPU takes at once; of given GPUs, so many need not be here to be counted for."""
-    from roadseg.train.distributed.worker import processes
+    from roadseg.train.device import processes_per_machine
 
-    return -(-t.batch_size // (t.accumulate * (t.gpus or processes(t))))
+    return -(-t.batch_size // (t.accumulate * (t.gpus or processes_per_machine(t.gpus, t.device))))
 
 
 def _require_memory(counted: Cost, device: torch.device) -> None:

@@ -23,7 +23,7 @@ HOLDOUT = "holdout"  # the split of sequences held out of train
 _HEX = frozenset("0123456789abcdef")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """One image with its label.
 

@@ -13,14 +13,14 @@ from roadseg.config.sections import Data
 from roadseg.data.manifest import HOLDOUT, Manifest
 from roadseg.data.masks.read import mask_path
 from roadseg.errors import ConfigError, DataError
-from roadseg.files import json_bytes, sha256_bytes, write_atomic, write_json
+from roadseg.files import json_bytes, lock, sha256_bytes, write_atomic, write_json
 from roadseg.images.decode import Limits
 from roadseg.ingest.checks.findings import Finding, judged, require_codes
 from roadseg.ingest.checks.judge import Checked, check, listed, refusal
 from roadseg.ingest.measure import Task, readers
 from roadseg.ingest.report.page import render
 from roadseg.ingest.sources.pairs import Pair
-from roadseg.ingest.sources.select import Found, find, limits_of
+from roadseg.ingest.sources.select import Found, find, limits_of, mixed_root
 from roadseg.processes import cores
 from roadseg.progress import progress
 
@@ -41,8 +41,6 @@ def ingest(
     are logged. Raises DataError with every error found, after writing findings.json and the report only.
     """
     require_codes(data.allow, data.forbid)
-    if data.download:
-        _download(data, root)
     if data.source == "town":
         root = work / "tree"
         _render(data, root)
@@ -74,6 +72,33 @@ def ingest(
     return manifest
 
 
+def locate(data: Data, cache: Path) -> Path:
+    """The root of the data's paths; a mix gets a folder of links below `cache`.
+
+    Raises ConfigError if the config does not say where the data lies, DataError if a part of a mix does not exist.
+    """
+    if data.source == "mix":
+        return mixed_root(data, cache / "mixes")
+    if data.root is None and data.source not in ("town", "folder"):
+        raise ConfigError(
+            f"source {data.source} needs the folder it lies in", where="data.root", todo="pass --data.root FOLDER"
+        )
+    return data.root or Path()  # the town is rendered; a folder's YAML may name its folders itself
+
+
+def prepare(data: Data, cache: Path, *, wait: bool = True) -> Path:
+    """As `locate`, after downloading what the config asks to download, under a lock.
+
+    The town is not made here: it is rendered into ingest's output, whose content it is part of.
+    """
+    root = locate(data, cache)
+    if data.download:
+        cache.mkdir(parents=True, exist_ok=True)
+        with lock(cache / "download.lock", f"the download of {data.source}", wait=wait, say=log.warning):
+            _download(data, root)
+    return root
+
+
 def source_digest(data: Data, root: Path) -> str:
     """SHA-256 that changes when the files that the source would read change, without reading them.
 
@@ -82,8 +107,6 @@ def source_digest(data: Data, root: Path) -> str:
     """
     if data.source == "town":
         return sha256_bytes(b"town")
-    if data.download:
-        _download(data, root)
     found = find(data, root)
     labels = {mask_path(p.label, found.forms[p.part])[0] for p in found.pairs}
     files = sorted(labels | {path for p in found.pairs for path in (p.image, p.instances) if path})

@@ -32,7 +32,7 @@ AUXILIARY_STRIDE = 8
 AS_BEFORE: Mapping[str, Any] = {"backbone_options": {}, "early_strides": list(EARLY_STRIDES)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Everything that decides the network's layers; stored in archives.
 
@@ -56,6 +56,25 @@ class Architecture:
     dropout: float = 0.1
     backbone_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     early_strides: tuple[int, int] = EARLY_STRIDES
+
+    def at_output_stride(self, output_stride: int) -> Architecture:
+        """The same network at another output stride.
+
+        Rates are scaled by old / new stride, so that they span the same pixels of the image (Chen et al., ECCV 2018,
+        use 6/12/18 at 16 and twice that at 8). Raises ConfigError if a rate would not be a whole number.
+        """
+        scaled = [rate * self.output_stride for rate in self.atrous_rates]
+        if any(rate % output_stride for rate in scaled):
+            old, new = (
+                "/".join(map(str, r)) for r in (self.atrous_rates, [round(r / output_stride, 2) for r in scaled])
+            )
+            raise ConfigError(
+                f"rates {old} at output stride {self.output_stride} would be {new} at {output_stride}",
+                expected=f"multiples of {output_stride // self.output_stride}",
+                where="model.atrous_rates",
+                todo="choose other rates, or keep the output stride",
+            )
+        return replace(self, output_stride=output_stride, atrous_rates=tuple(r // output_stride for r in scaled))
 
     def __post_init__(self) -> None:
         _require(1 <= self.num_classes <= 255, "num_classes", self.num_classes, "1 to 255 (255 is void)")

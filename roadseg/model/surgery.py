@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -85,26 +84,11 @@ def set_output_stride(network: DeepLabV3Plus, output_stride: int) -> None:
     a = network.architecture
     if output_stride == a.output_stride:
         return
-    wanted = replace(a, output_stride=output_stride)
-    scaled = [rate * a.output_stride for rate in a.atrous_rates]
-    if any(rate % output_stride for rate in scaled):
-        raise ConfigError(
-            f"rates {_listed(a.atrous_rates)} at output stride {a.output_stride} would be "
-            f"{_listed([round(rate / output_stride, 2) for rate in scaled])} at {output_stride}",
-            expected=f"multiples of {output_stride // a.output_stride}",
-            where="model.atrous_rates",
-            todo="choose other rates, or keep the output stride",
-        )
-    rates = tuple(rate // output_stride for rate in scaled)
-    fresh = build(replace(wanted, atrous_rates=rates), seed=0)
+    fresh = build(a.at_output_stride(output_stride), seed=0)
     _check_same_weights(network, fresh)
     _take_form(network, fresh)
     network.backbone.feature_info = fresh.backbone.feature_info
     network.architecture = fresh.architecture
-
-
-def _listed(values: Sequence[float]) -> str:
-    return "/".join(map(str, values))
 
 
 def _check_same_weights(network: DeepLabV3Plus, fresh: DeepLabV3Plus) -> None:

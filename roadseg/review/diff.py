@@ -102,7 +102,8 @@ def _profile(side: Side, workspace: Path, embed: Embed | None, embedded_by: str)
             )
         return Profile.from_json(stored)
     assert side.config is not None
-    manifest, root, limits = dataset(side.config, workspace)
+    data = dataset(side.config, workspace)
+    manifest, root, limits = data.manifest, data.root, data.limits
     split = side.split or ("train" if "train" in manifest.splits else manifest.splits[0])
     samples = manifest.split(split)
     title = f"{side.title} ({manifest.source} {split}, {len(samples):,} images)"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from roadseg.config.sections import Config
 from roadseg.errors import ArchiveError, ConfigError, RoadsegError, StoreError
-from roadseg.pipeline.stages import Stages
-from roadseg.pipeline.workspace import Output, Workspace
+from roadseg.pipeline.context import Context
+from roadseg.pipeline.preflight import is_trained, refuse_impossible, training_inputs
+from roadseg.pipeline.workspace import Workspace
 from roadseg.progress import progress
 from roadseg.sweep.plan import Plan
 from roadseg.sweep.record import counted
@@ -41,25 +41,11 @@ def refuse_untrainable(plan: Plan, workspace: Path, wait: bool) -> None:
         raise ConfigError(f"{count} of {counted(len(plan.settings), 'setting')} can't be trained:\n" + "\n".join(told))
 
 
-class _NotThereError(Exception):
-    pass
-
-
-class _AsItIs(Workspace):
-    """Makes nothing."""
-
-    def make(
-        self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str], *_: Any, **__: Any
-    ) -> Output:
-        if found := self.find(stage, version, fields, inputs):
-            return found
-        raise _NotThereError
-
-
 def _is_trained(config: Config, workspace: Path) -> bool:
+    context = Context(config=config, workspace=Workspace(workspace))
     try:
-        return Stages(config, _AsItIs(workspace)).trained() is not None
-    except (RoadsegError, _NotThereError):
+        return is_trained(context, training_inputs(context))
+    except RoadsegError:
         return False
 
 
@@ -72,10 +58,9 @@ def _looked_at(config: Config) -> str:
 
 def _refusal(config: Config, workspace: Path, wait: bool) -> str:
     """One indented line for each thing, or nothing."""
-    stages = Stages(config, Workspace(workspace, wait))
+    context = Context(config=config, workspace=Workspace(workspace, wait))
     try:
-        stages.inputs()
-        stages.look_ahead()
+        refuse_impossible(context, training_inputs(context))
     except (ConfigError, ArchiveError, StoreError) as e:
         lines = str(e).splitlines()
         of_several = lines[1:] if lines[0].endswith(":") else []  # the first counts them

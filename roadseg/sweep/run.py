@@ -25,7 +25,7 @@ from roadseg.sweep.plan import Plan, Point, Until
 from roadseg.sweep.preflight import refuse_untrainable
 from roadseg.sweep.record import refuse_other, write_tables
 from roadseg.sweep.table import Result, Row, rows
-from roadseg.train.distributed.environment import place
+from roadseg.train.distributed.environment import cluster_from_environment
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def run_sweep(
 
 
 def _refuse_several() -> None:
-    if (world := place().world) > 1:
+    if (world := cluster_from_environment().world) > 1:
         raise UsageError(
             f"{world} processes were started",
             expected="one, which starts those of each run itself",

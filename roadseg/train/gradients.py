@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from roadseg.data.batches.loader import Batch
+from roadseg.errors import PeerLost
 from roadseg.train.distributed.process_group import ALONE, Ranks
-from roadseg.train.distributed.rendezvous import PeerLost
 from roadseg.train.losses.objective import Objective
 
 log = logging.getLogger(__name__)

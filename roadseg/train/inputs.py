@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from roadseg.config.sections import Config
 from roadseg.errors import ConfigError, ReleaseNotFound
 from roadseg.files import sha256_file
 from roadseg.release.archive import GZIP, Release, load_release
@@ -33,22 +32,24 @@ class Inputs:
     digests: dict[str, str]
 
 
-def training_inputs(config: Config, find: Callable[[str], Path]) -> Inputs:
+def training_inputs(
+    find: Callable[[str], Path], *, backbone_weights: str, weights_from: str, init_from: str, distill_from: str
+) -> Inputs:
     """find: the archive of a reference.
 
     Raises ConfigError, with the config's key, for what is not there; StoreError when the store can't be
     read, ArchiveError when an archive that is there can't be trusted.
     """
-    t, weights = config.training, config.model.backbone_weights
-    init = _given(t.init_from, find, "training.init_from")
-    teacher = _given(t.distill_from, find, "training.distill_from")
-    own = weights in ("none", "imagenet")
+    init = _given(init_from, find, "training.init_from")
+    teacher = _given(distill_from, find, "training.distill_from")
+    key = "model.backbone_weights"
+    by_name = backbone_weights in ("none", "imagenet")
     return Inputs(
         init,
         teacher,
         {
-            "weights": weights if own else _digest(weights, "model.backbone_weights", "none, imagenet or "),
-            "weights_from": _digest(t.weights_from, "training.weights_from") if t.weights_from else "",
+            "weights": backbone_weights if by_name else _digest(backbone_weights, key, "none, imagenet or "),
+            "weights_from": _digest(weights_from, "training.weights_from") if weights_from else "",
             "init_from": init.release.digest if init else "",
             "distill_from": teacher.release.digest if teacher else "",
         },

@@ -1,7 +1,7 @@
 """The training loop: from a step to the last, on one device or on several ranks.
 
-Shapes: B samples, H W the crop, K classes. Every draw is a function of (seed, epoch, sample) or
-(seed, step), so a run that was stopped goes on bit for bit where its checkpoint stands.
+Shapes: B samples, H W the crop, K classes. Every random draw is a function of (seed, epoch, sample) or
+(seed, step), so a resumed run continues bit for bit where its checkpoint stands.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from roadseg.data.augment.cpu import generator
 from roadseg.data.batches.loader import Batch
 from roadseg.data.shards.index import Split
 from roadseg.errors import Interrupted
 from roadseg.labels import LabelSet
-from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.model.dropout import draw_part
 from roadseg.model.surgery import set_output_stride
@@ -37,21 +36,21 @@ from roadseg.train.losses.objective import Objective
 from roadseg.train.optimizer import make_optimizer
 from roadseg.train.schedule import lr_factor
 from roadseg.train.signals import stop_signals, stopped_at_once
-from roadseg.train.step import Taken, mark, non_finite, on_its_way
+from roadseg.train.step import Step, non_finite, record_event, send_to_host
 from roadseg.train.tracking.history import History
 from roadseg.train.tracking.timing import Timing, spared
 from roadseg.train.tracking.trackers import Mirrors
-from roadseg.train.validation import validate
+from roadseg.train.validation import score_splits
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY_S = 60.0
-STEERED_BY = "val"  # the split that may end training early; never a held-out one
-Source = Callable[[int, Callable[[], object]], Generator[Batch, None, None]]
+EARLY_STOPPING_SPLIT = "val"  # never a held-out one
+BatchSource = Callable[[int, Callable[[], object]], Generator[Batch, None, None]]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the loop itself needs to know; meanings as in the config's training section."""
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the loop needs to know; meanings as in the config's training section."""
 
     steps: int
     optimizer: str
@@ -74,52 +73,52 @@ class Settings:
     patience: int = 0
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Steps first..last-1 of a run, all of one crop size and output stride.
+@dataclass(frozen=True, kw_only=True)
+class TrainingPhase:
+    """Steps first..last-1 of a run, all with one crop size and output stride.
 
-    batches(step, stopped): those of this rank from 0-based `step` on, ending early once `stopped`
-    while none comes.
+    batches(step, stopped): this rank's batches from 0-based `step` on; they end early if `stopped` becomes true while
+    none arrives.
     """
 
     first: int
     last: int
     output_stride: int
-    batches: Source
+    batches: BatchSource
 
 
 @contextmanager
-def no_mirrors(step: int) -> Iterator[Mirrors]:
+def no_trackers(step: int) -> Iterator[Mirrors]:
     yield Mirrors(())
 
 
 def train(
     network: DeepLabV3Plus,
-    stretches: Sequence[Stretch],
+    phases: Sequence[TrainingPhase],
     validation: Mapping[str, Split],
     label_set: LabelSet,
     objective: Objective,
-    s: Settings,
+    s: LoopSettings,
     device: torch.device,
     work: Path,
     *,
     ranks: Ranks = ALONE,
-    mirrors: Callable[[int], AbstractContextManager[Mirrors]] = no_mirrors,
+    trackers: Callable[[int], AbstractContextManager[Mirrors]] = no_trackers,
     draw: Callable[[nn.Module, int], object] | None = None,
     terms: str = "",
     name_of: Callable[[int], str] = "frame {}".format,
 ) -> tuple[DeepLabV3Plus, int]:
-    """Train `network` in place; return its average (EMA) on `device`, and the steps it took.
+    """Train `network` in place; return its average (EMA) on `device`, and the number of steps.
 
-    validation: splits scored every `s.validate_every` steps. mirrors(step): opens where losses and scores
-    are shown besides history.jsonl, for a run that goes on after `step`. draw(average, step): called
-    after each validation, for pictures. terms: of the data behind the weights, for who starts from a checkpoint.
-    name_of: the name of the frame of that index, for errors.
-    Checkpoints and history.jsonl lie in `work`, written by the main rank; what is there is gone on from. The
-    average has the output stride that training ended at: the last stretch's, or an earlier one's if early
-    stopping came before it. Raises NonFiniteLoss at most a step after the loss that would spoil the weights,
-    nothing of it saved, Interrupted after a signal to any rank, with a checkpoint saved; a validation that it
-    cut short comes first when the run goes on.
+    validation: splits scored every `s.validate_every` steps. trackers(step): opens what shows losses and scores besides
+    history.jsonl, for a run that continues after `step`. draw(average, step): called after each validation, for
+    pictures. terms: of the data behind the weights, stored in checkpoints. name_of: the name of a frame by its index,
+    for errors. Checkpoints and history.jsonl lie in `work`, written by the main rank; a run continues from them. The
+    average has the output stride of the last phase that was reached.
+
+    Raises NonFiniteLoss at most one step after the loss that would spoil the weights, with nothing of it saved;
+    Interrupted after a signal to any rank, with a checkpoint saved. A validation cut short by a signal runs first when
+    the run continues.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -127,170 +126,216 @@ def train(
     ranks.same_weights(network)
     average = EMA(network, s.ema_decay)
     optimizer = make_optimizer(network, s.optimizer, s.learning_rate, s.backbone_lr_factor, s.weight_decay, s.momentum)
-    folder = work / "checkpoints"
-    # One of several ranks must not leave the others waiting: it goes on until all have heard of a signal.
-    alone = ranks.world == 1
-    start = 0
-    if found := ranks.from_main(checkpoint.newest(folder) if ranks.main and folder.exists() else None):
-        start, tensors = found
-        checkpoint.restore(tensors, network, average.network, optimizer)
-        log.info("going on after step %d of %d", start, s.steps)
+    alone = ranks.world == 1  # several ranks stop after the same step: none may leave the others waiting
+
+    start = _restore(work / "checkpoints", network, average.network, optimizer, ranks, s.steps)
     history = History(work / "history.jsonl" if ranks.main else None, start)
     timing = Timing(work / "log" if ranks.main else work / "log" / "ranks" / str(ranks.rank), device)
+    run = _Run(
+        network, average.network, optimizer, history, timing, ranks, work / "checkpoints", label_set, terms, name_of
+    )
+    validator = _Validator(average.network, validation, label_set, device, s.bf16, ranks, history, draw)
 
-    def save(step: int) -> None:
-        if ranks.main:
-            history.flush()
-            of = checkpoint.Of(label_set.names, average.network.architecture.to_json(), terms)
-            checkpoint.save(folder, step, network, average.network, optimizer, of)
-
-    def early(step: int) -> bool:
-        """Has the steering split's score stood still for too long? The main rank knows."""
-        if not s.patience or step % s.validate_every:
-            return False
-        waited = ranks.main and history.validations_without_gain(STEERED_BY) >= s.patience
-        return bool(ranks.sum_(torch.tensor(float(waited), device=device)))
-
-    def stride(output_stride: int) -> None:
-        if output_stride != network.architecture.output_stride:
-            set_output_stride(network, output_stride)
-            set_output_stride(average.network, output_stride)
-
-    def settle(taken: Taken, mirror: Mirrors, bar: Any) -> bool:
-        """Note a step's loss and speed, once; whether any rank had been sent a signal when it was begun.
-
-        Raises NonFiniteLoss. What steps after it did to the weights is never saved.
-        """
-        if not taken.noted:
-            taken.noted, number = True, taken.step + 1
-            if not taken.finite():
-                history.flush()
-                samples = [sample for part in ranks.gathered(taken.samples) for sample in part]
-                raise non_finite(taken.loss, taken.norm, taken.step, samples, name_of)
-            history.add(step=number, loss=round(taken.loss, 6), learning_rate=taken.learning_rate)
-            mirror.mean(number, {"loss": taken.loss, "learning_rate": taken.learning_rate})
-            images = len(taken.samples) * ranks.world
-            if row := timing.step(number, taken.waited(), images, bar, taken.loss):
-                mirror.scalars(number, {k: row[k] for k in ("images_per_s", "waiting_share")})
-        return taken.signalled
-
-    def stride_after(step: int) -> int:
-        return next(part.output_stride for part in stretches if step <= part.last)
-
-    def validation_due(step: int) -> bool:
-        return step > 0 and (step % s.validate_every == 0 or step == s.steps)
-
-    def score(step: int, stopped: Callable[[], int], mirror: Mirrors) -> bool:
-        """Validate after `step`; False, with nothing noted, if a signal cut it short.
-
-        What is scored is what ships: the average on rank 0, as without sync-BN each has running statistics of its own.
-        """
-        ranks.same_weights(average.network)
-        results = {}
-        for split, frames in validation.items():
-            matrix = validate(average.network, frames, label_set.num_classes, device, s.bf16, stopped, ranks)
-            if matrix is None:
-                return False
-            results[split] = scores(matrix.numpy(), label_set)
-        for split, result in results.items():
-            history.add(step=step, split=split, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
-            mirror.scalars(step, {f"{split}/miou": result["miou"]})
-            log.info("step %d: %s mIoU %.4f", step, split, result["miou"] or 0.0)
-        if draw and ranks.main:
-            with spared("a picture in log/pictures"):
-                draw(average.network, step)
-        return True
-
-    def steps(stopped: Callable[[], int]) -> Generator[tuple[int, Batch | None, Gradients, float], None, None]:
-        """(step, its batch or None when it was stopped, what computes its gradients, when it began)."""
-        for stretch in stretches:
-            if (first := max(start, stretch.first)) >= stretch.last:
+    done, last_save_s, ended = start, time.monotonic(), False
+    with (
+        stop_signals() as stopped,
+        trackers(start) as tracker,
+        progress(s.steps, "train", "step", initial=start) as bar,
+    ):
+        if ranks.from_main(_validation_due(start, s) and not history.validated(start)):
+            run.set_output_stride(_stride_after(phases, start))
+            if not validator(start, stopped, tracker):
+                raise _interrupted(stopped(), start)
+            run.save(start)
+        ended = _stands_still(start, s, history, ranks, device)
+        pending: Step | None = None  # its loss is read while the device computes the next step
+        timing.begin()
+        for phase in phases:
+            first = max(start, phase.first)
+            if ended or first >= phase.last:
                 continue
-            stride(stretch.output_stride)
-            torch._dynamo.reset()  # of one function it compiles eight forms, then no more
+            run.set_output_stride(phase.output_stride)
+            torch._dynamo.reset()  # it compiles at most eight forms of one function
             gradients = Gradients(
                 network, objective, device, s.bf16, s.cuda_graph,
                 compiled=s.compiled, accumulate=s.accumulate, ranks=ranks,
             )  # fmt: skip
-            with closing(gradients), closing(stretch.batches(first, stopped if alone else bool)) as source:
-                for step in range(first, stretch.last):
-                    began = time.monotonic()
-                    yield step, next(source, None), gradients, began
+            with closing(gradients), closing(phase.batches(first, stopped if alone else bool)) as batches:
+                for step in range(first, phase.last):
+                    asked_s = time.monotonic()
+                    batch = next(batches, None)
+                    if batch is None:  # stopped while waiting for data
+                        if pending:
+                            run.settle(pending, tracker, bar)
+                        run.save(step)
+                        raise _interrupted(stopped(), step)
+                    waited_s, begun = time.monotonic() - asked_s, record_event(device)
 
-    done, last_save, ends = start, time.monotonic(), {stretch.last for stretch in stretches}
-    with (
-        stop_signals() as stopped,
-        mirrors(start) as mirror,
-        progress(s.steps, "train", "step", initial=start) as bar,
-        closing(steps(stopped)) as source,
-    ):
-        if ranks.from_main(validation_due(start) and not history.validated(start)):
-            stride(stride_after(start))
-            if not score(start, stopped, mirror):
-                raise _interrupted(stopped(), start)
-            save(start)
-        ended, last = early(start), None
-        timing.begin()
-        for step, batch, gradients, began in () if ended else source:
-            if batch is None:
-                if last:
-                    settle(last, mirror, bar)
-                save(step)
-                raise _interrupted(stopped(), step)
-            waited, begun = time.monotonic() - began, mark(device)
-            torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
-            factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            if alone and gradients.compiles:  # for minutes; what came before the stretch is saved
-                if stopped():
-                    raise _interrupted(stopped(), step)
-                with stopped_at_once(f"while the network was compiled, after step {step}"):
-                    loss = gradients(batch)
-            else:
-                loss = gradients(batch)
-            norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
-            optimizer.step()
-            average.update(step)
-            values = on_its_way(loss, norm, stopped(), ranks)
-            before, arrived = last.arrived if last else None, mark(device)
-            taken = Taken(step, s.learning_rate * factor, batch.samples, values, waited, before, begun, arrived)
-            done = step + 1
-            # Reading a loss waits for it: that of the step before, while the device is busy with this one.
-            signalled = settle(last, mirror, bar) if last else False
-            last = taken
-            due = validation_due(done)
-            kept = due or done in ends
-            if kept or signalled or last.arrived is None or (alone and stopped()):
-                signalled = settle(last, mirror, bar) or signalled
-            bar.update()
-            cut_short = due and not signalled and not score(done, stopped, mirror)
-            if kept or signalled or (ranks.main and _due(done, last_save, s) and last.finite()):
-                settle(last, mirror, bar)  # of a loss that is not finite all ranks tell together, in the next step
-                save(done)
-                last_save = time.monotonic()
-                timing.begin()
-            if signalled or cut_short:
-                raise _interrupted(stopped(), done)
-            if ended := early(done):
-                break
-    if ranks.sum_(torch.tensor(float(bool(stopped())), device=device)):  # it came after the last step's question
+                    torch.manual_seed(int(generator(s.seed, 3, step).integers(1 << 62)))  # dropout
+                    factor = lr_factor(step, s.steps, s.scheduler, s.warmup_steps, s.poly_power)
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["peak_lr"] * factor
+                    loss = _loss(gradients, batch, step, stopped, alone)
+                    norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm or math.inf)
+                    optimizer.step()
+                    average.update(step)
+                    values = send_to_host(loss, norm, stopped(), ranks)
+                    previous, pending = pending, Step(
+                        step=step, learning_rate=s.learning_rate * factor, samples=batch.samples, values=values,
+                        waited_s=waited_s, before=pending.arrived if pending else None, begun=begun,
+                        arrived=record_event(device),
+                    )  # fmt: skip
+                    done = step + 1
+
+                    signalled = run.settle(previous, tracker, bar) if previous else False
+                    validation_due = _validation_due(done, s)
+                    boundary = validation_due or done == phase.last
+                    if boundary or signalled or pending.arrived is None or (alone and stopped()):
+                        signalled = run.settle(pending, tracker, bar) or signalled
+                    bar.update()
+                    cut_short = validation_due and not signalled and not validator(done, stopped, tracker)
+                    if boundary or signalled or (ranks.main and should_save(done, last_save_s, s) and pending.finite()):
+                        run.settle(pending, tracker, bar)
+                        run.save(done)
+                        last_save_s = time.monotonic()
+                        timing.begin()
+                    if signalled or cut_short:
+                        raise _interrupted(stopped(), done)
+                    if ended := _stands_still(done, s, history, ranks, device):
+                        break
+    if ranks.sum_(torch.tensor(float(bool(stopped())), device=device)):  # it came after the last step's check
         raise _interrupted(stopped(), done)
-    stride(stride_after(done) if ended else stretches[-1].output_stride)
+    run.set_output_stride(_stride_after(phases, done) if ended else phases[-1].output_stride)
     if ended:
-        stood_still = f"{s.patience} validation{'s' * (s.patience > 1)}"
-        log.info("ended after step %d: val mIoU stood still for %s", done, stood_still)
+        validations = f"{s.patience} validation{'s' * (s.patience > 1)}"
+        log.info("ended after step %d: val mIoU did not rise for %s", done, validations)
     timing.verdict()
     history.flush()
     if ranks.main:
-        checkpoint.prune(folder, 1)
+        checkpoint.prune(work / "checkpoints", 1)
     return average.network, done
 
 
-def _due(step: int, last_save_s: float, s: Settings) -> bool:
+def should_save(step: int, last_save_s: float, s: LoopSettings) -> bool:
+    """Whether a checkpoint is due after `step`, apart from those at validations, ends of phases and signals."""
     if s.checkpoint_every:
         return step % s.checkpoint_every == 0
     return time.monotonic() - last_save_s > CHECKPOINT_EVERY_S
+
+
+def _validation_due(step: int, s: LoopSettings) -> bool:
+    return step > 0 and (step % s.validate_every == 0 or step == s.steps)
+
+
+def _stride_after(phases: Sequence[TrainingPhase], step: int) -> int:
+    return next(phase.output_stride for phase in phases if step <= phase.last)
+
+
+def _restore(
+    folder: Path, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, steps: int
+) -> int:
+    """The step of the newest valid checkpoint, restored on every rank; 0 without one."""
+    found = ranks.from_main(checkpoint.newest(folder) if ranks.main and folder.exists() else None)
+    if not found:
+        return 0
+    start, tensors = found
+    checkpoint.restore(tensors, network, average, optimizer)
+    log.info("going on after step %d of %d", start, steps)
+    return start
+
+
+def _loss(gradients: Gradients, batch: Batch, step: int, stopped: Callable[[], int], alone: bool) -> Tensor:
+    """Run forward and backward. Compilation takes minutes; a single process may end at once during it."""
+    if not (alone and gradients.compiles):
+        return gradients(batch)
+    if stopped():  # what came before this phase is saved
+        raise _interrupted(stopped(), step)
+    with stopped_at_once(f"while the network was compiled, after step {step}"):
+        return gradients(batch)
+
+
+def _stands_still(step: int, s: LoopSettings, history: History, ranks: Ranks, device: torch.device) -> bool:
+    """Whether val's score has not risen for `patience` validations; only the main rank knows."""
+    if not s.patience or step % s.validate_every:
+        return False
+    waited = ranks.main and history.validations_without_gain(EARLY_STOPPING_SPLIT) >= s.patience
+    return bool(ranks.sum_(torch.tensor(float(waited), device=device)))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What saving and logging need of a run."""
+
+    network: DeepLabV3Plus
+    average: DeepLabV3Plus
+    optimizer: torch.optim.Optimizer
+    history: History
+    timing: Timing
+    ranks: Ranks
+    folder: Path
+    label_set: LabelSet
+    terms: str
+    name_of: Callable[[int], str]
+
+    def set_output_stride(self, output_stride: int) -> None:
+        if output_stride != self.network.architecture.output_stride:
+            set_output_stride(self.network, output_stride)
+            set_output_stride(self.average, output_stride)
+
+    def save(self, step: int) -> None:
+        if self.ranks.main:
+            self.history.flush()
+            of = checkpoint.Of(self.label_set.names, self.average.architecture.to_json(), self.terms)
+            checkpoint.save(self.folder, step, self.network, self.average, self.optimizer, of)
+
+    def settle(self, step: Step, tracker: Mirrors, bar: Any) -> bool:
+        """Wait for a step and log its loss and speed, once; return whether any rank had a signal when it began.
+
+        Raises NonFiniteLoss. What later steps did to the weights is never saved then.
+        """
+        if not step.settled:
+            step.settled, number = True, step.step + 1
+            if not step.finite():
+                self.history.flush()
+                samples = [sample for part in self.ranks.gathered(step.samples) for sample in part]
+                raise non_finite(step.loss, step.norm, step.step, samples, self.name_of)
+            self.history.add(step=number, loss=round(step.loss, 6), learning_rate=step.learning_rate)
+            tracker.mean(number, {"loss": step.loss, "learning_rate": step.learning_rate})
+            images = len(step.samples) * self.ranks.world
+            if row := self.timing.step(number, step.device_waited_s(), images, bar, step.loss):
+                tracker.scalars(number, {k: row[k] for k in ("images_per_s", "waiting_share")})
+        return step.signalled
+
+
+@dataclass(frozen=True)
+class _Validator:
+    """Scores the average, which is what ships."""
+
+    average: DeepLabV3Plus
+    validation: Mapping[str, Split]
+    label_set: LabelSet
+    device: torch.device
+    bf16: bool
+    ranks: Ranks
+    history: History
+    draw: Callable[[nn.Module, int], object] | None
+
+    def __call__(self, step: int, stopped: Callable[[], int], tracker: Mirrors) -> bool:
+        """Validate after `step`; False, with nothing recorded, if a signal cut it short."""
+        self.ranks.same_weights(self.average)  # without sync-BN each rank has running statistics of its own
+        results = score_splits(
+            self.average, self.validation, self.label_set, self.device, self.bf16, stopped, self.ranks
+        )
+        if results is None:
+            return False
+        for split, result in results.items():
+            self.history.add(step=step, split=split, miou=result["miou"], pixel_accuracy=result["pixel_accuracy"])
+            tracker.scalars(step, {f"{split}/miou": result["miou"]})
+            log.info("step %d: %s mIoU %.4f", step, split, result["miou"] or 0.0)
+        if self.draw and self.ranks.main:
+            with spared("a picture in log/pictures"):
+                self.draw(self.average, step)
+        return True
 
 
 def _interrupted(number: int, step: int) -> Interrupted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 
-from roadseg.config.sections import Config
 from roadseg.data.shards.index import Shards, Split
 from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.release.archive import offsets_of, write_archive
@@ -22,7 +22,7 @@ from roadseg.review.data_profile import Profile, make_profile
 from roadseg.review.data_profile import chosen as chosen_frames
 from roadseg.review.embedding import backbone_digest, embedder
 from roadseg.train.calibration.temperature import fit_temperature
-from roadseg.train.checks.feasible import ran_out
+from roadseg.train.checks.memory_errors import is_out_of_memory
 from roadseg.version import __version__
 
 CHECKED_FRAMES = 8  # real frames on which the exported graph is compared with the network
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def write_candidate(
-    config: Config,
+    config: Mapping[str, Any],
     shards: Shards,
     network: DeepLabV3Plus,
     trained: dict[str, Any],
@@ -41,8 +41,9 @@ def write_candidate(
 ) -> None:
     """Export the averaged network, prove the graph equal to it on frames of `split`, and write model.tar.gz.
 
-    network: for inference, on the CPU. trained: how, for model.json. terms: of the data. device: where the data's
-    profile is made, which takes longest on a CPU. Raises ExportError if the exported graph is not the network.
+    config: sections model and training, for model.json. network: for inference, on the CPU. trained: how, likewise.
+    terms: of the data. device: where the data's profile is made, which takes longest on a CPU. Raises ExportError if
+    the exported graph is not the network.
     """
     chosen = np.linspace(0, len(split) - 1, min(CHECKED_FRAMES, len(split))).astype(int)
     samples = [split.read(int(i))[0].copy() for i in chosen]
@@ -62,7 +63,7 @@ def write_candidate(
         "temperature": fit_temperature(network, split, chosen, offsets_of(trained, shards.label_set.names)),
         "architecture": network.architecture.to_json(),
         "parameters": network.count_parameters(),
-        "config": {k: config.key_fields()[k] for k in ("model", "training")},
+        "config": dict(config),
         "training": {"source": shards.source, "data_fingerprints": shards.fingerprints, **trained},
         "train_class_pixels": shards.class_pixels["train"],
         "data_profile": _profile(network, shards, device).to_json(),
@@ -82,7 +83,7 @@ def _profile(network: DeepLabV3Plus, shards: Shards, device: torch.device) -> Pr
     try:
         return _profile_on(copy.deepcopy(network).to(device), network, shards)
     except (RuntimeError, MemoryError) as e:  # frames may lie there; a training that is done must not end with this
-        if not ran_out(e):
+        if not is_out_of_memory(e):
             raise
         log.warning("no memory on %s for the data's profile: it is made on the CPU", device)
         return _profile_on(network, network, shards)

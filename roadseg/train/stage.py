@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ import cv2
 import numpy as np
 import torch
 
-from roadseg.config.sections import Config
-from roadseg.config.training import Loss, Training
+from roadseg.config.sections import Config, Model
+from roadseg.config.training import Training
 from roadseg.data.augment.class_mix import class_mixed
-from roadseg.data.augment.cpu import Augmentation
 from roadseg.data.batches.gpu_frames import split_bytes
 from roadseg.data.batches.loader import Batch, Crops
 from roadseg.data.batches.plan import LoaderPlan, batches_of, choose_loader
@@ -26,36 +26,31 @@ from roadseg.data.shards.index import Shards, Split
 from roadseg.errors import ConfigError
 from roadseg.images.decode import encode_jpeg
 from roadseg.labels import IGNORE, LabelSet
-from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus
+from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, DeepLabV3Plus
 from roadseg.model.surgery import checkpoint_activations, freeze
 from roadseg.release.archive import TERMS, Release
-from roadseg.release.graph import WEIGHTS
 from roadseg.release.network import load_network
 from roadseg.train.calibration.class_offsets import add_class_offsets, add_to_logits
-from roadseg.train.checks.feasible import (
-    out_of_memory,
-    ran_out,
-    refuse_impossible,
-    refuse_strides,
-    steps_of,
-    validation_steps,
-)
-from roadseg.train.checks.unused_settings import warn_without_effect
+from roadseg.train.checks.feasible import refuse_strides, refuse_untrainable
+from roadseg.train.checks.memory import out_of_memory
+from roadseg.train.checks.memory_errors import is_out_of_memory
+from roadseg.train.checks.unused_settings import warn_unused_settings
 from roadseg.train.determinism import deterministic
+from roadseg.train.device import choose_device
 from roadseg.train.distributed.process_group import ALONE, Ranks
 from roadseg.train.distributed.sync_batch_norm import plain_batch_norm, sync_batch_norm
 from roadseg.train.initial_weights import Start, refuse_frozen_at_random, starting_network
-from roadseg.train.loop import Settings, Source, Stretch, no_mirrors, train
-from roadseg.train.losses.criterion import Criterion, Terms
+from roadseg.train.loop import BatchSource, TrainingPhase, no_trackers, train
+from roadseg.train.losses.criterion import Criterion
 from roadseg.train.losses.distillation import Distillation, refuse_other_classes
 from roadseg.train.losses.objective import Objective
 from roadseg.train.losses.pixel import enet_weights, median_frequency_weights
 from roadseg.train.package import write_candidate
+from roadseg.train.recipe import Recipe, recipe_of
 from roadseg.train.signals import stopped_at_once
 from roadseg.train.tracking.pictures import Pictures, evenly
 from roadseg.train.tracking.trackers import mirrors
 
-COMPILED_FROM_STEPS = 2000  # compilation takes a minute or two
 log = logging.getLogger(__name__)
 
 
@@ -67,235 +62,175 @@ def train_candidate(
     teacher: Release | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Train, export, check and pack; or go on with a run that left its checkpoints in `work`.
+    """Train, export, check and pack; or continue a run that left its checkpoints in `work`.
 
     Leaves model.tar.gz, history.jsonl, contact_sheet.jpg and the last checkpoint, all written by the
     main rank. init: the release to start from; teacher: the one to learn from. Raises ConfigError for
     what can't be trained, ExportError if the exported graph is not the network.
     """
-    t = config.training
-    device = choose_device(t.device, ranks)
     frames = shards.split("train") if "train" in shards.shards else None
     if not frames or not len(frames):
         raise ConfigError("the data set has no train split", where="data", todo="evaluate a release on it instead")
-    steps = steps_of(t, len(frames))
-    architecture = architecture_of(config, shards.label_set.num_classes)
-    refuse_impossible(t, architecture, shards, frames, ranks.world, config.data.allow)
-    start = _start(config, architecture, shards, init)
-    refuse_strides(start.network, t)
-    refuse_frozen_at_random(start, t.freeze)
+    device = choose_device(config.training.device, ranks)
+    recipe = recipe_of(config, num_classes=shards.label_set.num_classes, device_type=device.type, frames=len(frames))
+    refuse_untrainable(recipe, shards, frames, ranks.world, config.data.allow)
+    start = _start(recipe, shards, init)
+    refuse_strides(start.network, recipe.phases)
+    refuse_frozen_at_random(start, recipe.freeze)
     if ranks.main:
-        warn_without_effect(config.model, t)
-    network = prepared(start.network, t, ranks)
-    settings = _settings(t, steps, device)
+        _warn_unused_settings(config, recipe)
+    network = prepared(start.network, recipe, ranks)
     validation = {name: shards.split(name) for name in shards.shards if name != "train"}
     # A held-out split is for scoring alone.
     shown = validation.get("val") or next((s for name, s in validation.items() if name != HOLDOUT), frames)
+    log_folder = work / "log"
+    open_trackers, draw = no_trackers, None
     if ranks.main:
-        write_contact_sheet(_crops(t, frames, t.crop_px, shards), shards.label_set, work / "contact_sheet.jpg")
-    folder = work / "log"
-    opened = no_mirrors
-    if ranks.main and t.mirrors:
-        fields = {k: config.key_fields()[k] for k in ("model", "training")}
-        opened = partial(mirrors, t.mirrors, folder, work.name.removesuffix(".partial"), fields)
-    draw = None
-    if ranks.main and t.pictures:
-        pictures = Pictures(shown, shards.label_set, evenly(len(shown), t.pictures), folder / "pictures")
-        draw = partial(pictures.draw, device=device, bf16=settings.bf16)
+        write_contact_sheet(_crops(recipe, frames, shards), shards.label_set, work / "contact_sheet.jpg")
+        if recipe.trackers:
+            fields = {k: config.key_fields()[k] for k in ("model", "training")}
+            name = work.name.removesuffix(".partial")
+            open_trackers = partial(mirrors, recipe.trackers, log_folder, name, fields)
+        if recipe.pictures:
+            pictures = Pictures(shown, shards.label_set, evenly(len(shown), recipe.pictures), log_folder / "pictures")
+            draw = partial(pictures.draw, device=device, bf16=recipe.loop.bf16)
     terms = _terms(shards.label_set.terms, start, teacher)
-    with deterministic(t.deterministic):
+    chosen = _loader_plan(recipe, frames, device, ranks)
+    with deterministic(recipe.deterministic):
         try:
-            average, taken = train(
-                network, _stretches(t, frames, shards, architecture, steps, device, ranks), validation,
-                shards.label_set, _objective(t, shards, teacher, device, settings.bf16, ranks), settings, device, work,
-                ranks=ranks, mirrors=opened, draw=draw, terms=terms, name_of=lambda index: frames.frames[index].name,
+            average, steps = train(
+                network, _training_phases(recipe, frames, shards, chosen, device, ranks), validation, shards.label_set,
+                _objective(recipe, shards, teacher, device, ranks), recipe.loop, device, work,
+                ranks=ranks, trackers=open_trackers, draw=draw, terms=terms,
+                name_of=lambda index: frames.frames[index].name,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as e:
-            if not ran_out(e):
+            if not is_out_of_memory(e):
                 raise
-            frames_bytes = split_bytes(frames) if _feed(t, frames, device, ranks).frames_on_gpu else 0
-            teacher_bytes = len(teacher.members[WEIGHTS]) if teacher else 0
             raise out_of_memory(
-                e, architecture, t, ranks.world, settings.bf16, device, frames_bytes, teacher_bytes
+                e, recipe, ranks.world, device, split_bytes(frames) if chosen.frames_on_gpu else 0
             ) from e
-        if ranks.main:
-            final, offsets = plain_batch_norm(average.inference_network()), {}
-            if t.class_offsets:
-                with stopped_at_once("while class offsets were fitted"):
-                    path = folder / "class_offsets.json"
-                    offsets = add_class_offsets(final, frames, validation, shards.label_set, settings.bf16, path)
-    if ranks.main:
-        trained: dict[str, Any] = {"steps": taken, "started_from": start.words}
-        if offsets:
-            trained["class_offsets"] = offsets
-        if start.made_anew:
-            trained["made_anew"] = list(start.made_anew)
-        if teacher:
-            trained["taught_by"] = f"release {teacher.digest}"
-        with stopped_at_once("while the archive was written"):
-            profiled_on = torch.device("cpu") if t.deterministic else device
-            write_candidate(config, shards, final.cpu(), trained, shown, terms, work, profiled_on)
+        if not ranks.main:
+            return
+        final, offsets = plain_batch_norm(average.inference_network()), {}
+        if recipe.class_offsets:
+            with stopped_at_once("while class offsets were fitted"):
+                path = log_folder / "class_offsets.json"
+                offsets = add_class_offsets(final, frames, validation, shards.label_set, recipe.loop.bf16, path)
+    trained: dict[str, Any] = {"steps": steps, "started_from": start.words}
+    if offsets:
+        trained["class_offsets"] = offsets
+    if start.made_anew:
+        trained["made_anew"] = list(start.made_anew)
+    if teacher:
+        trained["taught_by"] = f"release {teacher.digest}"
+    with stopped_at_once("while the archive was written"):
+        profiled_on = torch.device("cpu") if recipe.deterministic else device
+        fields = {k: config.key_fields()[k] for k in ("model", "training")}
+        write_candidate(fields, shards, final.cpu(), trained, shown, terms, work, profiled_on)
 
 
-def device_name(name: str) -> str:
-    """auto: CUDA, else Apple's MPS, else the CPU."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def _warn_unused_settings(config: Config, recipe: Recipe) -> None:
+    training, defaults = config.training.model_dump(), Training().model_dump()
+    warn_unused_settings(recipe, training, defaults, Model().backbone_weights)
 
 
-def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """As `device_name`; of several ranks each has its own GPU.
-
-    Raises ConfigError if a named one is not there.
-    """
-    name = device_name(name)
-    if name == "cuda" and ranks.world > 1:
-        name = f"cuda:{ranks.local_rank}"
-    device = torch.device(name)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
-        raise ConfigError(
-            f"{name}, and PyTorch finds {there or 'no'} such device{'s' * (there > 1)} here",
-            where="training.device",
-            todo="set it to auto, or look why (nvidia-smi; a PyTorch that was built for this GPU's driver)",
-        ) from e
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
+def _start(recipe: Recipe, shards: Shards, init: Release | None) -> Start:
+    from_scratch = recipe.backbone_weights == "none"
+    mean, std = (shards.mean, shards.std) if from_scratch else (IMAGENET_MEAN, IMAGENET_STD)
+    return starting_network(
+        recipe.architecture, recipe.loop.seed, recipe.backbone_weights, mean, std, init, recipe.weights_from,
+        shards.label_set.names,
+    )  # fmt: skip
 
 
-def architecture_of(config: Config, num_classes: int) -> Architecture:
-    """Of the network that is trained, with its auxiliary heads; of the first phase."""
-    m = config.model
-    return Architecture(
-        num_classes,
-        m.backbone,
-        m.output_stride,
-        m.fusion,
-        m.head,
-        m.channels,
-        m.atrous_rates,
-        m.low_levels,
-        config.training.auxiliary_weight > 0,
-        m.dropout,
-        m.backbone_options,
-        m.early_strides,
-    )
-
-
-def _start(config: Config, architecture: Architecture, shards: Shards, init: Release | None) -> Start:
-    weights, t = config.model.backbone_weights, config.training
-    own = weights == "none"
-    mean, std = (shards.mean, shards.std) if own else (IMAGENET_MEAN, IMAGENET_STD)
-    return starting_network(architecture, t.seed, weights, mean, std, init, t.weights_from, shards.label_set.names)
-
-
-def prepared(network: DeepLabV3Plus, t: Training, ranks: Ranks) -> DeepLabV3Plus:
-    """`network`, changed in place to what is trained. Raises ConfigError where that can't be made of it."""
-    freeze(network, t.freeze)
-    if t.activation_checkpointing:
+def prepared(network: DeepLabV3Plus, recipe: Recipe, ranks: Ranks) -> DeepLabV3Plus:
+    """`network`, changed in place to what is trained. Raises ConfigError where that can't be done."""
+    freeze(network, recipe.freeze)
+    if recipe.activation_checkpointing:
         checkpoint_activations(network.backbone)
-    if ranks.world > 1 and t.sync_batch_norm:
+    if ranks.world > 1 and recipe.sync_batch_norm:
         sync_batch_norm(network, ranks)
     return network
 
 
-def _settings(t: Training, steps: int, device: torch.device) -> Settings:
-    same = {k: getattr(t, k) for k in Settings.__dataclass_fields__ if k in Training.model_fields}
-    bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
-    every = validation_steps(t, steps)
-    worth = device.type == "cuda" and steps >= COMPILED_FROM_STEPS and not t.deterministic
-    compiled = t.compile == "always" or (t.compile == "auto" and worth)
-    return Settings(**{**same, "steps": steps, "bf16": bf16, "validate_every": every, "compiled": compiled})
-
-
-def _stretches(
-    t: Training,
-    frames: Split,
-    shards: Shards,
-    architecture: Architecture,
-    steps: int,
-    device: torch.device,
-    ranks: Ranks,
-) -> list[Stretch]:
-    """The run cut where a phase begins, each part with its crops."""
-    order = Order(frames.frames, t.seed, t.class_uniform, shards.part_weights)
-    chosen = _feed(t, frames, device, ranks)
+def _training_phases(
+    recipe: Recipe, frames: Split, shards: Shards, chosen: LoaderPlan, device: torch.device, ranks: Ranks
+) -> list[TrainingPhase]:
+    """The phases of the run, each with its batches."""
+    order = Order(frames.frames, recipe.loop.seed, recipe.batches.class_uniform, shards.part_weights)
     log.info("data: %s", chosen.why)
-    crop_px, stride, stretches = t.crop_px, architecture.output_stride, []
-    bounds = [0, *(round(phase.after * steps) for phase in t.phases), steps]
-    for number, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if number:
-            crop_px = t.phases[number - 1].crop_px or crop_px
-            stride = t.phases[number - 1].output_stride or stride
-        source = _source(t, _crops(t, frames, crop_px, shards), order, last, chosen, device, ranks)
-        stretches.append(Stretch(first, last, stride, source))
-    return stretches
+    return [
+        TrainingPhase(
+            first=phase.first,
+            last=phase.last,
+            output_stride=phase.output_stride,
+            batches=_batches(
+                recipe, _crops(recipe, frames, shards, phase.crop_px), order, phase.last, chosen, device, ranks
+            ),
+        )
+        for phase in recipe.phases
+    ]
 
 
-def _source(
-    t: Training, crops: Crops, order: Order, last: int, chosen: LoaderPlan, device: torch.device, ranks: Ranks
-) -> Source:
+def _batches(
+    recipe: Recipe, crops: Crops, order: Order, last: int, chosen: LoaderPlan, device: torch.device, ranks: Ranks
+) -> BatchSource:
     """This rank's batches up to step `last`."""
+    plan, seed = recipe.batches, recipe.loop.seed
 
     def batches(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
-        mine = Batches(order, t.batch_size, step, last, ranks.rank, ranks.world)
+        mine = Batches(order, plan.batch_size, step, last, ranks.rank, ranks.world)
         with closing(batches_of(chosen, crops, mine, device, stopped)) as made:
-            if t.augment.class_mix:
-                yield from class_mixed(made, t.augment.class_mix, t.seed, step, ranks.rank * mine.rows, t.batch_size)
+            if plan.class_mix:
+                yield from class_mixed(made, plan.class_mix, seed, step, ranks.rank * mine.rows, plan.batch_size)
             else:
                 yield from made
 
     return batches
 
 
-def _feed(t: Training, frames: Split, device: torch.device, ranks: Ranks) -> LoaderPlan:
+def _loader_plan(recipe: Recipe, frames: Split, device: torch.device, ranks: Ranks) -> LoaderPlan:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    plan = recipe.batches
     return choose_loader(
-        split_bytes(frames), device, memory, t.augment_device, t.frames_on_gpu, t.workers, ranks.on_this_machine
-    )
+        split_bytes(frames), device, memory, plan.augment_device, plan.frames_on_gpu, plan.workers,
+        ranks.on_this_machine,
+    )  # fmt: skip
 
 
-def _crops(t: Training, frames: Split, crop_px: tuple[int, int], shards: Shards) -> Crops:
-    own = {k: getattr(t.augment, k) for k in Augmentation.__dataclass_fields__ if k in type(t.augment).model_fields}
-    augmentation = Augmentation(crop_px, **own)
+def _crops(recipe: Recipe, frames: Split, shards: Shards, crop_px: tuple[int, int] | None = None) -> Crops:
+    augmentation = replace(recipe.augmentation, crop_px=crop_px or recipe.augmentation.crop_px)
     r, g, b = (round(m) for m in shards.mean)
-    return Crops(frames, augmentation, t.seed, (r, g, b))
+    return Crops(frames, augmentation, recipe.loop.seed, (r, g, b))
 
 
 def _objective(
-    t: Training, shards: Shards, teacher: Release | None, device: torch.device, bf16: bool, ranks: Ranks
+    recipe: Recipe, shards: Shards, teacher: Release | None, device: torch.device, ranks: Ranks
 ) -> Objective:
-    pixels = shards.class_pixels["train"][:-1]
-    weights = {"none": lambda _: None, "enet": enet_weights, "median": median_frequency_weights}[t.class_weights](
-        pixels
-    )
+    options, pixels = recipe.loss, shards.class_pixels["train"][:-1]
+    rules = {"none": lambda _: None, "enet": enet_weights, "median": median_frequency_weights}
+    weights = rules[options.class_weights](pixels)
     criterion = Criterion(
-        _terms_of(t.loss),
-        _terms_of(t.auxiliary_loss),
-        t.auxiliary_weight,
-        torch.tensor(weights, device=device) if weights else None,
-        t.label_smoothing,
-        t.ohem_threshold,
-        t.ohem_keep,
-        t.focal_gamma,
-        t.boundary_px,
-        ranks,
+        main=options.main,
+        auxiliary=options.auxiliary,
+        auxiliary_weight=options.auxiliary_weight,
+        class_weights_K=torch.tensor(weights, device=device) if weights else None,
+        label_smoothing=options.label_smoothing,
+        ohem_threshold=options.ohem_threshold,
+        ohem_keep=options.ohem_keep,
+        focal_gamma=options.focal_gamma,
+        boundary_px=options.boundary_px,
+        ranks=ranks,
     )
     if teacher is None:
         return Objective(criterion)
     refuse_other_classes(teacher, shards.label_set)
     network = load_network(teacher)
-    add_to_logits(network, -teacher.class_offsets)  # its scores are to be learned, not what suits its mIoU
+    add_to_logits(network, -teacher.class_offsets)  # learn its scores, not the decision that suits its mIoU
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Objective(criterion, Distillation(network, t.distill_weight, t.distill_temperature), bf16)
-
-
-def _terms_of(loss: Loss) -> Terms:
-    return Terms(**loss.model_dump())
+    distillation = Distillation(network, options.distill_weight, options.distill_temperature)
+    return Objective(criterion, distillation, recipe.loop.bf16)
 
 
 def _terms(own: str, start: Start, teacher: Release | None) -> str:
@@ -309,14 +244,14 @@ def _terms(own: str, start: Start, teacher: Release | None) -> str:
 
 
 def write_contact_sheet(crops: Crops, label_set: LabelSet, path: Path, samples: int = 12) -> None:
-    """A JPEG of the first frames as epoch 0 augments them, image over coloured label, at 240 px width."""
+    """A JPEG of the first frames as epoch 0 augments them, image over colored label, at 240 px width."""
     tiles = []
     for index in range(min(samples, len(crops.split))):
-        image, label = crops.crop(Sample(0, index))
+        image, label = crops.crop(Sample(epoch=0, index=index))
         width = 240
         size = (width, max(1, round(label.shape[0] * width / label.shape[1])))
-        coloured = np.where(label[..., None] == IGNORE, 40, label_set.palette[label]).astype(np.uint8)
-        pair = [cv2.resize(a, size, interpolation=cv2.INTER_AREA) for a in (image, coloured)]
+        colored = np.where(label[..., None] == IGNORE, 40, label_set.palette[label]).astype(np.uint8)
+        pair = [cv2.resize(a, size, interpolation=cv2.INTER_AREA) for a in (image, colored)]
         tiles.append(np.vstack(pair))
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 4)
     rows = [np.hstack(tiles[i : i + 4]) for i in range(0, len(tiles), 4)]

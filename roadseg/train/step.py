@@ -1,4 +1,4 @@
-"""A step that the device was told to take, and what is learned of it once it is through."""
+"""A step that the device has been given, and its values once they arrive."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from roadseg.errors import NonFiniteLoss
 from roadseg.train.distributed.process_group import Ranks
 
 
-@dataclass
-class Taken:
-    """A step that the device was told to take; its loss is known once it is through.
+@dataclass(kw_only=True)
+class Step:
+    """A step that the device has been given; its loss is known once the device has computed it.
 
-    values: loss, gradient norm, and how many ranks had been sent a signal, on the host once the device
-    `arrived`. waited_s: how long this process waited for the batch. begun: when the device could begin.
+    values: loss, gradient norm, and how many ranks had a signal, on the host once the device has `arrived`. waited_s:
+    how long this process waited for the batch. before: when the device had finished the step before. begun: when it
+    could begin this one. settled: whether the loss has been logged.
     """
 
     step: int
@@ -32,25 +33,25 @@ class Taken:
     loss: float = math.nan
     norm: float = math.nan
     signalled: bool = False
-    noted: bool = False
+    settled: bool = False
 
     def finite(self) -> bool:
-        """Are loss and gradient norm, the same on all ranks, finite numbers? Waits for the step."""
+        """Whether loss and gradient norm, the same on all ranks, are finite. Waits for the step."""
         if self.arrived:
             self.arrived.synchronize()
         self.loss, self.norm, flag = self.values.tolist()
         self.signalled = bool(flag)
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
-    def waited(self) -> float:
-        """Seconds that the batch kept the device waiting: not those in which it was at the step before."""
+    def device_waited_s(self) -> float:
+        """Seconds for which the device waited for the batch: not those in which it computed the step before."""
         if self.before is None or self.begun is None:
             return self.waited_s
         return min(self.waited_s, max(0.0, self.before.elapsed_time(self.begun) / 1000))
 
 
-def mark(device: torch.device) -> torch.cuda.Event | None:
-    """When the device will have done what it was told so far; None where that is at once."""
+def record_event(device: torch.device) -> torch.cuda.Event | None:
+    """An event for when the device has done everything it was given so far; None where that is at once."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -58,11 +59,12 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def on_its_way(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ranks) -> torch.Tensor:
+def send_to_host(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: Ranks) -> torch.Tensor:
+    """float32 [3] on the CPU: loss, gradient norm and the number of ranks with a signal; on CUDA copied later."""
     values = torch.stack([loss, norm, torch.full_like(loss, bool(signalled))])
     if ranks.world > 1:
         values[2] = ranks.sum_(values[2:].clone())[0]
-    return values.to("cpu", non_blocking=values.is_cuda)  # elsewhere no event would tell that they have come
+    return values.to("cpu", non_blocking=values.is_cuda)  # elsewhere no event would tell when they have arrived
 
 
 def non_finite(
@@ -73,6 +75,6 @@ def non_finite(
         f"loss {loss}, gradient norm {norm} at step {step + 1}, nothing of which was saved",
         expected="finite numbers",
         where=f"train, {rows}",
-        todo="look at these samples; a lower training.learning_rate, a longer training.warmup_steps or "
+        todo="check these samples; a lower training.learning_rate, a longer training.warmup_steps or "
         "training.precision fp32 often helps",
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from roadseg.data.shards.index import Split
 from roadseg.errors import RoadsegError
-from roadseg.labels import IGNORE
-from roadseg.train.checks.feasible import ran_out
+from roadseg.labels import IGNORE, LabelSet
+from roadseg.metrics.iou import scores
+from roadseg.train.checks.memory_errors import is_out_of_memory
 from roadseg.train.distributed.process_group import Ranks
 
 CLASSES_AT_ONCE = 20
@@ -59,7 +61,7 @@ def validate(
                 logits = network(image_BHWC.permute(0, 3, 1, 2))
             prediction_HW = label_map(logits.float(), *label.shape)
         except (RuntimeError, MemoryError) as e:
-            if not ran_out(e):
+            if not is_out_of_memory(e):
                 raise
             raise RoadsegError(
                 f"no memory left on {device} to score a frame of {label.shape[0]}x{label.shape[1]} while training",
@@ -71,3 +73,22 @@ def validate(
         matrix[:size] += torch.bincount(joint, minlength=size)
     total = ranks.sum_(matrix).cpu()
     return None if total[size] else total[:size].reshape(num_classes, num_classes)
+
+
+def score_splits(
+    network: nn.Module,
+    splits: Mapping[str, Split],
+    label_set: LabelSet,
+    device: torch.device,
+    bf16: bool,
+    stopped: Callable[[], int],
+    ranks: Ranks,
+) -> dict[str, dict[str, Any]] | None:
+    """The scores of every split, by its name; None if a signal to any rank cut one short."""
+    results = {}
+    for name, split in splits.items():
+        matrix = validate(network, split, label_set.num_classes, device, bf16, stopped, ranks)
+        if matrix is None:
+            return None
+        results[name] = scores(matrix.numpy(), label_set)
+    return results

@@ -197,16 +197,16 @@ def _index(
     colours = sum(c for (split, _), (_, c) in sorted(results.items()) if split == statistics_split)
     mean, std = _moments(np.asarray(colours))
     shards = Shards(
-        work,
-        manifest.source,
-        manifest.label_set,
-        mean,
-        std,
-        {s: np.sum([x.histogram for x in manifest.split(s)], axis=0).tolist() for s in manifest.splits},
-        {s: manifest.fingerprint(s) for s in manifest.splits},
-        {split: tuple(shards) for split, shards in by_split.items()},
-        settings.format,
-        dict(manifest.part_weights),
+        folder=work,
+        source=manifest.source,
+        label_set=manifest.label_set,
+        mean=mean,
+        std=std,
+        class_pixels={s: np.sum([x.histogram for x in manifest.split(s)], axis=0).tolist() for s in manifest.splits},
+        fingerprints={s: manifest.fingerprint(s) for s in manifest.splits},
+        shards={split: tuple(shards) for split, shards in by_split.items()},
+        form=settings.format,
+        part_weights=dict(manifest.part_weights),
     )
     shards.save()
     return shards

@@ -213,7 +213,7 @@ def test_ctrl_c_is_130(roadseg_, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m roadseg.cli.main config schema | head -c 1"
+    command = f"{sys.executable} -m roadseg.cli config schema | head -c 1"
     environment = {**os.environ, "PYTHONPATH": str(Path(roadseg.__file__).parents[2])}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == "{" and done.stderr == ""

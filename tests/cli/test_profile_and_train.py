@@ -149,7 +149,7 @@ def test_no_number_of_gpus_means_all_that_are_there(call, monkeypatch: pytest.Mo
     asked = ["--config", MICRO, "--size", "32x64", "--runs", "0", "--json", "f.json", "--training.batch-size", "8"]
     for flags, crops in ((["--training.gpus", "0"], 8), (["--training.gpus", "4"], 2)):  # on a CPU one process
         assert call(*asked, *flags)[0] == 0 and read_json(tmp_path / "f.json")["crops_BHW"][0] == crops
-    monkeypatch.setattr("roadseg.train.distributed.worker.processes", lambda t: 2)
+    monkeypatch.setattr("roadseg.train.device.processes_per_machine", lambda gpus, device: 2)
     assert call(*asked, "--training.gpus", "0")[0] == 0 and read_json(tmp_path / "f.json")["crops_BHW"][0] == 4
 
 

@@ -16,7 +16,19 @@ def sample(split: str, name: str, **changes: object) -> Sample:
     image, label = sha256_bytes(f"image {name}".encode()), sha256_bytes(f"label {name}".encode())
     histogram = (20, 5, *[0] * 9, 3)
     made = Sample(
-        split, name, "s", f"{split}/{name}.png", f"{split}annot/{name}.png", "", 7, 4, image, label, 100, 50, histogram
+        split=split,
+        name=name,
+        sequence="s",
+        image=f"{split}/{name}.png",
+        label=f"{split}annot/{name}.png",
+        instances="",
+        width=7,
+        height=4,
+        image_sha256=image,
+        label_sha256=label,
+        image_bytes=100,
+        label_bytes=50,
+        histogram=histogram,
     )
     return replace(made, **changes)
 

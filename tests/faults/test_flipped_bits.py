@@ -85,7 +85,7 @@ def test_that_shard_alone_is_made_again(micro: Micro, tmp_path: Path) -> None:
     for stage in ("ingest", "transform"):
         shutil.copytree(micro.workspace / "stages" / stage, tmp_path / "stages" / stage)
     folder = tmp_path / micro.result.outputs["transform"].folder.relative_to(micro.workspace)
-    manifest, root, limits = dataset(micro.config, tmp_path)
+    data = dataset(micro.config, tmp_path)
     files, rng = sorted(folder.glob("*.bin")), random.Random(3)
     originals = {path: path.read_bytes() for path in files}
     assert len(files) == 3  # two of train, one of val
@@ -93,6 +93,6 @@ def test_that_shard_alone_is_made_again(micro: Micro, tmp_path: Path) -> None:
         with flipped(path, rng):
             kept = {other: written(other) for other in files if other != path}
             shards = Shards.load(folder)
-            rebuild(shards.damaged(), micro.config.transform, manifest, root, shards, limits)
+            rebuild(shards.damaged(), micro.config.transform, data.manifest, data.root, shards, data.limits)
             assert path.read_bytes() == originals[path] and shards.damaged() == []
             assert {other: written(other) for other in kept} == kept

@@ -39,21 +39,34 @@ def test_wrong_values_name_their_key(key: str, value: object) -> None:
 
 def test_no_low_level_is_coarser_than_the_output_stride() -> None:
     with pytest.raises(ConfigError, match=r"none coarser than output_stride 8, such as \[8, 4\]"):
-        Architecture(19, output_stride=8, low_levels=(16, 4))
+        Architecture(num_classes=19, output_stride=8, low_levels=(16, 4))
 
 
 def test_a_network_that_was_trained_at_stride_16_may_end_at_8_with_the_same_levels() -> None:
-    network = build(Architecture(3, "mobilenetv2_035", 8, channels=8, low_levels=(8, 4)), seed=0).eval()
+    network = build(
+        Architecture(num_classes=3, backbone="mobilenetv2_035", output_stride=8, channels=8, low_levels=(8, 4)), seed=0
+    ).eval()
     assert network(torch.zeros(1, 3, 33, 64)).shape == (1, 3, 9, 16)
 
 
 def test_low_level_that_the_backbone_lacks() -> None:
     with pytest.raises(ConfigError, match="no map at stride 3"):
-        build(Architecture(19, backbone="mobilenetv2_035", low_levels=(8, 3)), seed=0)
+        build(Architecture(num_classes=19, backbone="mobilenetv2_035", low_levels=(8, 3)), seed=0)
 
 
 def test_json_round_trip() -> None:
-    a = Architecture(11, "resnet18", 32, "sknet", "separable", 64, (3, 6, 9), (16, 4), True, 0.0)
+    a = Architecture(
+        num_classes=11,
+        backbone="resnet18",
+        output_stride=32,
+        fusion="sknet",
+        head="separable",
+        channels=64,
+        atrous_rates=(3, 6, 9),
+        low_levels=(16, 4),
+        auxiliary=True,
+        dropout=0.0,
+    )
     assert Architecture.from_json(json.loads(json.dumps(a.to_json()))) == a
     of_before = a.to_json()
     del of_before["backbone_options"], of_before["early_strides"]
@@ -64,7 +77,10 @@ def test_json_round_trip() -> None:
 
 
 def test_auxiliary_heads_stay_at_their_layers() -> None:
-    assert [Architecture(3, output_stride=8, early_strides=e).auxiliary_strides for e in ((2, 2), (2, 1), (1, 1))] == [
+    assert [
+        Architecture(num_classes=3, output_stride=8, early_strides=e).auxiliary_strides
+        for e in ((2, 2), (2, 1), (1, 1))
+    ] == [
         (8, 8),
         (4, 8),
         (2, 8),
@@ -74,8 +90,8 @@ def test_auxiliary_heads_stay_at_their_layers() -> None:
 @pytest.mark.parametrize("change", [{"num_classes": "19"}, {"extra": 1}, {"low_levels": 4}, {"channels": None}])
 def test_json_of_another_form_is_refused(change: dict) -> None:
     with pytest.raises(ConfigError):
-        Architecture.from_json(Architecture(19).to_json() | change)
-    shorter = Architecture(19).to_json()
+        Architecture.from_json(Architecture(num_classes=19).to_json() | change)
+    shorter = Architecture(num_classes=19).to_json()
     del shorter["fusion"]
     with pytest.raises(ConfigError):
         Architecture.from_json(shorter)

@@ -51,9 +51,13 @@ def test_a_path_is_dropped_whole_and_scaled_as_timm_does() -> None:
 
 
 def test_what_each_process_would_draw_for_itself_is_refused() -> None:
-    shared = Architecture(3, "resnet18", 16, channels=8, backbone_options={"drop_path_rate": 0.2})
+    shared = Architecture(
+        num_classes=3, backbone="resnet18", output_stride=16, channels=8, backbone_options={"drop_path_rate": 0.2}
+    )
     refuse_own_draws(build(shared, seed=0))
-    own = Architecture(3, "resnet18", 16, channels=8, backbone_options={"drop_block_rate": 0.2})
+    own = Architecture(
+        num_classes=3, backbone="resnet18", output_stride=16, channels=8, backbone_options={"drop_block_rate": 0.2}
+    )
     with pytest.raises(ConfigError, match=r"model.backbone_options: DropBlock2d \(backbone.*drop_path_rate.*one GPU"):
         refuse_own_draws(build(own, seed=0))
     with pytest.raises(ConfigError, match=r"Dropout \(0, 0.1\)"):
@@ -62,7 +66,9 @@ def test_what_each_process_would_draw_for_itself_is_refused() -> None:
 
 
 def test_a_backbones_paths_are_shared_also_at_another_stride() -> None:
-    a = Architecture(3, "resnet18", 16, channels=8, backbone_options={"drop_path_rate": 0.2})
+    a = Architecture(
+        num_classes=3, backbone="resnet18", output_stride=16, channels=8, backbone_options={"drop_path_rate": 0.2}
+    )
     net = build(a, seed=0)
     draw_part(net, 1, 2)
     set_output_stride(net, 8)

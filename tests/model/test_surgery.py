@@ -23,7 +23,14 @@ def network(
     backbone: str = "mobilenetv2_035", output_stride: int = 16, rates: tuple[int, ...] = (2, 4)
 ) -> DeepLabV3Plus:
     a = Architecture(
-        3, backbone, output_stride, channels=8, atrous_rates=rates, low_levels=(4,), auxiliary=True, dropout=0.0
+        num_classes=3,
+        backbone=backbone,
+        output_stride=output_stride,
+        channels=8,
+        atrous_rates=rates,
+        low_levels=(4,),
+        auxiliary=True,
+        dropout=0.0,
     )
     return build(a, seed=1).train()
 
@@ -150,7 +157,15 @@ def test_strides_that_do_not_fit_change_nothing() -> None:
             set_output_stride(net, stride)
         assert caught.value.where == where and words in str(caught.value)
     with pytest.raises(ConfigError, match="model.low_levels: .*output_stride 8"):
-        set_output_stride(build(Architecture(3, "mobilenetv2_035", 32, channels=8, low_levels=(16, 4)), seed=0), 8)
+        set_output_stride(
+            build(
+                Architecture(
+                    num_classes=3, backbone="mobilenetv2_035", output_stride=32, channels=8, low_levels=(16, 4)
+                ),
+                seed=0,
+            ),
+            8,
+        )
     assert str(net) == before and net.architecture.output_stride == 16
 
 

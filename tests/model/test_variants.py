@@ -10,7 +10,7 @@ from torch import nn
 from roadseg.model import Architecture, DeepLabV3Plus, TrainingOutput, build
 from roadseg.model.sk_fusion import FUSIONS, HEADS
 
-TINY = Architecture(5, backbone="mobilenetv2_035", channels=32, atrous_rates=(1, 2, 3), auxiliary=True)
+TINY = Architecture(num_classes=5, backbone="mobilenetv2_035", channels=32, atrous_rates=(1, 2, 3), auxiliary=True)
 
 VARIANTS = {f"{fusion}-{head}": replace(TINY, fusion=fusion, head=head) for fusion in FUSIONS for head in HEADS}
 VARIANTS |= {
@@ -144,7 +144,7 @@ def test_inference_network_is_the_same_function_without_auxiliary_heads(network:
     ],
 )
 def test_parameter_counts_at_default_size(fusion: str, head: str, parameters: int) -> None:
-    network = build(Architecture(19, fusion=fusion, head=head, auxiliary=True), seed=0)
+    network = build(Architecture(num_classes=19, fusion=fusion, head=head, auxiliary=True), seed=0)
     assert network.count_parameters() == parameters
 
 
@@ -154,7 +154,7 @@ def test_parameter_counts_at_default_size(fusion: str, head: str, parameters: in
 )
 def test_parameter_counts_of_published_forms(fusion: str, head: str, millions: float) -> None:
     """DeepLabv3+ with MobileNetV2 at its own 256 channels, and the reference project's SK on 320 channels."""
-    a = Architecture(19, fusion=fusion, head=head, channels=256, low_levels=(4,))
+    a = Architecture(num_classes=19, fusion=fusion, head=head, channels=256, low_levels=(4,))
     assert build(a, seed=0).count_parameters() / 1e6 == pytest.approx(millions, abs=0.006)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,14 +27,18 @@ from roadseg.data.manifest import HOLDOUT
 from roadseg.data.shards.index import Shards
 from roadseg.errors import Busy, ConfigError, DataError, GateRefused, Interrupted, StoreError, UsageError
 from roadseg.files import lock, read_json, sha256_file
+from roadseg.pipeline.context import Context
 from roadseg.pipeline.run import Stage, evaluate_release, run, run_folder
-from roadseg.pipeline.stages import Stages
+from roadseg.pipeline.stages import Transformed, train_key
 from roadseg.pipeline.workspace import Workspace, leftovers
 from roadseg.push.stage import promote_by_hand
 from roadseg.release.archive import load_release
 from roadseg.release.store.resolve import find_release, store_of
 from roadseg.train.checks import preflight as ahead
-from roadseg.train.checks.preflight import refuse_ahead, refuse_unexportable
+from roadseg.train.checks.preflight import ANY_CLASSES, refuse_impossible_training, refuse_unexportable
+from roadseg.train.distributed.environment import ALONE, Cluster
+from roadseg.train.inputs import Inputs
+from roadseg.train.recipe import Recipe, recipe_of
 from roadseg.weights.foreign import Taken
 from tests.conftest import MICRO, Micro
 
@@ -61,7 +66,10 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
         ({"training": {"crop_px": [8, 8]}}, "one cell of the map at output stride 16"),
         ({"training": {"batch_size": 1}}, "statistics from one image"),
         ({"training": {"steps": 20, "patience": 20}}, "a run of 20 steps never ends early"),
-        ({"training": {"phases": [{"after": 0.05, "crop_px": [32, 96]}]}}, "first phase has none of the 6 steps"),
+        (
+            {"training": {"phases": [{"after": 0.05, "crop_px": [32, 96]}]}},
+            "first phase has none of the 6 steps",
+        ),
         ({"training": {"freeze": ["backbone", "aspp", "decoder"]}}, "training.freeze: backbone, aspp, decoder are all"),
         ({"training": {"frames_on_gpu": "always"}}, "training.frames_on_gpu: always, training on cpu"),
         ({"training": {"augment_device": "cuda"}}, "training.augment_device: cuda, but training runs on cpu"),
@@ -95,6 +103,14 @@ def test_weights_that_do_not_fit_are_told_before_there_is_data(micro: Micro, tmp
         assert not [path for path in (tmp_path / "w" / "stages").glob("*/*") if path.is_dir()]
 
 
+def recipe(**sections: Any) -> Recipe:
+    return recipe_of(config_of(**sections), num_classes=len(ANY_CLASSES), device_type="cpu")
+
+
+def refuse_ahead(cluster: Cluster = ALONE, **sections: Any) -> None:
+    refuse_impossible_training(recipe(**sections), None, device="cpu", gpus=1, cluster=cluster)
+
+
 @pytest.mark.slow
 def test_backbone_whose_graph_does_not_take_any_size_is_told_before_there_is_data_and_when_there_is(
     tmp_path: Path,
@@ -120,18 +136,15 @@ def test_backbone_whose_graph_does_not_take_any_size_is_told_before_there_is_dat
 
 def test_only_backbones_whose_like_no_test_exports_are_exported_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(ahead, "_refused", lambda architecture: tried.append(architecture.backbone))
+    monkeypatch.setattr(ahead, "_export_error", lambda architecture: tried.append(architecture.backbone))
     for backbone in ("test_efficientnet", "mobilenetv2_100", "lcnet_100", "resnet18", "regnety_002"):
-        refuse_unexportable(config_of(model={"backbone": backbone}))
-    refuse_ahead(config_of(), None)
+        refuse_unexportable(recipe(model={"backbone": backbone}).architecture)
+    refuse_ahead()
     assert tried == []
-    refuse_unexportable(config_of(model={"backbone": "resnet26", "backbone_options": {"aa_layer": "blur"}}))
-    refuse_unexportable(config_of(model={"backbone": "resnest14d"}))
+    refuse_unexportable(recipe(model={"backbone": "resnet26", "backbone_options": {"aa_layer": "blur"}}).architecture)
+    refuse_unexportable(recipe(model={"backbone": "resnest14d"}).architecture)
     assert tried == ["resnet26", "resnest14d"]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    refuse_ahead(config_of(model={"backbone": "resnest14d"}), None, 2)
+    refuse_ahead(cluster=Cluster(rank=1, world=2, local_rank=1), model={"backbone": "resnest14d"})
     assert tried == ["resnet26", "resnest14d"]  # rank 0 alone does
 
 
@@ -141,7 +154,7 @@ def test_one_of_each_module_that_is_not_tried_ahead_can_be_exported(
     backbone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ahead, "EXPORTED", ())
-    refuse_unexportable(config_of(model={"backbone": backbone}))
+    refuse_unexportable(recipe(model={"backbone": backbone}).architecture)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +186,9 @@ def test_parts_of_another_project_that_are_new_may_not_be_frozen(
     save_file({"encoder.weight": torch.zeros(1)}, weights := tmp_path / "smp.safetensors")
     training = {"weights_from": str(weights), "freeze": ["decoder"]}
     with pytest.raises(ConfigError, match=r"decoder, in which decoder\.refinements\.0 is new and random"):
-        refuse_ahead(config_of(training=training), None)
+        refuse_ahead(training=training)
     new = new[:1]
-    refuse_ahead(config_of(training=training), None)
+    refuse_ahead(training=training)
 
 
 def test_what_is_taken_of_a_release_is_said_once(
@@ -400,8 +413,12 @@ def test_a_damaged_decision_in_the_store_ends_no_run(
 
 def test_the_number_of_ranks_is_in_the_key_where_it_changes_the_result(micro: Micro) -> None:
     def key(**training: Any) -> str:
-        this = Stages(config_of(training={"device": "cpu", **training}), Workspace(micro.workspace))
-        return this.workspace.key("train", *this._training()[2])
+        context = Context(
+            config=config_of(training={"device": "cpu", **training}), workspace=Workspace(micro.workspace)
+        )
+        data = Transformed(content=micro.result.outputs["transform"].content, load=Mock(), output=None)
+        digests = {"weights": "none", "weights_from": "", "init_from": "", "distill_from": ""}
+        return context.workspace.key("train", *train_key(context, data, Inputs(None, None, digests)))
 
     assert key(gpus=1) == key(gpus=2) == micro.result.outputs["train"].key
     for parts in ({"sync_batch_norm": False}, {"batch_size": 8, "accumulate": 2}):
@@ -605,7 +622,7 @@ def test_sigterm_before_the_first_step_is_told(micro: Micro, tmp_path: Path, mon
         time.sleep(10)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("roadseg.pipeline.stages.Stages.ingest", ingest)
+    monkeypatch.setattr("roadseg.pipeline.stages.ingested", ingest)
     with pytest.raises(Interrupted, match="stopped by SIGTERM; run again to go on") as caught:
         run(micro.config, until="train", workspace=tmp_path / "w")
     assert caught.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == before

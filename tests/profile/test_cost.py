@@ -39,7 +39,14 @@ class Classifier(nn.Module):
 
 
 def small(auxiliary: bool = True) -> nn.Module:
-    a = Architecture(3, "test_efficientnet", channels=16, head="separable", atrous_rates=(1, 2), auxiliary=auxiliary)
+    a = Architecture(
+        num_classes=3,
+        backbone="test_efficientnet",
+        channels=16,
+        head="separable",
+        atrous_rates=(1, 2),
+        auxiliary=auxiliary,
+    )
     return build(a, seed=0)
 
 
@@ -152,7 +159,7 @@ def test_figures_of_any_size_can_be_read(value: float, text: str) -> None:
 def test_the_counted_peaks_are_those_of_cuda() -> None:
     """Within what workspaces of the libraries add to inference, and what is freed on the way to training."""
     device = torch.device("cuda")
-    network = build(Architecture(19, auxiliary=True), seed=0)
+    network = build(Architecture(num_classes=19, auxiliary=True), seed=0)
     image, crops = (1, 1024, 2048), (8, 512, 512)
     counted = cost(network, image, crops, True, 2)
     inference = copy.deepcopy(network).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -38,7 +38,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """On timm's smallest model: an export takes a time for each layer."""
     fusion = request.param
     head = "dense" if fusion in ("skfusion", "sknet") else "separable"
-    a = Architecture(7, backbone="test_efficientnet", channels=16, fusion=fusion, head=head, auxiliary=True)
+    a = Architecture(num_classes=7, backbone="test_efficientnet", channels=16, fusion=fusion, head=head, auxiliary=True)
     network = build(a, seed=2).train().to(memory_format=torch.channels_last)
     _settle(network)
     path = tmp_path_factory.mktemp(fusion) / "model.onnx"

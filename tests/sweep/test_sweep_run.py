@@ -17,13 +17,15 @@ from roadseg.cli.sweep import sweep, sweep_arguments
 from roadseg.config.sections import Config, load_config
 from roadseg.errors import ConfigError, DataError, Interrupted, NonFiniteLoss, StoreError, UsageError
 from roadseg.files import lock, read_json, write_json
+from roadseg.pipeline.context import Context
 from roadseg.pipeline.run import RunResult
-from roadseg.pipeline.stages import Stages
 from roadseg.pipeline.workspace import Output, leftovers
+from roadseg.sweep import preflight
 from roadseg.sweep import table as sweep_table
 from roadseg.sweep.plan import parse_seeds, parse_vary, plan_of, settings_of
 from roadseg.sweep.record import described
 from roadseg.sweep.table import Result, Spread, paired, rows, spread, student_t
+from roadseg.train.inputs import Inputs
 from tests.conftest import MICRO, Micro, write_release
 from tests.html_page import assert_accessible, assert_inert
 
@@ -347,9 +349,14 @@ def test_one_that_fails_is_recorded_and_the_others_go_on(
 def test_settings_that_can_not_be_trained_are_told_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cheap, looked, ahead = Cheap(tmp_path, lambda config: None), [], Stages.look_ahead
+    cheap, looked, ahead = Cheap(tmp_path, lambda config: None), [], preflight.refuse_impossible  # type: ignore[attr-defined]
     monkeypatch.setattr("roadseg.sweep.run.run", cheap)
-    monkeypatch.setattr(Stages, "look_ahead", lambda this: looked.append(this.config) or ahead(this))
+
+    def look(context: Context, inputs: Inputs) -> None:
+        looked.append(context.config)
+        ahead(context, inputs)
+
+    monkeypatch.setattr(preflight, "refuse_impossible", look)
     vary = ["--vary", "training.batch_size=1,2", "--vary", "model.channels=8,16", "--vary", "data.town.seed=1,2"]
     vary += ["--vary", "model.low_levels=[4],[3]", "--seeds", "2"]
     assert sweep_(tmp_path, *vary) == 2 and cheap.calls == 0 and not (tmp_path / "sweeps" / "sweep").exists()
@@ -376,10 +383,10 @@ def test_a_release_to_start_from_is_looked_for_before_the_first_run(
     told = "1 of 2 settings can't be trained:\n  training.init_from=0123456789ab:\n    training.init_from: "
     assert told in capsys.readouterr().err
 
-    def unreachable(this: Stages) -> None:
+    def unreachable(context: Context) -> None:
         raise StoreError("no answer", where="s3://models")
 
-    monkeypatch.setattr(Stages, "inputs", unreachable)
+    monkeypatch.setattr(preflight, "training_inputs", unreachable)
     assert sweep_(tmp_path, "--vary", "training.learning_rate=0.1") == 2 and cheap.calls == 0
     assert "1 of 1 setting can't be trained" in (err := capsys.readouterr().err) and "s3://models: no answer" in err
 
@@ -391,10 +398,10 @@ def test_what_was_trained_elsewhere_needs_no_gpu_here(
     """Under whatever name."""
     shutil.copytree(micro.workspace / "stages", tmp_path / "stages")
 
-    def refuse_gpu(this: Stages) -> None:
+    def refuse_gpu(context: Context, inputs: Inputs) -> None:
         raise ConfigError("cuda, and there is none", where="training.device")
 
-    monkeypatch.setattr(Stages, "look_ahead", refuse_gpu)
+    monkeypatch.setattr(preflight, "refuse_impossible", refuse_gpu)
     rate = micro.config.training.learning_rate
     asked = ["sweep", "--config", str(MICRO), "--workspace", str(tmp_path), "--until", "train", "--vary"]
     assert main([*asked, f"training.learning_rate={rate}"]) == 0
@@ -453,7 +460,7 @@ def test_another_sweep_of_the_name_is_refused(
 def test_several_processes_are_refused_before_they_wait_for_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     assert sweep_(tmp_path, "--seeds", "2") == 2

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from roadseg.config.training import Loss
 from roadseg.data.batches.loader import Batch
+from roadseg.errors import PeerLost
 from roadseg.model.deeplab import Architecture, build
 from roadseg.model.dropout import draw_part
 from roadseg.train.distributed.launch import launch
 from roadseg.train.distributed.process_group import ALONE, Ranks, joined
-from roadseg.train.distributed.rendezvous import PeerLost
 from roadseg.train.distributed.sync_batch_norm import sync_batch_norm
 from roadseg.train.gradients import EAGER_STEPS, Gradients
 from roadseg.train.losses.criterion import Criterion, Terms
@@ -28,7 +28,12 @@ CPU = torch.device("cpu")
 
 
 def network(dropout: float = 0.0) -> nn.Module:
-    return build(Architecture(3, "mobilenetv2_035", 16, channels=8, auxiliary=True, dropout=dropout), seed=0)
+    return build(
+        Architecture(
+            num_classes=3, backbone="mobilenetv2_035", output_stride=16, channels=8, auxiliary=True, dropout=dropout
+        ),
+        seed=0,
+    )
 
 
 def batch() -> Batch:
@@ -38,7 +43,19 @@ def batch() -> Batch:
 
 
 def objective() -> Objective:
-    return Objective(Criterion(Terms(), Terms(), 0.4, None, 0.0, 0.7, 0.0625, 2.0, 3))
+    return Objective(
+        Criterion(
+            main=Terms(),
+            auxiliary=Terms(),
+            auxiliary_weight=0.4,
+            class_weights_K=None,
+            label_smoothing=0.0,
+            ohem_threshold=0.7,
+            ohem_keep=0.0625,
+            focal_gamma=2.0,
+            boundary_px=3,
+        )
+    )
 
 
 def of(net: nn.Module, **options: Any) -> tuple[float, list[Tensor]]:
@@ -58,11 +75,22 @@ def test_micro_batches_add_up() -> None:
 
 def of_the_default_network(ranks: Ranks) -> tuple[Tensor, dict[str, Tensor]]:
     """In float64, training, with dropout and every term of the loss: of a whole batch of 4."""
-    architecture = Architecture(19, "mobilenetv2_100", auxiliary=True)
+    architecture = Architecture(num_classes=19, backbone="mobilenetv2_100", auxiliary=True)
     net = build(architecture, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3).train().double()
     draw_part(sync_batch_norm(net, ranks), ranks.rank, ranks.world)
     every = Terms(**dict.fromkeys(Loss.model_fields, 0.5))
-    criterion = Criterion(every, every, 0.4, torch.linspace(1, 10, 19), 0.1, 0.7, 0.0625, 2.0, 2, ranks)
+    criterion = Criterion(
+        main=every,
+        auxiliary=every,
+        auxiliary_weight=0.4,
+        class_weights_K=torch.linspace(1, 10, 19),
+        label_smoothing=0.1,
+        ohem_threshold=0.7,
+        ohem_keep=0.0625,
+        focal_gamma=2.0,
+        boundary_px=2,
+        ranks=ranks,
+    )
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(4, 3, 8, 12, generator=draw) * 255
     image = nn.functional.interpolate(coarse, (64, 96), mode="bilinear").byte().permute(0, 2, 3, 1)

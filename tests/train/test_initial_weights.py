@@ -21,7 +21,9 @@ from roadseg.train import checkpoint
 from roadseg.train.initial_weights import Start, _advice, refuse_frozen_at_random, starting_network
 from tests.conftest import RGB, THREE, write_release
 
-A = Architecture(3, "test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2), low_levels=(4,))
+A = Architecture(
+    num_classes=3, backbone="test_efficientnet", channels=8, head="separable", atrous_rates=(1, 2), low_levels=(4,)
+)
 MEAN, STD = (10.0, 20.0, 30.0), (1.0, 2.0, 3.0)
 OTHER_THREE = LabelSet("others", (*THREE.classes[:2], replace(THREE.classes[2], name="sign")))
 FOUR = LabelSet("four", (*THREE.classes, replace(THREE.classes[0], name="sign", id=9, train_id=3)))
@@ -290,7 +292,17 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
 
 def test_weights_of_another_project(tmp_path: Path) -> None:
     """VainF's names around torchvision's ResNet-18; what they compute is tested beside the translation."""
-    a = Architecture(3, "resnet18", 16, "concat", "dense", 48, (6, 12, 18), (4,), True)
+    a = Architecture(
+        num_classes=3,
+        backbone="resnet18",
+        output_stride=16,
+        fusion="concat",
+        head="dense",
+        channels=48,
+        atrous_rates=(6, 12, 18),
+        low_levels=(4,),
+        auxiliary=True,
+    )
     ours = build(a, seed=8)
     state = {f"backbone.{k}": v for k, v in torchvision.models.resnet18().state_dict().items() if "fc." not in k}
     for key, value in ours.state_dict().items():

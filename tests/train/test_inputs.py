@@ -12,7 +12,7 @@ from roadseg.errors import ArchiveError, ConfigError, StoreError
 from roadseg.files import sha256_file
 from roadseg.release.store.base import FolderStore
 from roadseg.release.store.resolve import find_release
-from roadseg.train.inputs import training_inputs
+from roadseg.train.inputs import Inputs, training_inputs
 from tests.conftest import MICRO, write_release
 
 RELEASES = ("init_from", "distill_from")
@@ -26,10 +26,21 @@ def finder(config: Config, workspace: Path) -> Callable[[str], Path]:
     return lambda reference: find_release(config, workspace, reference)
 
 
+def read_inputs(config: Config, find: Callable[[str], Path]) -> Inputs:
+    t = config.training
+    return training_inputs(
+        find,
+        backbone_weights=config.model.backbone_weights,
+        weights_from=t.weights_from,
+        init_from=t.init_from,
+        distill_from=t.distill_from,
+    )
+
+
 def refused(kind: type[Exception], workspace: Path, **training: str) -> Any:
     c = config(**training)
     with pytest.raises(kind) as caught:
-        training_inputs(c, finder(c, workspace))
+        read_inputs(c, finder(c, workspace))
     return caught.value
 
 
@@ -37,12 +48,12 @@ def test_what_is_named_is_read_and_counts_by_content(tmp_path: Path, release_pat
     digest = FolderStore(tmp_path / "store").publish(release_path, {})
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     c = config(init_from=digest[:8], distill_from=str(release_path))
-    inputs = training_inputs(c, finder(c, tmp_path))
+    inputs = read_inputs(c, finder(c, tmp_path))
     assert inputs.init is not None and inputs.teacher is not None
     assert inputs.init.release.digest == inputs.teacher.release.digest == digest == sha256_file(inputs.init.archive)
     assert inputs.digests == {"weights": "imagenet", "weights_from": "", "init_from": digest, "distill_from": digest}
     c = config(weights_from=str(tmp_path / "w.safetensors"))
-    weights = training_inputs(c, finder(c, tmp_path)).digests["weights_from"]
+    weights = read_inputs(c, finder(c, tmp_path)).digests["weights_from"]
     assert weights == sha256_file(tmp_path / "w.safetensors")
 
 
@@ -84,7 +95,7 @@ def test_a_store_that_fails_is_no_wrong_setting(key: str, tmp_path: Path) -> Non
             raise StoreError("AWS could not be reached", where="s3://bucket") from None  # as aws_errors does
 
     with pytest.raises(StoreError, match="could not be reached"):
-        training_inputs(config(**{key: "s3://bucket"}), unreachable)
+        read_inputs(config(**{key: "s3://bucket"}), unreachable)
 
 
 def test_an_archive_that_is_damaged_is_no_wrong_setting(tmp_path: Path) -> None:

@@ -30,14 +30,14 @@ from roadseg.train import checkpoint, loop
 from roadseg.train.distributed.launch import launch
 from roadseg.train.distributed.process_group import ALONE, Ranks, joined
 from roadseg.train.gradients import Gradients
-from roadseg.train.loop import Settings, Stretch, train
+from roadseg.train.loop import LoopSettings, TrainingPhase, train
 from roadseg.train.losses.criterion import Criterion, Terms
 from roadseg.train.losses.objective import Objective
 from roadseg.train.optimizer import make_optimizer
 from roadseg.train.validation import validate
 from tests.conftest import THREE
 
-SETTINGS = Settings(
+SETTINGS = LoopSettings(
     steps=6, optimizer="adamw", learning_rate=0.003, backbone_lr_factor=1.0, weight_decay=0.01, momentum=0.9,
     scheduler="poly", poly_power=0.9, warmup_steps=2, ema_decay=0.9, clip_norm=5.0, seed=3, bf16=False,
     validate_every=3, checkpoint_every=1,
@@ -47,7 +47,18 @@ Source = Callable[..., Generator[Batch, None, None]]
 
 
 def network() -> DeepLabV3Plus:
-    a = Architecture(3, "mobilenetv2_035", 16, "skfusion", "separable", 8, (1, 2, 3), (8, 4), True, 0.1)
+    a = Architecture(
+        num_classes=3,
+        backbone="mobilenetv2_035",
+        output_stride=16,
+        fusion="skfusion",
+        head="separable",
+        channels=8,
+        atrous_rates=(1, 2, 3),
+        low_levels=(8, 4),
+        auxiliary=True,
+        dropout=0.1,
+    )
     return build(a, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3)
 
 
@@ -60,21 +71,35 @@ def source(shards: Shards, steps: int = SETTINGS.steps, workers: int = 0) -> Sou
 
 
 def criterion() -> Objective:
-    return Objective(Criterion(Terms(), Terms(), 0.4, None, 0.0, 0.7, 0.0625, 2.0, 3))
+    return Objective(
+        Criterion(
+            main=Terms(),
+            auxiliary=Terms(),
+            auxiliary_weight=0.4,
+            class_weights_K=None,
+            label_smoothing=0.0,
+            ohem_threshold=0.7,
+            ohem_keep=0.0625,
+            focal_gamma=2.0,
+            boundary_px=3,
+        )
+    )
 
 
 def run(
     shards: Shards,
     work: Path,
-    settings: Settings = SETTINGS,
+    settings: LoopSettings = SETTINGS,
     batches: Source | None = None,
     objective: Objective | None = None,
-    stretches: list[Stretch] | None = None,
+    stretches: list[TrainingPhase] | None = None,
     split: str = "val",
     net: DeepLabV3Plus | None = None,
 ) -> DeepLabV3Plus:
     work.mkdir(exist_ok=True)
-    stretches = stretches or [Stretch(0, settings.steps, 16, batches or source(shards, settings.steps))]
+    stretches = stretches or [
+        TrainingPhase(first=0, last=settings.steps, output_stride=16, batches=batches or source(shards, settings.steps))
+    ]
     validation = {split: shards.split("val")}
     average, _ = train(net or network(), stretches, validation, THREE, objective or criterion(), settings, CPU, work)
     return average
@@ -94,11 +119,24 @@ def unlike_ranks(ranks: Ranks, data: str, folder: str) -> None:
         mine = Batches(order, 4, step, SETTINGS.steps, ranks.rank, ranks.world)
         yield from batches_from_workers(crops, mine, 0, CPU, stopped=stopped)
 
-    stretches = [Stretch(0, SETTINGS.steps, 16, batches)]
+    stretches = [TrainingPhase(first=0, last=SETTINGS.steps, output_stride=16, batches=batches)]
     settings = replace(SETTINGS, learning_rate=0.02)
     with joined(ranks, CPU):
         (work := Path(folder) / str(ranks.rank)).mkdir()
-        objective = Objective(Criterion(Terms(), Terms(), 0.4, None, 0.0, 0.7, 0.0625, 2.0, 3, ranks))
+        objective = Objective(
+            Criterion(
+                main=Terms(),
+                auxiliary=Terms(),
+                auxiliary_weight=0.4,
+                class_weights_K=None,
+                label_smoothing=0.0,
+                ohem_threshold=0.7,
+                ohem_keep=0.0625,
+                focal_gamma=2.0,
+                boundary_px=3,
+                ranks=ranks,
+            )
+        )
         average, _ = train(
             network(), stretches, {"val": shards.split("val")}, THREE, objective, settings, CPU, work, ranks=ranks
         )
@@ -271,7 +309,7 @@ def test_micro_batches_give_the_steps_of_the_whole_batch(shards: Shards, tmp_pat
         assert losses(tmp_path / parts) == pytest.approx(whole, rel=2e-4)
 
 
-def two_stretches(shards: Shards) -> list[Stretch]:
+def two_stretches(shards: Shards) -> list[TrainingPhase]:
     """Crops of 32x64 at stride 16, then of 48x64 at stride 8."""
 
     def crops(size: tuple[int, int], last: int) -> Source:
@@ -281,7 +319,10 @@ def two_stretches(shards: Shards) -> list[Stretch]:
             made, Batches(order, 4, step, last), 0, CPU, stopped=stopped
         )
 
-    return [Stretch(0, 4, 16, crops((32, 64), 4)), Stretch(4, 6, 8, crops((48, 64), 6))]
+    return [
+        TrainingPhase(first=0, last=4, output_stride=16, batches=crops((32, 64), 4)),
+        TrainingPhase(first=4, last=6, output_stride=8, batches=crops((48, 64), 6)),
+    ]
 
 
 def test_a_later_stretch_has_its_own_crops_and_stride_and_is_resumed(shards: Shards, tmp_path: Path) -> None:
@@ -390,7 +431,7 @@ def test_a_signal_in_a_validation_loses_neither_steps_nor_the_validation(shards:
             os.kill(os.getpid(), signal.SIGTERM)
             return val.read(index)
 
-    stretches = [Stretch(0, 6, 16, source(shards))]
+    stretches = [TrainingPhase(first=0, last=6, output_stride=16, batches=source(shards))]
     with pytest.raises(Interrupted, match="SIGTERM after step 3"):
         (tmp_path / "cut").mkdir()
         frames: Any = Terminating()
@@ -484,7 +525,7 @@ def test_a_signal_after_the_last_steps_question_is_answered(shards: Shards, tmp_
         if step == SETTINGS.steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    stretches = [Stretch(0, SETTINGS.steps, 16, source(shards))]
+    stretches = [TrainingPhase(first=0, last=SETTINGS.steps, output_stride=16, batches=source(shards))]
     with pytest.raises(Interrupted, match="SIGTERM after step 6"):
         train(
             network(), stretches, {"val": shards.split("val")}, THREE, criterion(), SETTINGS, CPU, tmp_path, draw=draw
@@ -529,7 +570,7 @@ def test_waiting_is_what_the_device_waits(
 ) -> None:
     Device.free_s = 0.0
     monkeypatch.setattr(loop, "Gradients", Device.Gradients)
-    monkeypatch.setattr(loop, "mark", lambda device: Device.Event())
+    monkeypatch.setattr(loop, "record_event", lambda device: Device.Event())
     one = next(source(shards)(0))
 
     def slow(step: int, stopped: Callable[[], object] = bool) -> Generator[Batch, None, None]:
@@ -542,7 +583,16 @@ def test_waiting_is_what_the_device_waits(
     s = replace(SETTINGS, steps=30, validate_every=100, checkpoint_every=100, clip_norm=0.0, optimizer="sgd")
     work = tmp_path / "work"
     work.mkdir()
-    train(network(), [Stretch(0, 30, 16, slow)], {}, THREE, criterion(), s, CPU, work)
+    train(
+        network(),
+        [TrainingPhase(first=0, last=30, output_stride=16, batches=slow)],
+        {},
+        THREE,
+        criterion(),
+        s,
+        CPU,
+        work,
+    )
     said = json.loads((work / "log" / "bottleneck.json").read_text())
     assert least <= said["waiting_share"] <= most, said
     per_step_s = 4 / said["images_per_s"]

@@ -15,8 +15,26 @@ from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.weights.foreign import Taken, load_foreign
 from tests.weights.foreign_forms import RATES, SMP, WIDTH, ForeignASPP, MMSeg, VainF, conv_bn
 
-RESNET = Architecture(5, "resnet18", 32, "concat", "dense", WIDTH, RATES, (4,))
-MOBILENET = Architecture(5, "mobilenetv2_100", 32, "concat", "separable", WIDTH, RATES, (4,))
+RESNET = Architecture(
+    num_classes=5,
+    backbone="resnet18",
+    output_stride=32,
+    fusion="concat",
+    head="dense",
+    channels=WIDTH,
+    atrous_rates=RATES,
+    low_levels=(4,),
+)
+MOBILENET = Architecture(
+    num_classes=5,
+    backbone="mobilenetv2_100",
+    output_stride=32,
+    fusion="concat",
+    head="separable",
+    channels=WIDTH,
+    atrous_rates=RATES,
+    low_levels=(4,),
+)
 
 
 def lived_in(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -125,7 +143,17 @@ def check_heads(ours: DeepLabV3Plus, theirs: SMP, low: int, high: int) -> None:
 @pytest.mark.parametrize(("kind", "head"), [("pair", "separable"), ("", "dense")])
 def test_smp_with_a_timm_encoder(kind: str, head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
-    a = Architecture(5, "mobilenetv2_035", 16, "concat", head, WIDTH, RATES, (4,), auxiliary=True)
+    a = Architecture(
+        num_classes=5,
+        backbone="mobilenetv2_035",
+        output_stride=16,
+        fusion="concat",
+        head=head,
+        channels=WIDTH,
+        atrous_rates=RATES,
+        low_levels=(4,),
+        auxiliary=True,
+    )
     backbone = build(a, seed=0).backbone
     theirs = lived_in(SMP(nn.ModuleDict({"model": backbone}), 8, 112, kind))
     with caplog.at_level(logging.INFO, "roadseg"):
@@ -160,8 +188,32 @@ def test_smp_with_torchvisions_mobilenet(tmp_path: Path) -> None:
 def test_real_smp(tmp_path: Path) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     for encoder, a in (
-        ("tu-mobilenetv2_100", Architecture(5, "mobilenetv2_100", 16, "concat", "separable", 256, (12, 24, 36), (4,))),
-        ("resnet18", Architecture(5, "resnet18", 16, "concat", "separable", 256, (12, 24, 36), (4,))),
+        (
+            "tu-mobilenetv2_100",
+            Architecture(
+                num_classes=5,
+                backbone="mobilenetv2_100",
+                output_stride=16,
+                fusion="concat",
+                head="separable",
+                channels=256,
+                atrous_rates=(12, 24, 36),
+                low_levels=(4,),
+            ),
+        ),
+        (
+            "resnet18",
+            Architecture(
+                num_classes=5,
+                backbone="resnet18",
+                output_stride=16,
+                fusion="concat",
+                head="separable",
+                channels=256,
+                atrous_rates=(12, 24, 36),
+                low_levels=(4,),
+            ),
+        ),
     ):
         torch.manual_seed(0)
         theirs = lived_in(smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=5))
@@ -204,7 +256,16 @@ def test_mmsegmentation_with_mobilenet(tmp_path: Path) -> None:
 def test_mmsegmentation_with_a_resnet_of_a_deep_stem(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = MMSeg()
-    a = Architecture(5, "resnet50c", 32, "concat", "separable", WIDTH, RATES, (4,))
+    a = Architecture(
+        num_classes=5,
+        backbone="resnet50c",
+        output_stride=32,
+        fusion="concat",
+        head="separable",
+        channels=WIDTH,
+        atrous_rates=RATES,
+        low_levels=(4,),
+    )
     resnet = lived_in(build(a, seed=8)).backbone
     state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("backbone.")}
     for key, value in resnet.state_dict().items():

@@ -110,7 +110,7 @@ def write_frame(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shards:
     """The content of shards.json, and its location: a folder or an S3 prefix.
 
@@ -213,16 +213,16 @@ def _shards(where: Path | S3Prefix, index: dict[str, Any]) -> Shards:
     if form not in get_args(Format):
         raise ValueError(f"unknown image format {form!r}")
     return Shards(
-        where,
-        index["source"],
-        LabelSet.from_json(index["label_set"]),
-        tuple(index["mean"]),
-        tuple(index["std"]),
-        index["class_pixels"],
-        index["fingerprints"],
-        {split: tuple(shard_from_json(s) for s in rows) for split, rows in index["shards"].items()},
-        form,
-        index["part_weights"],
+        folder=where,
+        source=index["source"],
+        label_set=LabelSet.from_json(index["label_set"]),
+        mean=tuple(index["mean"]),
+        std=tuple(index["std"]),
+        class_pixels=index["class_pixels"],
+        fingerprints=index["fingerprints"],
+        shards={split: tuple(shard_from_json(s) for s in rows) for split, rows in index["shards"].items()},
+        form=form,
+        part_weights=index["part_weights"],
     )
 
 

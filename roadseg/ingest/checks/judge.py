@@ -124,9 +124,21 @@ def _sample(s: Seen, cause: str) -> Sample | None:
         return None
     instances = "" if p.instances in wrong else p.instances
     return Sample(
-        p.split, p.name, p.sequence, p.image, p.label, instances, s.width, s.height,
-        s.image_sha256, s.label_sha256, s.image_bytes, s.label_bytes, s.histogram, p.part,
-    )  # fmt: skip
+        split=p.split,
+        name=p.name,
+        sequence=p.sequence,
+        image=p.image,
+        label=p.label,
+        instances=instances,
+        width=s.width,
+        height=s.height,
+        image_sha256=s.image_sha256,
+        label_sha256=s.label_sha256,
+        image_bytes=s.image_bytes,
+        label_bytes=s.label_bytes,
+        histogram=s.histogram,
+        part=p.part,
+    )
 
 
 def _file_problems(split: str, seen: Sequence[Seen], causes: Mapping[str, str]) -> list[Finding]:

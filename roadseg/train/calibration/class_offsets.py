@@ -32,7 +32,7 @@ from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.progress import progress
 from roadseg.train.calibration.sampled_pixels import drawn_pixels
-from roadseg.train.checks.feasible import first_line, ran_out
+from roadseg.train.checks.memory_errors import first_line, is_out_of_memory
 from roadseg.train.distributed.process_group import ALONE
 from roadseg.train.validation import validate
 
@@ -67,7 +67,7 @@ def add_class_offsets(
     try:
         offsets_K, before, after = _fitted(run, frames, label_set, device, bf16)
     except (RuntimeError, MemoryError) as e:  # a training that is done must not end with this
-        if not ran_out(e):
+        if not is_out_of_memory(e):
             raise
         log.warning("no memory on %s for class offsets: they are fitted on the CPU", device)
         device, bf16 = torch.device("cpu"), False
@@ -75,7 +75,7 @@ def add_class_offsets(
         try:
             offsets_K, before, after = _fitted(run, frames, label_set, device, bf16)
         except (RuntimeError, MemoryError) as e:
-            if not ran_out(e):
+            if not is_out_of_memory(e):
                 raise
             raise RoadsegError(
                 f"no memory for class offsets ({first_line(e)})",

@@ -1,4 +1,7 @@
-"""Which of several processes this one is, as torchrun or a SageMaker cluster says, and its share. Needs no torch."""
+"""Which of several processes this one is, as torchrun says, and whether this is a host of a SageMaker cluster.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,103 +11,66 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from roadseg.config.training import Training
-from roadseg.errors import ConfigError, UsageError
+from roadseg.errors import UsageError
 
-RESOURCES = Path("/opt/ml/input/config/resourceconfig.json")  # SageMaker's, in every training container
-PORT = 29500  # where rank 0 is met when nobody says; torchrun's own default
+SAGEMAKER_RESOURCES = Path("/opt/ml/input/config/resourceconfig.json")  # in every training container
+PORT = 29500  # torchrun's own default
 
 
-@dataclass(frozen=True)
-class Place:
-    """Process `rank` of `world`; number `local_rank` of `local_world` on its machine.
-
-    address, port: where rank 0 is met. hosted: whether a launcher keeps the store of keys there already;
-    otherwise rank 0 does. host: it is a whole machine's only one, and may start one for each of its GPUs.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Process `rank` of `world`; number `local_rank` of `local_world` on its machine. Alone by default."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    address: str = "127.0.0.1"
-    port: int = PORT
-    hosted: bool = False
     local_world: int = 1
-    host: bool = False
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
 
-def place(environment: Mapping[str, str] = os.environ, resources: Path = RESOURCES) -> Place:
-    """From torchrun's variables; else a host of SageMaker's cluster; else alone.
-
-    Raises UsageError if what is there is incomplete or no number.
-    """
-    if (said := environment.get("WORLD_SIZE") or "1") != "1":
-        try:
-            if not said.isdecimal():
-                raise UsageError("that is no number", where=f"WORLD_SIZE={said}", todo="unset it, or use torchrun")
-            world = _number(environment, "WORLD_SIZE", 1)
-            if not environment["MASTER_ADDR"]:
-                raise KeyError("MASTER_ADDR")
-            return Place(
-                _number(environment, "RANK", 0, world - 1),
-                world,
-                _number(environment, "LOCAL_RANK", 0),
-                environment["MASTER_ADDR"],
-                _number({"MASTER_PORT": str(PORT), **_given(environment)}, "MASTER_PORT", 1, 65535),
-                environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-                _number({"LOCAL_WORLD_SIZE": "1", **_given(environment)}, "LOCAL_WORLD_SIZE", 1),
-            )
-        except (KeyError, ValueError) as e:
-            raise UsageError(
-                f"WORLD_SIZE is {said}, but " + (f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e)),
-                expected="RANK below WORLD_SIZE, LOCAL_RANK and MASTER_ADDR beside it, numbers but for the last",
-                where="the environment",
-                todo="start the processes with torchrun, or unset WORLD_SIZE",
-            ) from None
-    return _of_host(resources) if resources.is_file() else Place()
+ALONE = Cluster()
 
 
-def _given(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if value}
-
-
-def _number(environment: Mapping[str, str], name: str, least: int, most: int = 1 << 31) -> int:
-    """Raises KeyError where it is missing, ValueError with a sentence where it is none or out of bounds."""
-    said = environment[name]
-    if not said.isdecimal() or not least <= int(said) <= most:
-        raise ValueError(f"{name} is {said!r}")
-    return int(said)
-
-
-def _of_host(resources: Path) -> Place:
-    try:
-        about = json.loads(resources.read_bytes())
-        hosts = sorted(about["hosts"])
-        return Place(hosts.index(about["current_host"]), len(hosts), address=hosts[0], host=True)
-    except (ValueError, KeyError, TypeError) as e:
+def cluster_from_environment(environment: Mapping[str, str] = os.environ) -> Cluster:
+    """From the variables that torchrun sets. Raises UsageError if they are incomplete or not numbers."""
+    world = environment.get("WORLD_SIZE") or "1"
+    if world == "1":
+        return ALONE
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not environment.get(name)]
+    numbers = {name: environment.get(name, "") for name in names if name != "MASTER_ADDR"}
+    wrong = [f"{name} is {value!r}" for name, value in numbers.items() if value and not value.isdecimal()]
+    wrong = wrong or ([] if missing or int(numbers["RANK"]) < int(world) else [f"RANK is {numbers['RANK']!r}"])
+    if missing or wrong:
         raise UsageError(
-            f"it can't be understood ({e})", expected="hosts and current_host", where=str(resources)
-        ) from e
-
-
-def refuse_uneven(t: Training, world: int) -> None:
-    """Raise ConfigError if `world` ranks can't share a step's batch evenly."""
-    parts = world * t.accumulate
-    if t.batch_size % parts:
-        by = f"{world} process{'es' * (world > 1)}" + f" x {t.accumulate} micro-batches" * (t.accumulate > 1)
-        raise ConfigError(
-            f"{t.batch_size} samples can't be shared evenly by {by}",
-            expected=f"a multiple of {parts}",
-            where="training.batch_size",
-            todo=f"set {nearest_multiples(t.batch_size, parts)}: it counts the samples of a step over all of them",
+            f"WORLD_SIZE is {world}, but " + (", ".join(wrong) if wrong else f"{', '.join(missing)} is missing"),
+            expected="RANK below WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT",
+            where="the environment",
+            todo="start the processes with torchrun, or unset WORLD_SIZE",
         )
+    rank, _, local_rank, _ = map(int, numbers.values())
+    local_world = environment.get("LOCAL_WORLD_SIZE", "1")
+    return Cluster(
+        rank=rank,
+        world=int(world),
+        local_rank=local_rank,
+        local_world=int(local_world) if local_world.isdecimal() else 1,
+    )
 
 
-def nearest_multiples(number: int, of: int) -> str:
-    """The one below, unless that is 0, and the one above."""
-    below = number // of * of
-    return f"{below} or {below + of}" if below else str(of)
+def sagemaker_hosts(resources: Path = SAGEMAKER_RESOURCES) -> tuple[int, list[str]]:
+    """(this host's number, all hosts in order); (0, []) outside of a SageMaker training container.
+
+    Raises UsageError for a file that can't be understood.
+    """
+    if not resources.is_file():
+        return 0, []
+    try:
+        content = json.loads(resources.read_bytes())
+        hosts = sorted(content["hosts"])
+        return hosts.index(content["current_host"]), hosts
+    except (ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"not readable ({e})", expected="hosts and current_host", where=str(resources)) from e

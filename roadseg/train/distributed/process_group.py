@@ -6,6 +6,7 @@ Every message goes through `answered`, so that a peer that died is one kind of e
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,15 +19,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roadseg.errors import Interrupted
-from roadseg.train.distributed.environment import Place, place
-from roadseg.train.distributed.rendezvous import PeerLost, Words, answered
+from roadseg.errors import Interrupted, PeerLost
+from roadseg.train.distributed.environment import cluster_from_environment
+from roadseg.train.distributed.run_store import RunStore
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # for one message: while rank 0 saves, draws or compiles the others wait in the next
+TIMEOUT = timedelta(minutes=10)  # of one collective: while rank 0 saves, draws or compiles the others wait in the next
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-HEARD_WITHIN_S = 5.0  # how long a rank that lost another waits to be told why
-SAVED_WITHIN_S = 30.0  # after a signal; launchers give no more
+REPORTED_WITHIN_S = 5.0  # how long a rank that lost another waits for its reason
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Around collectives: an error of the connection becomes PeerLost."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:  # gloo has no class of its own; NCCL's derive from it
+        raise PeerLost(
+            f"another rank no longer answers ({_plain(e)})",
+            todo="check its output; run again to go on after the last checkpoint",
+        ) from e
+
+
+def _plain(error: Exception) -> str:
+    """The first line of gloo's or NCCL's message, without the place in their source, up to the peer's address."""
+    text = re.sub(r"^\[[^]]*\.(cc|cpp|h):\d+\] *", "", str(error).splitlines()[0])
+    return re.sub(r"(\]:\d+)\b.*", r"\1", text)
 
 
 @dataclass(frozen=True)
@@ -131,66 +151,54 @@ class Ranks:
 ALONE = Ranks()
 
 
-def outside() -> Ranks:
-    """This process among those that torchrun or a SageMaker cluster started."""
-    here = place()
-    return Ranks(here.rank, here.world, here.local_rank, here.local_world)
+def ranks_from_environment() -> Ranks:
+    """This process among those that torchrun started."""
+    c = cluster_from_environment()
+    return Ranks(c.rank, c.world, c.local_rank, c.local_world)
 
 
 @contextmanager
-def joined(ranks: Ranks, device: torch.device, words: Words | None = None) -> Iterator[None]:
-    """Inside, the ranks are connected: by NCCL on CUDA, else by gloo.
+def joined(ranks: Ranks, device: torch.device, run: str = "ranks") -> Iterator[None]:
+    """Inside, the ranks are connected: by NCCL on CUDA, else by gloo. run: name of this training, equal on all ranks.
 
-    They leave together: the others wait until rank 0 is through. What one raises ends all; those that
-    only notice its silence raise what it said (through `words`), or PeerLost if it was killed.
+    They begin together. What one rank raises is recorded for the others; a rank that only notices the silence of
+    another raises PeerFailed if that one recorded why, or PeerLost if it was killed.
     """
     if ranks.world == 1:
         yield
         return
-    here, words = place(), words or Words(place(), "joined")
-    _connect(here, device, words)
+    cluster = cluster_from_environment()
+    store = RunStore(cluster, run)
+    store.barrier("ready")
+    _connect(store, device)
     try:
         yield
-        if ranks.main:
-            words.tell("left")
-        else:
-            words.wait("left")
-    except PeerLost as lost:
+    except PeerLost:
         _abort(device)
-        if told := words.cause(HEARD_WITHIN_S):
-            raise told from lost
-        raise
-    except Interrupted as e:
-        _abort(device)
-        if ranks.main:
-            words.fail(e)
-        else:  # rank 0 is saving; a launcher that sees another end would cut it short
-            told = words.cause(SAVED_WITHIN_S)
-            if told and not isinstance(told, Interrupted):  # it could not
-                raise told from e
+        store.raise_failure(within_s=REPORTED_WITHIN_S)
         raise
     except BaseException as e:
-        _abort(device)  # first: the others may be in a message, and hear nothing before it breaks
-        words.fail(e)
+        _abort(device)  # first: the others may be in a collective, and notice nothing before it breaks
+        if not isinstance(e, Interrupted):
+            store.fail(e)
         raise
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.destroy_process_group()
 
 
-def _connect(here: Place, device: torch.device, words: Words) -> None:
-    if here.address in ("127.0.0.1", "localhost", "::1"):
-        # Else they look up what this host is called, which without a network may have no answer.
+def _connect(store: RunStore, device: torch.device) -> None:
+    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
+        # Otherwise they look up this host's name, which without a network may have no answer.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
-    words.meet()
     cuda = device.type == "cuda"
     with answered():
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=dist.PrefixStore("group", words.store),  # type: ignore[attr-defined]
-            rank=here.rank,
-            world_size=here.world,
+            store=dist.PrefixStore("group", store.store),  # type: ignore[attr-defined]
+            rank=store.cluster.rank,
+            world_size=store.cluster.world,
             timeout=TIMEOUT,
             device_id=device if cuda else None,
         )

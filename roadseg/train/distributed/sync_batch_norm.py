@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from roadseg.errors import ConfigError
-from roadseg.train.distributed.rendezvous import answered
+from roadseg.train.distributed.process_group import answered
 from roadseg.train.losses.pixel import at_least_float32
 
 if TYPE_CHECKING:

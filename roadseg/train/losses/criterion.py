@@ -30,7 +30,7 @@ class Terms:
     rmi: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Criterion:
     """The main head's terms, plus auxiliary_weight x those of every auxiliary head.
 

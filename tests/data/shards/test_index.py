@@ -39,8 +39,18 @@ def written(folder: Path, form: Format, frames: list[tuple[np.ndarray, np.ndarra
     with open(path, "wb") as f:
         rows = tuple(write_frame(f, f"f{i}", "s", *x, form=form, centroids=((0, 1, 2),)) for i, x in enumerate(frames))
     shard = Shard(path.name, sha256_file(path), rows, path.stat().st_size)
-    about = ("test", THREE, (1.0, 2.0, 3.5), (1.0, 1.0, 1.0), {"train": [1, 2, 3, 4]}, {"train": "t" * 64})
-    shards = Shards(folder, *about, {"train": (shard,)}, form, {"a": 2.0})
+    shards = Shards(
+        folder=folder,
+        source="test",
+        label_set=THREE,
+        mean=(1.0, 2.0, 3.5),
+        std=(1.0, 1.0, 1.0),
+        class_pixels={"train": [1, 2, 3, 4]},
+        fingerprints={"train": "t" * 64},
+        shards={"train": (shard,)},
+        form=form,
+        part_weights={"a": 2.0},
+    )
     shards.save()
     return shards
 

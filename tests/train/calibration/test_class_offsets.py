@@ -27,6 +27,7 @@ from roadseg.train import checkpoint, stage
 from roadseg.train.calibration import class_offsets
 from roadseg.train.calibration.class_offsets import add_class_offsets, fit_offsets
 from roadseg.train.distributed.process_group import ALONE
+from roadseg.train.recipe import recipe_of
 from tests.conftest import THREE, write_shards
 
 CPU = torch.device("cpu")
@@ -251,12 +252,13 @@ def test_a_training_ships_them_in_the_classifiers_bias(
     assert without.temperature == pytest.approx(release.temperature, rel=1e-3) and not without.class_offsets.any()
     # A teacher's scores are learned without its offsets.
     taught = load_config(None, {"model": model, "training": training})
-    objective = stage._objective(taught.training, shards, release, CPU, False, ALONE)
+    recipe = recipe_of(taught, num_classes=3, device_type="cpu", frames=6)
+    objective = stage._objective(recipe, shards, release, CPU, ALONE)
     assert objective.distillation is not None
     bias = objective.distillation._teacher.decoder.classifier.bias
     assert torch.allclose(bias, load_tensors(without.members[WEIGHTS])["decoder.classifier.bias"], atol=1e-4)
     # And so are its weights gone on from: another training fits offsets anew.
-    started = stage._start(taught, objective.distillation._teacher.architecture, shards, release)
+    started = stage._start(recipe, shards, release)
     assert torch.allclose(started.network.decoder.classifier.bias, bias, atol=1e-4)
     _, tensors = checkpoint.newest(tmp_path / "checkpoints") or (0, {})
     shipped = load_tensors(release.members[WEIGHTS])

@@ -25,7 +25,17 @@ def only(name: str, weight: float = 1.0) -> Terms:
 
 
 def criterion(main: Terms, auxiliary: Terms = NONE, weights: Tensor | None = WEIGHTS) -> Criterion:
-    return Criterion(main, auxiliary, 0.4, weights, 0.1, 0.3, 0.25, 2.0, 2)
+    return Criterion(
+        main=main,
+        auxiliary=auxiliary,
+        auxiliary_weight=0.4,
+        class_weights_K=weights,
+        label_smoothing=0.1,
+        ohem_threshold=0.3,
+        ohem_keep=0.25,
+        focal_gamma=2.0,
+        boundary_px=2,
+    )
 
 
 def loss(c: Criterion, output: Tensor | TrainingOutput, label: Tensor, parts: int = 1) -> Tensor:

@@ -81,7 +81,9 @@ def test_frames_of_several_sizes_stand_in_one_grid(tmp_path: Path) -> None:
 def test_the_same_weights_give_the_same_bytes_and_keep_their_statistics(
     shards: Shards, tmp_path: Path, bf16: bool
 ) -> None:
-    architecture = Architecture(3, "test_efficientnet", channels=16, head="separable", atrous_rates=(1, 2))
+    architecture = Architecture(
+        num_classes=3, backbone="test_efficientnet", channels=16, head="separable", atrous_rates=(1, 2)
+    )
     network = build(architecture, seed=0).eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     made = Pictures(shards.split("val"), THREE, evenly(3, 2), tmp_path)
