@@ -32,8 +32,8 @@ import numpy as np
 from machine import cpu_name
 
 from roadseg.ingest.checks.near_duplicates import NEAR, alike, near_pairs
-from roadseg.ingest.image_stats import DESCRIPTOR_PX, Look, look_of
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.image_stats import DESCRIPTOR_PX, ImageStats, image_stats
+from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources import camvid
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.town import frame as town
@@ -84,7 +84,7 @@ class Compared:
 
     def __init__(self, a: Sequence[Image], b: Sequence[Image]) -> None:
         both = [*a, *b]
-        small = np.array([np.frombuffer(look_of(i).descriptor, np.uint8) for i in both])
+        small = np.array([np.frombuffer(image_stats(i).descriptor, np.uint8) for i in both])
         ours = np.eye(len(both), dtype=np.float32)
         for i, j, similarity in alike(small.reshape(-1, *DESCRIPTOR_PX[::-1]), -2.0):
             ours[i, j] = ours[j, i] = similarity
@@ -180,23 +180,23 @@ def times(largest: int) -> None:
     rounds = []
     for _ in range(41):
         start = time.perf_counter()
-        look_of(image)
+        image_stats(image)
         rounds.append(time.perf_counter() - start)
     print(f"a frame's whole look at 2048x1024: {1e3 * statistics.median(rounds):.2f} ms, one core")
     rng = np.random.default_rng(0)
     for train, val in ((3000, 500), (largest, 0)):
         width, height = DESCRIPTOR_PX
-        seen = []
+        measured = []
         for split, count in (("train", train), ("val", val)):
             for k in range(count):
                 small = rng.integers(0, 256, width * height, np.uint8).tobytes()
-                look = Look((0.0,) * 3, (0.0,) * 3, 0.0, 0.0, 0.0, small)  # type: ignore[arg-type]
+                stats = ImageStats((0.0,) * 3, (0.0,) * 3, 0.0, 0.0, 0.0, small)  # type: ignore[arg-type]
                 pair = Pair(split, str(k), "", f"{split}/{k}.png", "")
-                seen.append(Seen(pair, (), pixels_digest=f"{split}{k}", look=look))
+                measured.append(MeasuredPair(pair, (), pixels_digest=f"{split}{k}", stats=stats))
         start = time.perf_counter()
-        near_pairs(seen)
+        near_pairs(measured)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"every one of {len(seen):,d} frames with every other: {time.perf_counter() - start:.1f} s; "
+        print(f"every one of {len(measured):,d} frames with every other: {time.perf_counter() - start:.1f} s; "
               f"the process has used {memory:,.0f} MB at most", flush=True)  # fmt: skip
 
 

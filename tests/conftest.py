@@ -207,7 +207,7 @@ def codes(findings: list[Finding]) -> list[tuple[str, str, int]]:
     return [(f.code, f.split, f.count) for f in findings]
 
 
-def told(pairs: list[Pair]) -> list[tuple[str, str, str]]:
+def pair_rows(pairs: list[Pair]) -> list[tuple[str, str, str]]:
     return [(p.split, p.name, p.sequence) for p in pairs]
 
 

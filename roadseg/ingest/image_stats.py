@@ -17,7 +17,7 @@ _SHARPNESS_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageStats:
     """Measured on uint8 [H, W, 3] RGB, reduced by area averaging to 256 x 128.
 
     mean_rgb, std_rgb: by channel, 0..255. dark, bright: shares of pixels (0..1) whose luma is at most 8,
@@ -40,12 +40,12 @@ class Look:
         return 0.299 * r + 0.587 * g + 0.114 * b
 
 
-def look_of(image: np.ndarray) -> Look:
+def image_stats(image: np.ndarray) -> ImageStats:
     """The look of uint8 [H, W, 3] RGB; 0.9 ms for 2048 x 1024 on one core."""
     small = _reduced(image)
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     mean, std = cv2.meanStdDev(small)
-    return Look(
+    return ImageStats(
         tuple(float(v) for v in mean.ravel()),  # type: ignore[arg-type]
         tuple(float(v) for v in std.ravel()),  # type: ignore[arg-type]
         int(np.count_nonzero(luma <= _BLACK_LUMA)) / luma.size,
@@ -77,12 +77,12 @@ def _descriptor(luma: np.ndarray) -> np.ndarray:
     Without the division a bright sky's outline is all that counts, and any two dusky streets are alike.
     """
     cells = cv2.resize(luma, DESCRIPTOR_PX, interpolation=cv2.INTER_AREA).astype(np.float32)
-    difference = cells - _around(cells)
-    contrast = np.sqrt(_around(difference * difference) + _FLAT_LUMA**2)
+    difference = cells - _local_mean(cells)
+    contrast = np.sqrt(_local_mean(difference * difference) + _FLAT_LUMA**2)
     return np.clip(np.rint(difference / contrast * DESCRIPTOR_STEP + DESCRIPTOR_ZERO), 0, 255).astype(np.uint8)
 
 
-def _around(values: np.ndarray) -> np.ndarray:
+def _local_mean(values: np.ndarray) -> np.ndarray:
     return cv2.GaussianBlur(values, (0, 0), _CONTRAST_SIGMA_PX, borderType=cv2.BORDER_REPLICATE)
 
 

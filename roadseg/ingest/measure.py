@@ -29,17 +29,17 @@ from roadseg.files import sha256_bytes
 from roadseg.images import formats as image_formats
 from roadseg.images.decode import Limits, Photograph, read_bytes, read_label, read_photograph
 from roadseg.ingest.checks.findings import plural
-from roadseg.ingest.checks.interpolated_masks import blended
-from roadseg.ingest.image_stats import Look, look_of
+from roadseg.ingest.checks.interpolated_masks import interpolated_share
+from roadseg.ingest.image_stats import ImageStats, image_stats
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import IGNORE
 from roadseg.processes import cores, keep_freed_memory, start_worker
 
 INLINE_PAIRS = 16  # below this, starting processes takes longer than the work
-HANDFUL = 4  # pairs that go to a worker at once; one by one, sending them costs 1 % more
-PLACES_HIGH, PLACES_WIDE = 16, 32
-MOST_IDS = 512  # that are kept of one label; a label of class ids has some dozens
-_SHOWN = 8
+CHUNK_PAIRS = 4  # pairs that go to a worker at once; one by one, sending them costs 1 % more
+GRID_ROWS, GRID_COLUMNS = 16, 32
+MAX_IDS = 512  # that are kept of one label; a label of class ids has some dozens
+_MAX_LISTED = 8
 _EXACT_IN_FLOAT32 = 1 << 24
 
 Problem = tuple[str, str, str]
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Seen:
+class MeasuredPair:
     """One pair after its files were decoded.
 
     problems: (code, file, what). width, height: of the upright image, 0 if unreadable. image_format:
@@ -71,12 +71,12 @@ class Seen:
     image_bytes: int = 0
     label_bytes: int = 0
     pixels_digest: str = ""
-    look: Look | None = None
+    stats: ImageStats | None = None
     histogram: tuple[int, ...] = ()
     id_pixels: tuple[tuple[int, int], ...] = ()
     mask_mode: str = ""
     places: bytes = b""
-    blends: float = 0.0
+    interpolated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,21 @@ class Task:
     classes: int
 
 
-def read_all(
+def measure_pairs(
     root: Path, pairs: Sequence[Pair], forms: Mapping[str, MaskForm], limits: Limits, workers: int, classes: int = 0
-) -> list[Seen]:
+) -> list[MeasuredPair]:
     """What `look_at` says of every pair, in their order. workers 0: one a core.
 
     forms: by `Pair.part`. classes: how many the manifest learns; 0 for as many as the forms have. Raises
     RoadsegError if a worker dies.
     """
     task = Task(root, forms, limits, classes or _classes(forms))
-    with readers(task, len(pairs), workers) as pool:
-        return look_at_all(task, pairs, pool)
+    with worker_pool(task, len(pairs), workers) as pool:
+        return measure_all(task, pairs, pool)
 
 
 @contextmanager
-def readers(task: Task, pairs: int, workers: int) -> Iterator[ProcessPoolExecutor | None]:
+def worker_pool(task: Task, pairs: int, workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes for `look_at_all` of that task and for what is decoded after it; None where they don't pay.
 
     workers 0: one a core. Raises RoadsegError if one dies, whatever it was given to do.
@@ -113,7 +113,7 @@ def readers(task: Task, pairs: int, workers: int) -> Iterator[ProcessPoolExecuto
         yield None
         return
     spawn = multiprocessing.get_context("spawn")  # OpenCV and torch can hang in a forked child
-    pool = ProcessPoolExecutor(min(workers, -(-pairs // HANDFUL)), spawn, _start, (task,))
+    pool = ProcessPoolExecutor(min(workers, -(-pairs // CHUNK_PAIRS)), spawn, _init_worker, (task,))
     with _one_blas_thread(), pool:
         try:
             yield pool
@@ -140,7 +140,7 @@ def _one_blas_thread() -> Iterator[None]:
             os.environ["OPENBLAS_NUM_THREADS"] = before
 
 
-def look_at_all(task: Task, pairs: Sequence[Pair], pool: ProcessPoolExecutor | None) -> list[Seen]:
+def measure_all(task: Task, pairs: Sequence[Pair], pool: ProcessPoolExecutor | None) -> list[MeasuredPair]:
     """What `look_at` says of every pair, in their order. pool: of `readers` for this task.
 
     Work in flight is bounded, so memory does not grow with the number of images but for the results' two
@@ -148,12 +148,12 @@ def look_at_all(task: Task, pairs: Sequence[Pair], pool: ProcessPoolExecutor | N
     """
     from roadseg.progress import progress  # workers have no bar, and tqdm is half of what they import besides OpenCV
 
-    seen = []
+    measured = []
     with progress(len(pairs), "check", "images") as bar:
-        for one in (look_at(task, p) for p in pairs) if pool is None else _in_processes(pairs, pool):
-            seen.append(one)
+        for one in (measure_pair(task, p) for p in pairs) if pool is None else _in_processes(pairs, pool):
+            measured.append(one)
             bar.update()
-    return seen
+    return measured
 
 
 def _classes(forms: Mapping[str, MaskForm]) -> int:
@@ -161,43 +161,45 @@ def _classes(forms: Mapping[str, MaskForm]) -> int:
     return max(learned, default=-1) + 1
 
 
-def _in_processes(pairs: Sequence[Pair], pool: ProcessPoolExecutor) -> Iterator[Seen]:
-    flying: deque[Future[list[Seen]]] = deque()
-    for i in range(0, len(pairs), HANDFUL):
-        if len(flying) == 4 * cores():
-            yield from flying.popleft().result()
-        flying.append(pool.submit(_look_at_handful, pairs[i : i + HANDFUL]))
-    while flying:
-        yield from flying.popleft().result()
+def _in_processes(pairs: Sequence[Pair], pool: ProcessPoolExecutor) -> Iterator[MeasuredPair]:
+    pending: deque[Future[list[MeasuredPair]]] = deque()
+    for i in range(0, len(pairs), CHUNK_PAIRS):
+        if len(pending) == 4 * cores():
+            yield from pending.popleft().result()
+        pending.append(pool.submit(_measure_chunk, pairs[i : i + CHUNK_PAIRS]))
+    while pending:
+        yield from pending.popleft().result()
 
 
-_of_this_worker: list[Task] = []  # sent once: its tables would be made anew for each handful
+_worker_task: list[Task] = []  # sent once: its tables would be made anew for each handful
 
 
-def _start(task: Task) -> None:
+def _init_worker(task: Task) -> None:
     start_worker()
     keep_freed_memory()
-    _of_this_worker[:] = [task]
+    _worker_task[:] = [task]
 
 
-def _look_at_handful(pairs: Sequence[Pair]) -> list[Seen]:
-    return [look_at(_of_this_worker[0], pair) for pair in pairs]
+def _measure_chunk(pairs: Sequence[Pair]) -> list[MeasuredPair]:
+    return [measure_pair(_worker_task[0], pair) for pair in pairs]
 
 
-def look_at(task: Task, pair: Pair) -> Seen:
+def measure_pair(task: Task, pair: Pair) -> MeasuredPair:
     """Reads the pair's files and measures them; what is wrong with a file is told, not raised."""
     form, limits, problems = task.forms[pair.part], task.limits, list[Problem]()
     image_data, photo = _decoded(
         lambda: read_bytes(task.root / pair.image, limits), lambda d: read_photograph(d, limits),
         problems, "unreadable-image", pair.image,
     )  # fmt: skip
-    of_image = _of_image(photo, image_data) if photo else {}  # before the label takes the pixels' place in the cache
+    of_image = (
+        _image_fields(photo, image_data) if photo else {}
+    )  # before the label takes the pixels' place in the cache
     label_data, ids = _decoded(
         lambda: mask_bytes(task.root, pair.label, form, limits), lambda d: read_ids(d, form, limits),
         problems, "unreadable-label", pair.label,
     )  # fmt: skip
     counted = count_ids(ids) if ids is not None else []
-    of_label = _of_label(task, form, label_data, ids, counted) if ids is not None else {}
+    of_label = _label_fields(task, form, label_data, ids, counted) if ids is not None else {}
     problems += _unknown(task, pair, form, label_data, counted)
     if photo and _swapped(task, form, image_data, photo, counted):
         problems.append(("swapped", pair.image, f"holds only classes, while {pair.label} is no label"))
@@ -210,7 +212,7 @@ def look_at(task: Task, pair: Pair) -> Seen:
     for other, path in ((photo.pixels if photo else None, pair.image), (instances, pair.instances)):
         if ids is not None and other is not None and other.shape[:2] != ids.shape:
             problems.append(("size-differs", path, f"{_size(other)}, but {pair.label} {_size(ids)}"))
-    return Seen(pair, tuple(problems), mask_mode=image_formats.mode(label_data), **of_image, **of_label)
+    return MeasuredPair(pair, tuple(problems), mask_mode=image_formats.mode(label_data), **of_image, **of_label)
 
 
 def _decoded(
@@ -232,7 +234,7 @@ def _size(pixels: np.ndarray) -> str:
     return f"{pixels.shape[1]}x{pixels.shape[0]}"
 
 
-def _of_image(photo: Photograph, data: bytes) -> dict[str, Any]:
+def _image_fields(photo: Photograph, data: bytes) -> dict[str, Any]:
     return {
         "width": photo.pixels.shape[1],
         "height": photo.pixels.shape[0],
@@ -241,11 +243,11 @@ def _of_image(photo: Photograph, data: bytes) -> dict[str, Any]:
         "image_sha256": (sha256 := sha256_bytes(data)),
         "image_bytes": len(data),
         "pixels_digest": sha256,
-        "look": look_of(photo.pixels),
+        "stats": image_stats(photo.pixels),
     }
 
 
-def _of_label(
+def _label_fields(
     task: Task, form: MaskForm, data: bytes, ids: np.ndarray, counted: list[tuple[int, int]]
 ) -> dict[str, Any]:
     pixels = [0] * (IGNORE + 1)
@@ -256,17 +258,17 @@ def _of_label(
         "label_sha256": sha256_bytes(data),
         "label_bytes": len(data),
         "histogram": (*learned, ids.size - sum(learned)),
-        "id_pixels": tuple(counted[:MOST_IDS]),
+        "id_pixels": tuple(counted[:MAX_IDS]),
         "places": train_ids(ids.take(_places(*ids.shape)), form).tobytes(),
-        "blends": blended(ids) if form.kind in ("ids", "colors") else 0.0,
+        "interpolated": interpolated_share(ids) if form.kind in ("ids", "colors") else 0.0,
     }
 
 
 @lru_cache(maxsize=16)
 def _places(high: int, wide: int) -> np.ndarray:
     """int64 [16, 32]: where in [high, wide], counted row by row, the centres of a grid lie."""
-    rows = (2 * np.arange(PLACES_HIGH) + 1) * high // (2 * PLACES_HIGH)
-    columns = (2 * np.arange(PLACES_WIDE) + 1) * wide // (2 * PLACES_WIDE)
+    rows = (2 * np.arange(GRID_ROWS) + 1) * high // (2 * GRID_ROWS)
+    columns = (2 * np.arange(GRID_COLUMNS) + 1) * wide // (2 * GRID_COLUMNS)
     return rows[:, None] * wide + columns
 
 
@@ -280,9 +282,9 @@ def count_ids(ids: np.ndarray) -> list[tuple[int, int]]:
     counts = _counts_by_changes(flat, ids.shape[1])
     if counts is None:
         counts = _counts_of_noise(flat)
-    there = np.flatnonzero(counts)
-    there = there[np.argsort(-counts[there], kind="stable")]
-    return list(zip(there.tolist(), counts[there].tolist(), strict=True))
+    present = np.flatnonzero(counts)
+    present = present[np.argsort(-counts[present], kind="stable")]
+    return list(zip(present.tolist(), counts[present].tolist(), strict=True))
 
 
 def _counts_of_noise(flat: np.ndarray) -> np.ndarray:
@@ -318,7 +320,7 @@ def _counts_by_changes(flat: np.ndarray, width: int) -> np.ndarray | None:
 
 
 def _unknown(task: Task, pair: Pair, form: MaskForm, data: bytes, counted: list[tuple[int, int]]) -> Iterator[Problem]:
-    unknown = _not_in(form, counted)
+    unknown = _unknown_ids(form, counted)
     if unknown and form.kind == "colors":
         colors, count = unknown_colors(data, form, task.limits)
         yield (
@@ -330,29 +332,29 @@ def _unknown(task: Task, pair: Pair, form: MaskForm, data: bytes, counted: list[
         yield "unknown-id", pair.label, _listed([f"id {i} on {plural(n, 'pixel')}" for i, n in unknown], "ids")
     elif unknown:
         names = unknown_names(data, form)
-        shown = [f"the class {ascii(name)[:60]} of {plural(n, 'shape')}" for name, n in names.items()]
-        yield "unknown-id", pair.label, _listed(shown, "names")
+        entries = [f"the class {ascii(name)[:60]} of {plural(n, 'shape')}" for name, n in names.items()]
+        yield "unknown-id", pair.label, _listed(entries, "names")
 
 
-def _not_in(form: MaskForm, counted: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _unknown_ids(form: MaskForm, counted: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(i, n) for i, n in counted if i not in form.label_set.known_ids]
 
 
 def _listed(entries: list[str], what: str, count: int = 0) -> str:
-    more = f" and {max(count, len(entries)) - _SHOWN:,} more {what}" if len(entries) > _SHOWN else ""
-    return ", ".join(entries[:_SHOWN]) + more
+    more = f" and {max(count, len(entries)) - _MAX_LISTED:,} more {what}" if len(entries) > _MAX_LISTED else ""
+    return ", ".join(entries[:_MAX_LISTED]) + more
 
 
 def _swapped(task: Task, form: MaskForm, image_data: bytes, photo: Photograph, counted: list[tuple[int, int]]) -> bool:
     """Whether the label holds hardly any class, and the image nothing else."""
-    if 2 * sum(n for _, n in _not_in(form, counted)) < sum(n for _, n in counted):
+    if 2 * sum(n for _, n in _unknown_ids(form, counted)) < sum(n for _, n in counted):
         return False
     if form.kind == "colors":
         try:
-            return not _not_in(form, count_ids(read_ids(image_data, form, task.limits)))
+            return not _unknown_ids(form, count_ids(read_ids(image_data, form, task.limits)))
         except ImageError:  # a JPEG holds no mask
             return False
     grey = photo.pixels[..., 0]
     if form.kind != "ids" or any(not np.array_equal(grey, photo.pixels[..., i]) for i in (1, 2)):
         return False
-    return not _not_in(form, count_ids(grey))
+    return not _unknown_ids(form, count_ids(grey))

@@ -15,9 +15,9 @@ from roadseg.data.masks.read import mask_path
 from roadseg.errors import ConfigError, DataError
 from roadseg.files import json_bytes, lock, sha256_bytes, write_atomic, write_json
 from roadseg.images.decode import Limits
-from roadseg.ingest.checks.findings import Finding, judged, require_codes
-from roadseg.ingest.checks.judge import Checked, check, listed, refusal
-from roadseg.ingest.measure import Task, readers
+from roadseg.ingest.checks.findings import Finding, require_codes, with_severity
+from roadseg.ingest.checks.judge import Checked, check, format_files, refusal
+from roadseg.ingest.measure import Task, worker_pool
 from roadseg.ingest.report.page import render
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.ingest.sources.select import Found, find, limits_of, mixed_root
@@ -44,23 +44,23 @@ def ingest(
     if data.source == "town":
         root = work / "tree"
         _render(data, root)
-    found = _wanted(data, find(data, root), set(only_splits), root)
+    found = _select_splits(data, find(data, root), set(only_splits), root)
     limits = limits_of(data)
     allow, forbid = frozenset(data.allow), frozenset(data.forbid)
     unlabelled = {("test", name) for name, source in _sources(data).items() if source.startswith("cityscapes")}
     task = Task(root, found.forms, limits, found.label_set.num_classes)
-    with readers(task, len(found.pairs), data.workers) as pool:
+    with worker_pool(task, len(found.pairs), data.workers) as pool:
         checked = check(
             root, found.pairs, found.label_set, found.forms, limits, data.workers, unlabelled,
             allow=allow, forbid=forbid, pool=pool,
         )  # fmt: skip
-        findings = [*judged(found.findings, allow, forbid), *checked.findings]
+        findings = [*with_severity(found.findings, allow, forbid), *checked.findings]
         write_json(work / "findings.json", [asdict(f) for f in findings])
         report = _report(data, found, root, limits, checked, findings, work, report_in, pool)
     if any(f.severity == "error" for f in findings):
         raise refusal(_where(data, root), findings, report if report_in else None)
     for f in findings:
-        log.warning("%s: %s\n%s    %s", f.code, f.message, listed(f, "      "), f.fix)
+        log.warning("%s: %s\n%s    %s", f.code, f.message, format_files(f, "      "), f.fix)
     if not checked.samples:
         raise DataError(
             "no pair of image and label is left",
@@ -134,7 +134,7 @@ def _where(data: Data, root: Path) -> Path | str:
     return ", ".join(f"{name} in {part.root or Path()}" for name, part in data.mix.items()) or root
 
 
-def _wanted(data: Data, found: Found, wanted: set[str], root: Path) -> Found:
+def _select_splits(data: Data, found: Found, wanted: set[str], root: Path) -> Found:
     """Without the splits that nobody asked for, and with the held-out sequences in a split of their own."""
     pairs, findings = found.pairs, found.findings
     if data.holdout_sequences and (not wanted or wanted & {"train", HOLDOUT}):
@@ -158,7 +158,7 @@ def _report(
     pool: ProcessPoolExecutor | None,
 ) -> Path:
     html = render(
-        f"roadseg ingest of {data.source}", root, found.label_set, found.forms, checked.seen, findings,
+        f"roadseg ingest of {data.source}", root, found.label_set, found.forms, checked.measured, findings,
         checked.near, limits, pool,
     )  # fmt: skip
     (work / "log").mkdir(exist_ok=True)
@@ -193,15 +193,16 @@ def _render(data: Data, tree: Path) -> None:
 
 
 def _hold_out(pairs: Sequence[Pair], sequences: Sequence[str]) -> list[Pair]:
-    there = sorted({p.sequence for p in pairs if p.split == "train" and p.sequence})
-    unknown = [s for s in sequences if s not in there]
+    present = sorted({p.sequence for p in pairs if p.split == "train" and p.sequence})
+    unknown = [s for s in sequences if s not in present]
     if unknown:
+        known = _closest_names(present, unknown[0]) or "(no sequences are known: set `sequence` in data.labels)"
         raise DataError(
             f"train has no sequence {', '.join(unknown)}",
-            expected=f"some of {_some(there, unknown[0]) or '(no sequences are known: set `sequence` in data.labels)'}",
+            expected=f"some of {known}",
             where="data.holdout_sequences",
         )
-    if set(there) <= set(sequences) and all(p.sequence for p in pairs if p.split == "train"):
+    if set(present) <= set(sequences) and all(p.sequence for p in pairs if p.split == "train"):
         raise DataError(
             "holds out every sequence of train",
             expected="at least one that is left to learn from",
@@ -210,19 +211,19 @@ def _hold_out(pairs: Sequence[Pair], sequences: Sequence[str]) -> list[Pair]:
     return [replace(p, split=HOLDOUT) if p.split == "train" and p.sequence in sequences else p for p in pairs]
 
 
-def _some(names: Sequence[str], near: str) -> str:
+def _closest_names(names: Sequence[str], near: str) -> str:
     """The few nearest to what was asked for, or the first, with a count of the rest."""
     if len(names) <= 12:
         return ", ".join(names)
-    shown = difflib.get_close_matches(near, names, n=4, cutoff=0.3) or list(names[:8])
-    return f"{', '.join(shown)} and {len(names) - len(shown):,} more"
+    listing = difflib.get_close_matches(near, names, n=4, cutoff=0.3) or list(names[:8])
+    return f"{', '.join(listing)} and {len(names) - len(listing):,} more"
 
 
-def _require(wanted: set[str], there: set[str], root: Path) -> None:
-    if missing := sorted(wanted - there):
+def _require(wanted: set[str], present: set[str], root: Path) -> None:
+    if missing := sorted(wanted - present):
         raise DataError(
             f"the data has no split {', '.join(missing)}",
-            expected=f"one of {', '.join(sorted(there - {''})) or 'none'}",
+            expected=f"one of {', '.join(sorted(present - {''})) or 'none'}",
             where=str(root),
             todo="set data.split, or point data.root elsewhere",
         )

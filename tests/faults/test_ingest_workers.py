@@ -9,7 +9,7 @@ import pytest
 from roadseg.data.masks.form import MaskForm
 from roadseg.errors import RoadsegError
 from roadseg.images.decode import Limits
-from roadseg.ingest.measure import INLINE_PAIRS, read_all
+from roadseg.ingest.measure import INLINE_PAIRS, measure_pairs
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CAMVID
 from roadseg.processes import start_worker
@@ -31,7 +31,7 @@ class Deadly(Pair):
 def test_a_worker_that_dies_is_one_clear_error(tmp_path):
     pairs = [Deadly("train", str(i), "", "a.png", "b.png") for i in range(INLINE_PAIRS + 4)]
     with pytest.raises(RoadsegError, match="a process that checks images died.*lower data.workers"):
-        read_all(tmp_path, pairs, {"": MaskForm("ids", CAMVID)}, Limits(), 2)
+        measure_pairs(tmp_path, pairs, {"": MaskForm("ids", CAMVID)}, Limits(), 2)
 
 
 def stand_by(ready: object) -> None:

@@ -9,10 +9,10 @@ from roadseg.data.masks.form import MaskForm
 from roadseg.images.decode import Limits, encode_label_png
 from roadseg.ingest.checks.findings import Finding
 from roadseg.ingest.checks.near_duplicates import NearPair
-from roadseg.ingest.measure import INLINE_PAIRS, Task, read_all, readers
-from roadseg.ingest.report.examples import files_behind, index, paths_of
+from roadseg.ingest.measure import INLINE_PAIRS, Task, measure_pairs, worker_pool
+from roadseg.ingest.report.examples import example_groups, index, paths_of
 from roadseg.ingest.report.page import render
-from roadseg.ingest.report.thumbnails import SIDE_PX, Wanted, painted, thumbnails
+from roadseg.ingest.report.thumbnails import SIDE_PX, ThumbnailFile, colorize, thumbnails
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES
 from tests.conftest import THREE
@@ -45,7 +45,7 @@ def write(root, split, name, image, label):
 
 
 def see(root, pairs, forms=FORMS):
-    return read_all(root, pairs, forms, Limits(), 1)
+    return measure_pairs(root, pairs, forms, Limits(), 1)
 
 
 @pytest.fixture
@@ -163,17 +163,17 @@ def test_a_file_that_cannot_be_read_is_a_grey_tile_with_the_reason(tree):
     root, pairs = tree
     (root / "train/t1.png").write_bytes(b"")
     (root / "trainannot/t2.png").write_bytes((root / "trainannot/t2.png").read_bytes()[:40])
-    seen = see(root, pairs)
+    measured = see(root, pairs)
     findings = [
         error("unreadable-image", ("train/t1.png: the file is empty",)),
         error("unreadable-label", ("trainannot/t2.png: the png is truncated",)),
     ]
-    html = render("a", root, THREE, FORMS, seen, findings, [])
+    html = render("a", root, THREE, FORMS, measured, findings, [])
     gaps = re.findall(r'<span class="gap"[^>]*>(.*?)</span>', html)
     assert len(gaps) == 2 and "empty" in gaps[0] and gaps[0].startswith("image") and gaps[1].startswith("label")
     for path in [p for pair in pairs for p in (pair.image, pair.label)]:
         (root / path).unlink()
-    gone = render("a", root, THREE, FORMS, seen, findings, [alike("train/t3.png", "val/v0.png")])
+    gone = render("a", root, THREE, FORMS, measured, findings, [alike("train/t3.png", "val/v0.png")])
     assert gone.count("No such file") > 20 and Page(gone).named("img") == []
 
 
@@ -195,9 +195,11 @@ def test_every_image_broken_still_makes_a_report(tree):
 def test_the_processes_that_read_the_data_make_the_same_pictures(tree):
     root, pairs = tree
     (root / "train/t2.png").write_bytes(b"broken")
-    wanted = [w for p in pairs for w in (Wanted(p.image), Wanted(p.label, p.part))] + [Wanted("gone.png")]
+    wanted = [w for p in pairs for w in (ThumbnailFile(p.image), ThumbnailFile(p.label, p.part))] + [
+        ThumbnailFile("gone.png")
+    ]
     here = thumbnails(root, wanted, FORMS, THREE.palette, Limits())
-    with readers(Task(root, FORMS, Limits(), 3), INLINE_PAIRS, 2) as pool:
+    with worker_pool(Task(root, FORMS, Limits(), 3), INLINE_PAIRS, 2) as pool:
         assert pool is not None and thumbnails(root, wanted, FORMS, THREE.palette, Limits(), pool) == here
     assert list(here) == wanted and [bool(t.reason) for t in here.values()].count(True) == 2
 
@@ -207,8 +209,8 @@ def test_a_colour_mask_among_ids_is_shown_as_it_is(tree):
     colours = np.zeros((32, 64, 3), np.uint8)
     colours[:, :32] = (0, 0, 250)  # BGR: red
     cv2.imwrite(str(root / "trainannot/t1.png"), colours)
-    shown = thumbnails(root, [Wanted("trainannot/t1.png", "")], FORMS, THREE.palette, Limits())
-    (one,) = shown.values()
+    examples = thumbnails(root, [ThumbnailFile("trainannot/t1.png", "")], FORMS, THREE.palette, Limits())
+    (one,) = examples.values()
     small = cv2.imdecode(np.frombuffer(one.picture, np.uint8), cv2.IMREAD_COLOR)
     assert "RGB" in one.reason and small[10, 10, 2] > 200 > 60 > small[10, 50].max()
 
@@ -245,13 +247,13 @@ def test_paths_are_found_in_entries_whatever_their_names(a, b):
 
 
 def see_nothing(pairs):
-    from roadseg.ingest.measure import Seen
+    from roadseg.ingest.measure import MeasuredPair
 
-    return [Seen(p, ()) for p in pairs]
+    return [MeasuredPair(p, ()) for p in pairs]
 
 
 def test_frames_behind_findings():
-    seen = see_nothing([Pair("train", f"n{i}", "", f"i{i}.png", f"l{i}.png") for i in range(30)])
+    measured = see_nothing([Pair("train", f"n{i}", "", f"i{i}.png", f"l{i}.png") for i in range(30)])
     findings = [
         error("unknown-id", [f"l{i}.png: id 9" for i in range(20)]),
         error("contradicting-labels", ["i1.png = i2.png (sequences a and b)"]),
@@ -260,13 +262,13 @@ def test_frames_behind_findings():
         error("near-duplicate", ["i1.png ~ i2.png: 97 %"], severity="warning"),
         error("same-city", ["aachen"], severity="warning"),
     ]
-    groups = {f.code: (frames, rest) for f, frames, rest in files_behind(findings, index(seen), FORMS)}
+    groups = {f.code: (frames, rest) for f, frames, rest in example_groups(findings, index(measured), FORMS)}
     assert list(groups) == ["unknown-id", "contradicting-labels", "missing-image", "one-class"]
     frames, rest = groups["unknown-id"]
     assert [f.name for f in frames] == [f"n{i}" for i in range(6)] and rest == 14 and frames[0].note == "id 9"
     assert [f.name for f in groups["contradicting-labels"][0]] == ["n1", "n2"]
     assert (groups["missing-image"][0][0].label_file, groups["missing-image"][0][0].image_file) == (
-        Wanted("labels/x.png", ""),
+        ThumbnailFile("labels/x.png", ""),
         None,
     )
     assert len(groups["one-class"][0]) == 3 and groups["one-class"][1] == 6
@@ -276,7 +278,7 @@ def test_labels_are_painted_and_one_stray_pixel_shows():
     ids = np.full((1024, 2048), ROAD, np.uint16)
     ids[:, 1024:] = VOID
     ids[300, 500] = 40_000
-    small = painted(ids, FORMS[""], THREE.palette)
+    small = colorize(ids, FORMS[""], THREE.palette)
     assert small.shape == (SIDE_PX // 2, SIDE_PX, 3) and small.dtype == np.uint8
     assert (small[-1, 10] == THREE.classes[0].color).all()
     assert set(np.unique(small[:, SIDE_PX // 2 + 2 :])) == {14, 74}
@@ -290,11 +292,16 @@ def test_thumbnails_fit_their_box_are_small_and_stay_below_the_root(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (2000, 700, 3), dtype=np.uint8)
     pair = write(tmp_path / "data", "train", "tall", noise, np.zeros((2000, 700), np.uint8))
     (tmp_path / "secret.png").write_bytes((tmp_path / "data" / pair.image).read_bytes())
-    wanted = [Wanted(pair.image), Wanted(pair.label, ""), Wanted("../secret.png"), Wanted(str(tmp_path / "secret.png"))]
-    shown = thumbnails(tmp_path / "data", wanted, FORMS, THREE.palette, Limits())
+    wanted = [
+        ThumbnailFile(pair.image),
+        ThumbnailFile(pair.label, ""),
+        ThumbnailFile("../secret.png"),
+        ThumbnailFile(str(tmp_path / "secret.png")),
+    ]
+    examples = thumbnails(tmp_path / "data", wanted, FORMS, THREE.palette, Limits())
     for w in wanted[:2]:
-        assert (shown[w].width, shown[w].height) == (84, 240) and 0 < len(shown[w].picture) < 14_000
-    assert all(shown[w].picture == b"" and "outside" in shown[w].reason for w in wanted[2:])
+        assert (examples[w].width, examples[w].height) == (84, 240) and 0 < len(examples[w].picture) < 14_000
+    assert all(examples[w].picture == b"" and "outside" in examples[w].reason for w in wanted[2:])
     over = thumbnails(tmp_path / "data", wanted[:1], FORMS, THREE.palette, Limits(max_pixels=1000))
     assert over[wanted[0]].picture == b"" and "pixels" in over[wanted[0]].reason
 
@@ -307,12 +314,12 @@ def test_three_thousand_frames_stay_below_three_megabytes(tmp_path):
         image = cv2.GaussianBlur(rng.integers(0, 256, (256, 512, 3), dtype=np.uint8), (0, 0), 1.2)  # busy
         label = cv2.resize(rng.integers(7, 34, (16, 32), dtype=np.uint8), (512, 256), interpolation=cv2.INTER_NEAREST)
         real.append(write(tmp_path, "train", f"frame{i}", image, label))
-    seen = []
+    measured = []
     for split in ("train", "val", "test"):
         for i, s in enumerate(see(tmp_path, real, form) * 170):
             path = f"{s.pair.image.rpartition('/')[2]}"
             pair = replace(s.pair, split=split, name=f"city/city_{i:06}_000019", sequence="")
-            seen.append(replace(s, pair=replace(pair, image=f"train/{path}")))
+            measured.append(replace(s, pair=replace(pair, image=f"train/{path}")))
     codes = ["unknown-id", "size-differs", "all-void", "unreadable-label", "missing-image", "one-class", "blurred"]
     findings = [
         error(code, [f"trainannot/frame{i % 6}.png: a reason of usual length, number {i}" for i in range(1000)], split)
@@ -320,6 +327,6 @@ def test_three_thousand_frames_stay_below_three_megabytes(tmp_path):
         for split in ("train", "val", "test")
     ]
     near = [alike(f"train/frame{i % 6}.png", f"val/frame{i % 5}.png") for i in range(50)]
-    html = render("a", tmp_path, CITYSCAPES, form, seen, findings, near)
+    html = render("a", tmp_path, CITYSCAPES, form, measured, findings, near)
     assert 500_000 < len(html.encode()) < 3_000_000
     assert Page(html).balanced

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from roadseg.ingest.image_stats import look_of, sharpness
+from roadseg.ingest.image_stats import image_stats, sharpness
 
 
 def scene(seed: int, width: int = 256, height: int = 128) -> np.ndarray:
@@ -20,26 +20,26 @@ def scene(seed: int, width: int = 256, height: int = 128) -> np.ndarray:
 def test_exposure_is_numpys_where_nothing_is_reduced():
     image = scene(0)
     image[:16], image[16:40] = 0, 255
-    look = look_of(image)
-    assert look.mean_rgb == pytest.approx(image.reshape(-1, 3).mean(0), abs=1e-6)
-    assert look.std_rgb == pytest.approx(image.reshape(-1, 3).std(0), abs=1e-6)
-    assert look.luma == pytest.approx((image @ np.array([0.299, 0.587, 0.114])).mean(), abs=1e-4)
+    stats = image_stats(image)
+    assert stats.mean_rgb == pytest.approx(image.reshape(-1, 3).mean(0), abs=1e-6)
+    assert stats.std_rgb == pytest.approx(image.reshape(-1, 3).std(0), abs=1e-6)
+    assert stats.luma == pytest.approx((image @ np.array([0.299, 0.587, 0.114])).mean(), abs=1e-4)
     luma = np.rint(image @ np.array([0.299, 0.587, 0.114]))
-    assert look.dark == pytest.approx((luma <= 8).mean(), abs=1e-3) and look.dark > 0.12
-    assert look.bright == pytest.approx((luma >= 247).mean(), abs=1e-3) and look.bright > 0.18
+    assert stats.dark == pytest.approx((luma <= 8).mean(), abs=1e-3) and stats.dark > 0.12
+    assert stats.bright == pytest.approx((luma >= 247).mean(), abs=1e-3) and stats.bright > 0.18
 
 
 @pytest.mark.parametrize("width,height", [(2048, 1024), (1920, 1208), (641, 479), (1500, 200), (90, 1400)])
 def test_reducing_keeps_the_mean(width, height):
     image = cv2.GaussianBlur(scene(1, width, height), (0, 0), 3)
-    assert look_of(image).mean_rgb == pytest.approx(image.reshape(-1, 3).mean(0), abs=2.5)
+    assert image_stats(image).mean_rgb == pytest.approx(image.reshape(-1, 3).mean(0), abs=2.5)
 
 
 @pytest.mark.parametrize("width,height", [(1, 1), (1, 300), (3000, 1), (255, 127), (513, 257)])
 def test_no_size_is_too_odd(width, height):
-    look = look_of(np.full((height, width, 3), 77, np.uint8))
-    assert look.mean_rgb == (77, 77, 77) and look.std_rgb == (0, 0, 0)
-    assert (look.dark, look.bright, look.sharpness) == (0, 0, 0) and look.descriptor == bytes([128]) * (48 * 24)
+    stats = image_stats(np.full((height, width, 3), 77, np.uint8))
+    assert stats.mean_rgb == (77, 77, 77) and stats.std_rgb == (0, 0, 0)
+    assert (stats.dark, stats.bright, stats.sharpness) == (0, 0, 0) and stats.descriptor == bytes([128]) * (48 * 24)
 
 
 def test_sharpness_is_the_ratio_of_squared_differences():
@@ -65,7 +65,7 @@ def test_blur_counts_by_its_share_of_the_picture():
 def test_the_descriptor_is_of_content_not_of_contrast():
     image = scene(5, 512, 256)
     first, second, other = (
-        np.frombuffer(look_of(i).descriptor, np.uint8).astype(float)
+        np.frombuffer(image_stats(i).descriptor, np.uint8).astype(float)
         for i in (image, image // 2 + 60, scene(6, 512, 256))
     )
     assert len(first) == 48 * 24 and first.std() > 20
@@ -74,5 +74,5 @@ def test_the_descriptor_is_of_content_not_of_contrast():
 
 def test_a_look_is_small_and_the_same_each_time():
     image = scene(7, 2048, 1024)
-    assert look_of(image) == look_of(image.copy())
-    assert len(look_of(image).descriptor) <= 1500 and len(astuple(look_of(image))) == 6
+    assert image_stats(image) == image_stats(image.copy())
+    assert len(image_stats(image).descriptor) <= 1500 and len(astuple(image_stats(image))) == 6

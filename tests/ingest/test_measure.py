@@ -16,7 +16,7 @@ from PIL import Image
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.images.decode import Limits, encode_jpeg, encode_label_png
-from roadseg.ingest.measure import MOST_IDS, Seen, Task, count_ids, look_at, read_all
+from roadseg.ingest.measure import MAX_IDS, MeasuredPair, Task, count_ids, measure_pair, measure_pairs
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES, IGNORE, LabelClass, LabelSet
 
@@ -59,12 +59,14 @@ def colored(ids: np.ndarray) -> np.ndarray:
     return table[ids]
 
 
-def seen(root: Path, image: bytes | None, label: bytes | None, form: MaskForm = IDS, classes: int = 3) -> Seen:
+def measured(
+    root: Path, image: bytes | None, label: bytes | None, form: MaskForm = IDS, classes: int = 3
+) -> MeasuredPair:
     for path, data in ((PAIR.image, image), (PAIR.label, label)):
         (root / path).unlink(missing_ok=True)
         if data is not None:
             (root / path).write_bytes(data)
-    return look_at(Task(root, {"": form}, Limits(), classes), PAIR)
+    return measure_pair(Task(root, {"": form}, Limits(), classes), PAIR)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_what_is_seen_of_a_pair(tmp_path):
     exif[0x0112] = 3
     image = saved(scene(0)[::-1, ::-1], "JPEG", quality=95, exif=exif)
     label = encode_label_png(ids)
-    s = seen(tmp_path, image, label)
+    s = measured(tmp_path, image, label)
     assert s.problems == () and s.pair == PAIR
     assert (s.width, s.height, s.image_format, s.orientation, s.mask_mode) == (WIDTH, HEIGHT, "jpeg", 3, "grey")
     assert (s.image_bytes, s.label_bytes) == (len(image), len(label))
@@ -110,21 +112,21 @@ def test_what_is_seen_of_a_pair(tmp_path):
     train = {0: IGNORE, 7: 0, 23: 1, 26: 2}
     # The centres of 16 x 32 cells of 4 x 3 pixels.
     assert s.places == bytes(train[int(ids[4 * y + 2, 3 * x + 1])] for y in range(16) for x in range(32))
-    assert s.look is not None and abs(s.look.mean_rgb[0] - scene(0)[..., 0].mean()) < 3
+    assert s.stats is not None and abs(s.stats.mean_rgb[0] - scene(0)[..., 0].mean()) < 3
 
 
 def test_the_histogram_has_the_classes_that_are_learned_not_those_of_the_source(tmp_path):
-    s = seen(tmp_path, saved(scene(0)), encode_label_png(mask(0)), classes=19)
+    s = measured(tmp_path, saved(scene(0)), encode_label_png(mask(0)), classes=19)
     assert len(s.histogram) == 20 and sum(s.histogram) == WIDTH * HEIGHT and not any(s.histogram[3:19])
     gaps = replace(THREE, classes=tuple(replace(c, train_id=13) if c.name == "car" else c for c in THREE.classes))
     pair = [PAIR]
-    assert len(read_all(tmp_path, pair, {"": MaskForm("ids", gaps)}, Limits(), 1)[0].histogram) == 15
+    assert len(measure_pairs(tmp_path, pair, {"": MaskForm("ids", gaps)}, Limits(), 1)[0].histogram) == 15
 
 
 def test_colours_are_ids(tmp_path):
     ids = mask(0)
-    s = seen(tmp_path, saved(scene(0)), saved(colored(ids)), COLORS)
-    as_ids = seen(tmp_path, saved(scene(0)), encode_label_png(ids))
+    s = measured(tmp_path, saved(scene(0)), saved(colored(ids)), COLORS)
+    as_ids = measured(tmp_path, saved(scene(0)), encode_label_png(ids))
     assert s.problems == () and s.mask_mode == "rgb"
     assert (s.id_pixels, s.histogram, s.places) == (as_ids.id_pixels, as_ids.histogram, as_ids.places)
 
@@ -133,20 +135,20 @@ def test_unknown_ids_and_colours_are_named_with_their_pixels(tmp_path):
     ids = mask(0)
     ids[0, :5] = 99
     ids[1, :3] = 250
-    [(code, path, what)] = seen(tmp_path, saved(scene(0)), encode_label_png(ids)).problems
+    [(code, path, what)] = measured(tmp_path, saved(scene(0)), encode_label_png(ids)).problems
     assert (code, path, what) == ("unknown-id", "a.png", "id 99 on 5 pixels, id 250 on 3 pixels")
     colors = colored(mask(0))
     colors[0, :5] = (1, 2, 3)
     colors[1, 0] = (255, 0, 16)
-    s = seen(tmp_path, saved(scene(0)), saved(colors), COLORS)
+    s = measured(tmp_path, saved(scene(0)), saved(colors), COLORS)
     assert s.problems == (("unknown-color", "a.png", "#010203 on 5 pixels, #ff0010 on 1 pixel"),)
     assert sum(s.histogram) == WIDTH * HEIGHT
 
 
 def test_of_a_label_of_noise_few_ids_are_kept(tmp_path):
     noise = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) // 2
-    s = seen(tmp_path, saved(scene(0)), cv2.imencode(".png", noise)[1].tobytes())
-    assert s.mask_mode == "grey16" and len(s.id_pixels) == MOST_IDS and sum(s.histogram) == WIDTH * HEIGHT
+    s = measured(tmp_path, saved(scene(0)), cv2.imencode(".png", noise)[1].tobytes())
+    assert s.mask_mode == "grey16" and len(s.id_pixels) == MAX_IDS and sum(s.histogram) == WIDTH * HEIGHT
     assert s.problems[0][2].endswith(" more ids")
     assert len(pickle.dumps(s)) < 10_000
 
@@ -156,20 +158,20 @@ def test_swapped_files(tmp_path, form):
     label = encode_label_png(mask(0)) if form is IDS else saved(colored(mask(0)))
     grey = saved(cv2.cvtColor(scene(0), cv2.COLOR_RGB2GRAY))
     for photo in (saved(scene(0)), encode_jpeg(scene(0)), grey):
-        codes = [code for code, _, _ in seen(tmp_path, label, photo, form).problems]
+        codes = [code for code, _, _ in measured(tmp_path, label, photo, form).problems]
         assert "swapped" in codes
-    assert seen(tmp_path, saved(scene(0)), label, form).problems == ()
+    assert measured(tmp_path, saved(scene(0)), label, form).problems == ()
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_is_measured(tmp_path):
     image, label = saved(scene(0)), encode_label_png(mask(0))
-    s = seen(tmp_path, image[:-20], label)
+    s = measured(tmp_path, image[:-20], label)
     assert s.problems == (("unreadable-image", "a.jpg", "the png is truncated; expected a whole file"),)
-    assert (s.width, s.pixels_digest, s.look) == (0, "", None) and sum(s.histogram) == WIDTH * HEIGHT
-    s = seen(tmp_path, image, saved(scene(1)))
+    assert (s.width, s.pixels_digest, s.stats) == (0, "", None) and sum(s.histogram) == WIDTH * HEIGHT
+    s = measured(tmp_path, image, saved(scene(1)))
     assert [code for code, _, _ in s.problems] == ["unreadable-label"] and s.mask_mode == "rgb"
     assert (s.histogram, s.id_pixels, s.places) == ((), (), b"") and s.width == WIDTH
-    s = seen(tmp_path, None, None)
+    s = measured(tmp_path, None, None)
     assert [(code, what) for code, _, what in s.problems] == [
         ("unreadable-image", "No such file or directory"),
         ("unreadable-label", "No such file or directory"),
@@ -183,12 +185,12 @@ def test_sizes_are_compared_with_the_label(tmp_path):
     (tmp_path / pair.image).write_bytes(saved(scene(0)[:32]))
     (tmp_path / pair.label).write_bytes(encode_label_png(mask(0)))
     task = Task(tmp_path, {"": IDS}, Limits(), 3)
-    assert look_at(task, pair).problems == (
+    assert measure_pair(task, pair).problems == (
         ("size-differs", "a.jpg", "96x32, but a.png 96x64"),
         ("size-differs", "i.png", "48x64, but a.png 96x64"),
     )
     (tmp_path / "i.png").write_bytes(b"")
-    assert [code for code, _, _ in look_at(task, pair).problems] == ["unreadable-instances", "size-differs"]
+    assert [code for code, _, _ in measure_pair(task, pair).problems] == ["unreadable-instances", "size-differs"]
 
 
 def test_processes_see_what_one_sees_in_the_order_of_the_pairs(tmp_path):
@@ -199,10 +201,10 @@ def test_processes_see_what_one_sees_in_the_order_of_the_pairs(tmp_path):
         ids = mask(i)
         (tmp_path / f"{i}_label.png").write_bytes(saved(colored(ids)) if i % 2 else encode_label_png(ids))
     forms = {"a": IDS, "b": COLORS}
-    alone = read_all(tmp_path, pairs, forms, Limits(), 1)
+    alone = measure_pairs(tmp_path, pairs, forms, Limits(), 1)
     assert [s.pair for s in alone] == pairs
     assert [s.pair.name for s in alone if s.problems] == ["5"]
-    assert read_all(tmp_path, pairs, forms, Limits(), 2) == alone
+    assert measure_pairs(tmp_path, pairs, forms, Limits(), 2) == alone
 
 
 def test_workers_start_without_the_slow_imports_and_results_stay_small(tmp_path):
@@ -210,7 +212,7 @@ def test_workers_start_without_the_slow_imports_and_results_stay_small(tmp_path)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert {"torch", "torchvision", "pydantic", "tyro", "jinja2"}.isdisjoint(done.stdout.split())
     cityscapes = mask(0, tuple(c.id for c in CITYSCAPES.classes if c.id >= 0))
-    s = seen(tmp_path, saved(scene(0)), encode_label_png(cityscapes), MaskForm("ids", CITYSCAPES), 19)
+    s = measured(tmp_path, saved(scene(0)), encode_label_png(cityscapes), MaskForm("ids", CITYSCAPES), 19)
     assert s.problems == () and len(pickle.dumps(s)) < 4096
 
 
@@ -220,7 +222,7 @@ def test_names_of_polygons_that_are_no_class_are_told(tmp_path):
 
     shapes = [outline("road", 0), outline("tram", 20), outline("tram", 40), outline("car", 60)]
     label = json.dumps({"imgWidth": WIDTH, "imgHeight": HEIGHT, "objects": shapes}).encode()
-    s = seen(tmp_path, saved(scene(0)), label, MaskForm("polygons", THREE))
+    s = measured(tmp_path, saved(scene(0)), label, MaskForm("polygons", THREE))
     assert s.problems == (("unknown-id", "a.png", "the class 'tram' of 2 shapes"),)
     assert s.mask_mode == "json" and s.histogram[0] == s.histogram[2] > 0 == s.histogram[1]
     assert s.label_sha256 == hashlib.sha256(label).hexdigest()
@@ -238,7 +240,7 @@ def test_of_a_coco_file_each_image_has_its_own_part(tmp_path):
     (tmp_path / "all.json").write_text(json.dumps(content))
     (tmp_path / "a.jpg").write_bytes(saved(scene(0)))
     task = Task(tmp_path, {"": MaskForm("coco", THREE)}, Limits(), 3)
-    first, second = (look_at(task, replace(PAIR, label=f"all.json#{key}")) for key in (1, 2))
+    first, second = (measure_pair(task, replace(PAIR, label=f"all.json#{key}")) for key in (1, 2))
     assert first.problems == second.problems == ()
     assert first.histogram[2] >= 600 and second.histogram[:3] == (0, 0, 0)
     assert first.label_sha256 != second.label_sha256

@@ -145,18 +145,18 @@ def test_source_digest_sees_every_change_and_no_place(root, tmp_path):
     assert source_digest(data, root) == first
     shutil.copytree(root, tmp_path / "moved")  # keeps modification times
     assert source_digest(data, tmp_path / "moved") == first
-    seen = {first}
+    measured = {first}
     os.utime(root / "valannot/C_1.png", ns=(0, 7))
-    seen.add(source_digest(data, root))
+    measured.add(source_digest(data, root))
     write(root / "train/A_1.png", b"")
-    seen.add(source_digest(data, root))
+    measured.add(source_digest(data, root))
     write(root / "train/unpaired.png", b"")
-    seen.add(source_digest(data, root))
+    measured.add(source_digest(data, root))
     (root / "test/D_1.png").rename(root / "test/D_2.png")
-    seen.add(source_digest(data, root))
-    assert len(seen) == 5
+    measured.add(source_digest(data, root))
+    assert len(measured) == 5
     write(root / "train.txt", b"not read")
-    assert source_digest(data, root) in seen
+    assert source_digest(data, root) in measured
     with pytest.raises(DataError, match="no such folder"):
         source_digest(data, root / "nowhere")
 

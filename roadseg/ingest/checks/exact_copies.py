@@ -17,20 +17,22 @@ import xxhash
 
 from roadseg.errors import ImageError
 from roadseg.images.decode import Limits, read_bytes, read_image
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.measure import MeasuredPair
 
 
-def with_copies_told(root: Path, limits: Limits, seen: Sequence[Seen], pool: Executor | None) -> list[Seen]:
+def with_pixel_digests(
+    root: Path, limits: Limits, measured: Sequence[MeasuredPair], pool: Executor | None
+) -> list[MeasuredPair]:
     """The same, with equal `pixels_digest` for images of equal pixels. pool: decodes, if there is one."""
     alike: dict[object, dict[str, str]] = defaultdict(dict)  # by what equal pixels have in common: a path by digest
-    for s in seen:
+    for s in measured:
         if s.pixels_digest:
-            alike[s.width, s.height, s.look].setdefault(s.pixels_digest, s.pair.image)
+            alike[s.width, s.height, s.stats].setdefault(s.pixels_digest, s.pair.image)
     doubtful = [file for files in alike.values() if len(files) > 1 for file in files.items()]
     digest = partial(_pixels_digest, root, limits)
-    told = pool.map(digest, doubtful) if pool else map(digest, doubtful)
-    of_pixels = dict(zip((file for file, _ in doubtful), told, strict=True))
-    return [replace(s, pixels_digest=of_pixels[d]) if (d := s.pixels_digest) in of_pixels else s for s in seen]
+    digests = pool.map(digest, doubtful) if pool else map(digest, doubtful)
+    of_pixels = dict(zip((file for file, _ in doubtful), digests, strict=True))
+    return [replace(s, pixels_digest=of_pixels[d]) if (d := s.pixels_digest) in of_pixels else s for s in measured]
 
 
 def _pixels_digest(root: Path, limits: Limits, file: tuple[str, str]) -> str:

@@ -126,7 +126,7 @@ def _unknown(code: str) -> str:
     return f"there is no code {code!r}" + (f", perhaps you meant {' or '.join(near)}" if near else "")
 
 
-def judged(
+def with_severity(
     findings: Iterable[Finding], allow: Collection[str] = frozenset(), forbid: Collection[str] = frozenset()
 ) -> list[Finding]:
     """The findings with the severity that config gives them. Raises as `require_codes` does."""

@@ -9,13 +9,13 @@ from roadseg.data.masks.form import UNKNOWN
 # Of `blended`. Measured on CamVid, four Cityscapes labels and 500 of the town at 256x128: masks as they
 # are 0.058 at most, reduced to a quarter by nearest neighbour 0.137 (of 64x32 pixels then); resized
 # linearly, by area or cubically to 0.5 to 2 times, blurred, or through JPEG of quality 95, 0.144 at least.
-BLENDED = 0.14
+INTERPOLATED_SHARE = 0.14
 _ROWS = 128
 _FEWEST_CHANGES = 200  # below, a few thin things would decide
 _MOST_CHANGED = 0.5  # of all neighbours; noise and stripes of a pixel are no areas whose edges could be mixed
 
 
-def blended(ids: np.ndarray) -> float:
+def interpolated_share(ids: np.ndarray) -> float:
     """Of the changes of value along sampled rows of uint8 or uint16 [H, W], the share that is a step on the way.
 
     A step is a pixel whose value lies strictly between its left and right neighbour's, or is UNKNOWN

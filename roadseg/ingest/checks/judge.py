@@ -15,17 +15,17 @@ from roadseg.data.manifest import Sample
 from roadseg.data.masks.form import MaskForm
 from roadseg.errors import DataError
 from roadseg.images.decode import Limits
-from roadseg.ingest.checks.exact_copies import with_copies_told
-from roadseg.ingest.checks.findings import CODES, Finding, judged, plural, require_codes
+from roadseg.ingest.checks.exact_copies import with_pixel_digests
+from roadseg.ingest.checks.findings import CODES, Finding, plural, require_codes, with_severity
 from roadseg.ingest.checks.label_values import value_findings
 from roadseg.ingest.checks.near_duplicates import NearPair, duplicates, near_pairs
 from roadseg.ingest.checks.outliers import histogram_drift, outliers
 from roadseg.ingest.checks.void_as_class import void_as_class
-from roadseg.ingest.measure import Seen, Task, look_at_all, readers
+from roadseg.ingest.measure import MeasuredPair, Task, measure_all, worker_pool
 from roadseg.ingest.sources.pairs import Pair, split_order
 from roadseg.labels import LabelSet
 
-_SHOWN_FILES = 3
+_MAX_LISTED_FILES = 3
 _CITY = re.compile(r"(.*[^\W\d_])_\d{6}")  # of a sequence named as Cityscapes names them, aachen_000000
 
 # code of a problem with one file: what is counted, what to do
@@ -48,7 +48,7 @@ class Checked:
 
     samples: tuple[Sample, ...]
     findings: list[Finding]
-    seen: list[Seen]
+    measured: list[MeasuredPair]
     near: list[NearPair]
 
 
@@ -73,16 +73,16 @@ def check(
     """
     require_codes(allow, forbid)
     task = Task(root, forms, limits, label_set.num_classes)
-    with nullcontext(pool) if pool else readers(task, len(pairs), workers) as processes:
-        seen = with_copies_told(root, limits, look_at_all(task, pairs, processes), processes)
-    splits = split_order(s.pair.split for s in seen)
+    with nullcontext(pool) if pool else worker_pool(task, len(pairs), workers) as processes:
+        measured = with_pixel_digests(root, limits, measure_all(task, pairs, processes), processes)
+    splits = split_order(s.pair.split for s in measured)
     findings: list[Finding] = []
     causes: dict[str, str] = {}
     for split in splits:
-        of_split = [s for s in seen if s.pair.split == split]
+        of_split = [s for s in measured if s.pair.split == split]
         for part in sorted({s.pair.part for s in of_split}):
             of_part = [s for s in of_split if s.pair.part == part]
-            values, causes_here = _values(split, part, of_part, forms[part])
+            values, causes_here = _value_findings(split, part, of_part, forms[part])
             findings += values
             causes |= causes_here
             findings += _void(split, part, _labelled(of_part, causes), placeholder=(split, part) in unlabelled)
@@ -90,31 +90,33 @@ def check(
         findings += _same_files(split, of_split)
         findings += _missing_classes(split, _labelled(of_split, causes), label_set)
     findings += _shared_sequences(pairs, splits)
-    near = near_pairs(seen)
-    findings += duplicates(seen, near) + outliers(seen) + histogram_drift(seen, label_set)
-    sound = [sample for s in seen if (sample := _sample(s, causes.get(s.pair.label, ""))) is not None]
+    near = near_pairs(measured)
+    findings += duplicates(measured, near) + outliers(measured) + histogram_drift(measured, label_set)
+    sound = [sample for s in measured if (sample := _sample(s, causes.get(s.pair.label, ""))) is not None]
     samples = tuple(sorted(sound, key=lambda s: (s.split, s.name)))
-    return Checked(samples, judged(findings, allow, forbid), seen, near)
+    return Checked(samples, with_severity(findings, allow, forbid), measured, near)
 
 
-def _values(split: str, part: str, seen: Sequence[Seen], form: MaskForm) -> tuple[list[Finding], dict[str, str]]:
+def _value_findings(
+    split: str, part: str, measured: Sequence[MeasuredPair], form: MaskForm
+) -> tuple[list[Finding], dict[str, str]]:
     where = f"{split} of {part}" if part else split
-    findings, causes = value_findings(where, split, seen, form)
-    rest = [s for s in seen if s.pair.label not in causes and not _of_file(s, "swapped")]
+    findings, causes = value_findings(where, split, measured, form)
+    rest = [s for s in measured if s.pair.label not in causes and not _problem_paths(s, "swapped")]
     return findings + void_as_class(where, split, rest, form), causes
 
 
-def _labelled(seen: Sequence[Seen], causes: Mapping[str, str]) -> list[Seen]:
+def _labelled(measured: Sequence[MeasuredPair], causes: Mapping[str, str]) -> list[MeasuredPair]:
     """Those whose label can be read and means what it says."""
-    return [s for s in seen if s.histogram and s.pair.label not in causes and not _of_file(s, "swapped")]
+    return [s for s in measured if s.histogram and s.pair.label not in causes and not _problem_paths(s, "swapped")]
 
 
-def _of_file(s: Seen, code: str) -> tuple[str, ...]:
+def _problem_paths(s: MeasuredPair, code: str) -> tuple[str, ...]:
     """The files that a pair's problems of that code lie in."""
     return tuple(path for c, path, _ in s.problems if c == code)
 
 
-def _sample(s: Seen, cause: str) -> Sample | None:
+def _sample(s: MeasuredPair, cause: str) -> Sample | None:
     """None for a pair that CODES leaves out. cause: what is wrong with the label's values, "" for nothing."""
     p = s.pair
     wrong = {path for code, path, _ in s.problems if CODES[code].leaves_out in ("pair", "instances")}
@@ -141,32 +143,36 @@ def _sample(s: Seen, cause: str) -> Sample | None:
     )
 
 
-def _file_problems(split: str, seen: Sequence[Seen], causes: Mapping[str, str]) -> list[Finding]:
+def _file_problems(split: str, measured: Sequence[MeasuredPair], causes: Mapping[str, str]) -> list[Finding]:
     """causes: labels whose values are explained, so that it needs no saying that they can't be read."""
     findings = []
     for code, (noun, what, fix) in _FILE_PROBLEMS.items():
-        told = [(s, path, text) for s in seen for c, path, text in s.problems if c == code]
+        problems = [(s, path, text) for s in measured for c, path, text in s.problems if c == code]
         if code != "swapped":  # which explains whatever else is wrong with its files
-            told = [t for t in told if not _of_file(t[0], "swapped")]
+            problems = [t for t in problems if not _problem_paths(t[0], "swapped")]
         if code == "unreadable-label":
-            told = [t for t in told if t[1] not in causes]
-        if not told:
+            problems = [t for t in problems if t[1] not in causes]
+        if not problems:
             continue
-        turned = code == "size-differs" and [s for s, path, _ in told if path == s.pair.image and _turned(s)]
+        turned = code == "size-differs" and [
+            s for s, path, _ in problems if path == s.pair.image and _is_quarter_turn(s)
+        ]
         if turned:
             fix += "; a label that was drawn on the picture as stored has to be turned as its EXIF data says"
-        entries = tuple(f"{path}: {text}{_turn(s) if turned and s in turned else ''}" for s, path, text in told)
+        entries = tuple(
+            f"{path}: {text}{_turn_text(s) if turned and s in turned else ''}" for s, path, text in problems
+        )
         message = f"{plural(len(entries), noun)} of {split} {what}"
-        if code == "swapped" and len(entries) == len(seen) > 1:
+        if code == "swapped" and len(entries) == len(measured) > 1:
             message = f"all {plural(len(entries), 'pair')} of {split} with image and label swapped: the folders are"
             fix = "exchange the two folders"
         findings.append(Finding(code, CODES[code].severity, split, entries, len(entries), message, fix))
     return findings
 
 
-def _same_files(split: str, seen: Sequence[Seen]) -> list[Finding]:
+def _same_files(split: str, measured: Sequence[MeasuredPair]) -> list[Finding]:
     """Masks that were copied among the images, or two folders that are one."""
-    entries = tuple(f"{s.pair.image} = {s.pair.label}" for s in seen if _is_one_file(s))
+    entries = tuple(f"{s.pair.image} = {s.pair.label}" for s in measured if _is_one_file(s))
     if not entries:
         return []
     message = (
@@ -176,24 +182,24 @@ def _same_files(split: str, seen: Sequence[Seen]) -> list[Finding]:
     return [Finding("same-file", "error", split, entries, len(entries), message, fix)]
 
 
-def _is_one_file(s: Seen) -> bool:
+def _is_one_file(s: MeasuredPair) -> bool:
     return bool(s.image_sha256) and s.image_sha256 == s.label_sha256
 
 
-def _turned(s: Seen) -> bool:
+def _is_quarter_turn(s: MeasuredPair) -> bool:
     """Whether a label of another shape has as many pixels: a quarter turn, and hardly anything else."""
     return sum(s.histogram) == s.width * s.height
 
 
-def _turn(s: Seen) -> str:
+def _turn_text(s: MeasuredPair) -> str:
     if s.orientation >= 5:
         return f"; the photograph is stored on its side, and upright by its EXIF orientation {s.orientation}"
     return "; a quarter turn apart"
 
 
-def _void(split: str, part: str, seen: Sequence[Seen], *, placeholder: bool) -> list[Finding]:
+def _void(split: str, part: str, measured: Sequence[MeasuredPair], *, placeholder: bool) -> list[Finding]:
     where = f"{split} of {part}" if part else split
-    labelled = [s for s in seen if not _of_file(s, "unknown-id") and not _of_file(s, "unknown-color")]
+    labelled = [s for s in measured if not _problem_paths(s, "unknown-id") and not _problem_paths(s, "unknown-color")]
     void = tuple(s.pair.label for s in labelled if not any(s.histogram[:-1]))
     single = tuple(s.pair.label for s in labelled if sum(n > 0 for n in s.histogram[:-1]) == 1)
     findings = []
@@ -211,8 +217,8 @@ def _void(split: str, part: str, seen: Sequence[Seen], *, placeholder: bool) -> 
     return findings
 
 
-def _missing_classes(split: str, seen: Sequence[Seen], label_set: LabelSet) -> list[Finding]:
-    totals = [sum(column) for column in zip(*(s.histogram[:-1] for s in seen), strict=True)]
+def _missing_classes(split: str, measured: Sequence[MeasuredPair], label_set: LabelSet) -> list[Finding]:
+    totals = [sum(column) for column in zip(*(s.histogram[:-1] for s in measured), strict=True)]
     missing = [name for name, total in zip(label_set.names, totals, strict=False) if not total]
     if not missing or not any(totals):
         return []
@@ -262,7 +268,7 @@ def refusal(root: Path | str, findings: Sequence[Finding], report: Path | None =
     report: where all of them are shown, if anywhere.
     """
     errors = sorted((f for f in findings if f.severity == "error"), key=lambda f: f.code)
-    blocks = [f"  {f.code}: {f.message}\n{listed(f, '      ')}    to repair: {f.fix}" for f in errors]
+    blocks = [f"  {f.code}: {f.message}\n{format_files(f, '      ')}    to repair: {f.fix}" for f in errors]
     listing = "\n".join(blocks)  # ends the sentence, so what to do next stands in it and not in todo
     return DataError(
         f"{plural(len(errors), 'error')} in the data\n{listing}\nRepair them and run again; "
@@ -272,8 +278,8 @@ def refusal(root: Path | str, findings: Sequence[Finding], report: Path | None =
     )
 
 
-def listed(finding: Finding, indent: str) -> str:
-    lines = [f"{indent}{name}\n" for name in finding.files[:_SHOWN_FILES]]
-    if len(finding.files) > _SHOWN_FILES:
-        lines.append(f"{indent}and {len(finding.files) - _SHOWN_FILES:,} more\n")
+def format_files(finding: Finding, indent: str) -> str:
+    lines = [f"{indent}{name}\n" for name in finding.files[:_MAX_LISTED_FILES]]
+    if len(finding.files) > _MAX_LISTED_FILES:
+        lines.append(f"{indent}and {len(finding.files) - _MAX_LISTED_FILES:,} more\n")
     return "".join(lines)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.ingest.checks.findings import CODES, Finding, plural
-from roadseg.ingest.checks.interpolated_masks import BLENDED
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.checks.interpolated_masks import INTERPOLATED_SHARE
+from roadseg.ingest.measure import MeasuredPair
 from roadseg.labels import CITYSCAPES, IGNORE, LabelSet
 
-_SHOWN_IDS = 12
+_MAX_LISTED_IDS = 12
 _FIRST_INSTANCE_ID = 1000  # class x 1000 + number, as Cityscapes and BDD write them
 _CITYSCAPES_USUAL = frozenset((7, 11, 21, 23, 26))  # road, building, vegetation, sky, car: in nearly every frame
 _MANY_IDS = 8  # so many different ids, none above the train ids, are no chance
@@ -24,15 +24,15 @@ _MORE_COLORS = re.compile(r"and ([\d,]+) more colours")
 _STRAY_COLORS = 50  # of one label; JPEG makes hundreds
 
 
-def causes(seen: Sequence[Seen], form: MaskForm) -> dict[str, str]:
+def causes(measured: Sequence[MeasuredPair], form: MaskForm) -> dict[str, str]:
     """By label path, the code of what is wrong with its values; labels with nothing wrong are left out.
 
     seen: the pairs of one split and one part, whose masks are of `form`.
     """
-    found = {s.pair.label: code for s in seen if (code := _cause(s, form))}
+    found = {s.pair.label: code for s in measured if (code := _cause(s, form))}
     if form.kind != "ids":
         return found
-    rest = [s for s in seen if s.id_pixels and s.pair.label not in found]
+    rest = [s for s in measured if s.id_pixels and s.pair.label not in found]
     ids = frozenset[int]().union(*(_ids(s) for s in rest))
     low = _mostly_above_train_ids(form.label_set) and _only_train_ids(ids, form.label_set)
     if low and len(ids - {IGNORE}) >= _MANY_IDS:
@@ -48,11 +48,11 @@ def causes(seen: Sequence[Seen], form: MaskForm) -> dict[str, str]:
     return found
 
 
-def _ids(s: Seen) -> frozenset[int]:
+def _ids(s: MeasuredPair) -> frozenset[int]:
     return frozenset(i for i, _ in s.id_pixels)
 
 
-def _swapped(s: Seen) -> bool:
+def _swapped(s: MeasuredPair) -> bool:
     return any(code == "swapped" for code, _, _ in s.problems)
 
 
@@ -60,29 +60,29 @@ def _learned(id_: int, form: MaskForm) -> bool:
     return any(c.id == id_ and c.train_id != IGNORE for c in form.label_set.classes)
 
 
-def _cause(s: Seen, form: MaskForm) -> str:
-    told = {code: text for code, path, text in s.problems if path == s.pair.label}
+def _cause(s: MeasuredPair, form: MaskForm) -> str:
+    problems = {code: text for code, path, text in s.problems if path == s.pair.label}
     if _swapped(s) or form.kind not in ("ids", "colors"):
         return ""
-    if "unreadable-label" in told:
+    if "unreadable-label" in problems:
         if form.kind != "ids":
             return ""
-        if told["unreadable-label"].startswith("a mask saved as jpeg"):
+        if problems["unreadable-label"].startswith("a mask saved as jpeg"):
             return "interpolated-mask"
-        return "color-mask" if told["unreadable-label"].startswith("a mask of RGB") else ""
-    if s.blends > BLENDED:
+        return "color-mask" if problems["unreadable-label"].startswith("a mask of RGB") else ""
+    if s.interpolated > INTERPOLATED_SHARE:
         return "interpolated-mask"
     if form.kind == "ids":
         return _cause_of_ids(s, form.label_set)
-    if "unknown-color" not in told:
+    if "unknown-color" not in problems:
         return ""
     if s.mask_mode in ("grey", "grey16", "palette"):
         return "id-mask"
-    more = _MORE_COLORS.search(told["unknown-color"])
+    more = _MORE_COLORS.search(problems["unknown-color"])
     return "interpolated-mask" if more and int(more.group(1).replace(",", "")) > _STRAY_COLORS else ""
 
 
-def _cause_of_ids(s: Seen, label_set: LabelSet) -> str:
+def _cause_of_ids(s: MeasuredPair, label_set: LabelSet) -> str:
     ids, pixels = _ids(s), dict(s.id_pixels)
     unknown = ids - label_set.known_ids
     if _train_ids(ids, pixels, label_set):
@@ -128,25 +128,25 @@ def _only_train_ids(ids: frozenset[int], label_set: LabelSet) -> bool:
 
 
 def value_findings(
-    where: str, split: str, seen: Sequence[Seen], form: MaskForm
+    where: str, split: str, measured: Sequence[MeasuredPair], form: MaskForm
 ) -> tuple[list[Finding], dict[str, str]]:
     """Findings about the values of one split and part, called `where` in the messages; and `causes`.
 
     What reading found with those labels is explained by their cause and needs no other finding.
     """
-    cause = causes(seen, form)
-    by_label = {s.pair.label: s for s in seen}
+    cause = causes(measured, form)
+    by_label = {s.pair.label: s for s in measured}
     findings = []
     for code in sorted(set(cause.values())):
         labels = sorted(label for label, c in cause.items() if c == code)
         entries = tuple(f"{label}: {_described(by_label[label])}" for label in labels)
-        everyone = "all " if len(labels) == len(seen) > 1 else ""
-        says = _SAYS[code](form.label_set)
+        everyone = "all " if len(labels) == len(measured) > 1 else ""
+        says = _MESSAGES[code](form.label_set)
         says = says.replace("hold ", "holds ", 1) if len(labels) == 1 and says.startswith("hold ") else says
         message = f"{everyone}{plural(len(labels), 'label')} of {where} {says}"
         fix = _FIXES[code](form.label_set)
         findings.append(Finding(code, CODES[code].severity, split, entries, len(entries), message, fix))
-    rest = [s for s in seen if s.id_pixels and s.pair.label not in cause and not _swapped(s)]
+    rest = [s for s in measured if s.id_pixels and s.pair.label not in cause and not _swapped(s)]
     for code, what, fix in (
         ("unknown-id", "ids", _unknown_fix(rest, form.label_set)),
         ("unknown-color", "colours", _color_fix(form.label_set)),
@@ -155,22 +155,24 @@ def value_findings(
         if entries:
             message = f"{plural(len(entries), 'label')} of {where} with {what} that the label set lacks"
             findings.append(Finding(code, CODES[code].severity, split, entries, len(entries), message, fix))
-    return findings + _mixed_masks(where, split, seen, form), cause
+    return findings + _mixed_masks(where, split, measured, form), cause
 
 
-def _described(s: Seen) -> str:
+def _described(s: MeasuredPair) -> str:
     for code, path, text in s.problems:
         if path == s.pair.label and code in ("unreadable-label", "unknown-color"):
             return text
-    shown = ", ".join(str(i) for i in sorted(_ids(s))[:_SHOWN_IDS])
-    return f"ids {shown}" + (f" and {len(s.id_pixels) - _SHOWN_IDS} more" if len(s.id_pixels) > _SHOWN_IDS else "")
+    listing = ", ".join(str(i) for i in sorted(_ids(s))[:_MAX_LISTED_IDS])
+    return f"ids {listing}" + (
+        f" and {len(s.id_pixels) - _MAX_LISTED_IDS} more" if len(s.id_pixels) > _MAX_LISTED_IDS else ""
+    )
 
 
 def _train_count(label_set: LabelSet) -> int:
     return max(c.train_id for c in label_set.classes if c.train_id != IGNORE) + 1
 
 
-_SAYS: dict[str, Callable[[LabelSet], str]] = {
+_MESSAGES: dict[str, Callable[[LabelSet], str]] = {
     "train-ids": lambda s: f"hold only 0..{_train_count(s) - 1} and 255: they are train ids",
     "label-ids": lambda s: f"hold ids as Cityscapes' labelIds do, where {s.name} has 0..{_train_count(s) - 1}",
     "instance-ids": lambda s: "hold ids from 1000: they are instance ids (class x 1000 + number)",
@@ -214,25 +216,25 @@ _FIXES: dict[str, Callable[[LabelSet], str]] = {
 }
 
 
-def _unknown_fix(seen: Sequence[Seen], label_set: LabelSet) -> str:
-    unknown = {i for s in seen for i in _ids(s)} - label_set.known_ids
+def _unknown_fix(measured: Sequence[MeasuredPair], label_set: LabelSet) -> str:
+    unknown = {i for s in measured for i in _ids(s)} - label_set.known_ids
     known = sorted(i for i in label_set.known_ids if i >= 0)
     span = f"{known[0]}..{known[-1]}" if known == list(range(known[0], known[-1] + 1)) else ", ".join(map(str, known))
     text = f"{label_set.name} has the ids {span}; repair the masks, or declare the ids (data.source folder, data.labels"
     text += "; 255 mostly marks void: `ignore: [255]`)" if IGNORE in unknown else ")"
-    if any(s.mask_mode == "palette" and _ids(s) - label_set.known_ids for s in seen):
+    if any(s.mask_mode == "palette" and _ids(s) - label_set.known_ids for s in measured):
         text += "; of a palette the indexes are taken: where its colours are the classes, `masks: colors`"
     return text
 
 
 def _color_fix(label_set: LabelSet) -> str:
-    shown = ", ".join(f"{c.name} #{bytes(c.color).hex()}" for c in label_set.classes[:4])
-    return f"the colours of {label_set.name} are {shown}, ...; repair the masks, or declare the colours (data.labels)"
+    listing = ", ".join(f"{c.name} #{bytes(c.color).hex()}" for c in label_set.classes[:4])
+    return f"the colours of {label_set.name} are {listing}, ...; repair the masks, or declare the colours (data.labels)"
 
 
-def _mixed_masks(where: str, split: str, seen: Sequence[Seen], form: MaskForm) -> list[Finding]:
+def _mixed_masks(where: str, split: str, measured: Sequence[MeasuredPair], form: MaskForm) -> list[Finding]:
     """Palette masks among grey ones: made by another program, which may have numbered the palette anew."""
-    kinds = {s.pair.label: "palette" if s.mask_mode == "palette" else "grey" for s in seen if s.id_pixels}
+    kinds = {s.pair.label: "palette" if s.mask_mode == "palette" else "grey" for s in measured if s.id_pixels}
     counts = Counter(kinds.values())
     if form.kind != "ids" or len(counts) < 2:
         return []

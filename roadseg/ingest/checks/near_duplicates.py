@@ -11,7 +11,7 @@ import numpy as np
 
 from roadseg.ingest.checks.findings import Finding, plural
 from roadseg.ingest.image_stats import DESCRIPTOR_PX, DESCRIPTOR_ZERO
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources.pairs import split_order
 from roadseg.progress import progress
 
@@ -41,15 +41,15 @@ class NearPair:
     similarity: float
 
     @property
-    def one_drive(self) -> bool:
+    def same_sequence(self) -> bool:
         """Known to be of one sequence, where neighbours are bound to look alike."""
         return self.sequence_a == self.sequence_b != ""
 
 
-def duplicates(seen: Sequence[Seen], near: Sequence[NearPair] | None = None) -> list[Finding]:
+def duplicates(measured: Sequence[MeasuredPair], near: Sequence[NearPair] | None = None) -> list[Finding]:
     """What is there twice, within and across splits. near: what `near_pairs(seen)` gave, if it is there already."""
-    readable = [s for s in seen if s.pixels_digest]
-    pairs = near_pairs(seen) if near is None else near
+    readable = [s for s in measured if s.pixels_digest]
+    pairs = near_pairs(measured) if near is None else near
     splits = split_order({s.pair.split for s in readable})
     groups = _copies(readable)
     findings = list(_contradicting(groups))
@@ -63,14 +63,14 @@ def duplicates(seen: Sequence[Seen], near: Sequence[NearPair] | None = None) -> 
     return findings
 
 
-def _copies(seen: Iterable[Seen]) -> list[list[Seen]]:
-    groups: dict[str, list[Seen]] = {}
-    for one in sorted(seen, key=lambda s: s.pair.image):
+def _copies(measured: Iterable[MeasuredPair]) -> list[list[MeasuredPair]]:
+    groups: dict[str, list[MeasuredPair]] = {}
+    for one in sorted(measured, key=lambda s: s.pair.image):
         groups.setdefault(one.pixels_digest, []).append(one)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _contradicting(groups: Sequence[Sequence[Seen]]) -> Iterator[Finding]:
+def _contradicting(groups: Sequence[Sequence[MeasuredPair]]) -> Iterator[Finding]:
     entries = []
     for group in groups:
         # What the label says, and not its bytes: the same mask may be packed in two ways.
@@ -84,7 +84,7 @@ def _contradicting(groups: Sequence[Sequence[Seen]]) -> Iterator[Finding]:
         yield Finding("contradicting-labels", "error", "", tuple(entries), len(entries), message, fix)
 
 
-def _copied_inside(split: str, groups: Sequence[Sequence[Seen]]) -> Iterator[Finding]:
+def _copied_inside(split: str, groups: Sequence[Sequence[MeasuredPair]]) -> Iterator[Finding]:
     of_split = [[s.pair.image for s in group if s.pair.split == split] for group in groups]
     entries = tuple(sorted(" = ".join(paths) for paths in of_split if len(paths) > 1))
     if entries:
@@ -93,7 +93,7 @@ def _copied_inside(split: str, groups: Sequence[Sequence[Seen]]) -> Iterator[Fin
         yield Finding("duplicate-in-split", "warning", split, entries, len(entries), message, fix)
 
 
-def _copied_across(a: str, b: str, groups: Sequence[Sequence[Seen]]) -> Iterator[Finding]:
+def _copied_across(a: str, b: str, groups: Sequence[Sequence[MeasuredPair]]) -> Iterator[Finding]:
     entries = []
     for group in groups:
         first = next((s.pair for s in group if s.pair.split == a), None)
@@ -115,21 +115,21 @@ def _alike_across(a: str, b: str, pairs: Sequence[NearPair]) -> Iterator[Finding
             best.setdefault(pair.image_b, pair)
     if best:
         entries = tuple(_entry(best[image], swapped=True) for image in sorted(best))
-        look = "looks" if len(best) == 1 else "look"
-        shared = sum(p.one_drive for p in best.values())
+        verb = "looks" if len(best) == 1 else "look"
+        shared = sum(p.same_sequence for p in best.values())
         drives = f"; {shared:,} of them like one of the same sequence" if shared else ""
-        message = f"{plural(len(best), 'image')} of {b} that {look} almost like one of {a}{drives}"
+        message = f"{plural(len(best), 'image')} of {b} that {verb} almost like one of {a}{drives}"
         fix = (
             f"look at some; a score on {b} flatters if they show the same scene. Holding out whole sequences avoids it"
         )
         yield Finding("near-duplicate", "warning", f"{a} and {b}", entries, len(best), message, fix)
 
 
-def _alike_inside(split: str, seen: Sequence[Seen], pairs: Sequence[NearPair]) -> Iterator[Finding]:
+def _alike_inside(split: str, measured: Sequence[MeasuredPair], pairs: Sequence[NearPair]) -> Iterator[Finding]:
     near = [p for p in pairs if not p.exact]
     if not near:
         return
-    inside, between = [p for p in near if p.one_drive], [p for p in near if not p.one_drive]
+    inside, between = [p for p in near if p.same_sequence], [p for p in near if not p.same_sequence]
     alike = {image for p in near for image in (p.image_a, p.image_b)}
     of_other = {image for p in between for image in (p.image_a, p.image_b)}
     if not of_other:
@@ -138,20 +138,20 @@ def _alike_inside(split: str, seen: Sequence[Seen], pairs: Sequence[NearPair]) -
         where = "their sequences are not known"
     else:
         where = f"{len(alike - of_other):,} only within their own sequence, {len(of_other):,} also like one of another"
-    message = f"{len(alike):,} of {plural(len(seen), 'image')} of {split} look almost like another: {where}"
+    message = f"{len(alike):,} of {plural(len(measured), 'image')} of {split} look almost like another: {where}"
     fix = "nothing for neighbours of one drive; frames of different sequences that show one scene count twice"
-    entries = (*(_entry(p) for p in between), *_by_sequence(seen, inside))
+    entries = (*(_entry(p) for p in between), *_by_sequence(measured, inside))
     yield Finding("near-duplicate-in-split", "warning", split, entries, len(alike), message, fix)
 
 
-def _by_sequence(seen: Sequence[Seen], pairs: Sequence[NearPair]) -> Iterator[str]:
+def _by_sequence(measured: Sequence[MeasuredPair], pairs: Sequence[NearPair]) -> Iterator[str]:
     """One entry a sequence: its most similar pair, and how many of its frames look like another of it."""
     groups: dict[str, list[NearPair]] = {}
     for pair in pairs:
         groups.setdefault(pair.sequence_a, []).append(pair)
     for sequence, of_it in sorted(groups.items()):
         alike = len({image for p in of_it for image in (p.image_a, p.image_b)})
-        total = sum(s.pair.sequence == sequence for s in seen)
+        total = sum(s.pair.sequence == sequence for s in measured)
         yield f"{_entry(of_it[0])}; {alike:,} of the {total:,} images of {sequence} look almost like another of it"
 
 
@@ -167,14 +167,14 @@ def _sequences(a: str, b: str) -> str:
     return f" (both of sequence {a})" if a == b else f" (sequences {a or 'not known'} and {b or 'not known'})"
 
 
-def near_pairs(seen: Sequence[Seen]) -> list[NearPair]:
+def near_pairs(measured: Sequence[MeasuredPair]) -> list[NearPair]:
     """Pairs of images that are the same or nearly the same, the most similar first.
 
     Of every image its best match of each other split, and of its own split the best of its own sequence
     and of the others: so a few pairs an image, however often a scene was filmed. Exact copies come as
     pairs with the first of them. Flat pictures (all black) are like nothing.
     """
-    readable = sorted((s for s in seen if s.pixels_digest and s.look), key=lambda s: s.pair.image)
+    readable = sorted((s for s in measured if s.pixels_digest and s.stats), key=lambda s: s.pair.image)
     order = {split: k for k, split in enumerate(split_order({s.pair.split for s in readable}))}
     found: dict[tuple[int, int], float] = {}
     for i, j, similarity in _nearest(readable, order):
@@ -187,21 +187,21 @@ def near_pairs(seen: Sequence[Seen]) -> list[NearPair]:
     return sorted(pairs, key=lambda p: (-p.similarity, not p.exact, p.image_a, p.image_b))
 
 
-def _near_pair(a: Seen, b: Seen, similarity: float, *, exact: bool = False) -> NearPair:
+def _near_pair(a: MeasuredPair, b: MeasuredPair, similarity: float, *, exact: bool = False) -> NearPair:
     p, q = a.pair, b.pair
     return NearPair(p.image, q.image, p.split, q.split, p.sequence, q.sequence, exact, similarity)
 
 
-def _nearest(seen: Sequence[Seen], order: dict[str, int]) -> Iterator[tuple[int, int, float]]:
+def _nearest(measured: Sequence[MeasuredPair], order: dict[str, int]) -> Iterator[tuple[int, int, float]]:
     """(i, j, similarity): for every frame i the best j of each kind, if it is NEAR; equal pixels left out."""
-    descriptors = np.frombuffer(b"".join(s.look.descriptor for s in seen if s.look), np.uint8)
-    pixels = _numbered(s.pixels_digest for s in seen)
-    sequence = _numbered(s.pair.sequence or str(k) for k, s in enumerate(seen))
-    split = np.array([order[s.pair.split] for s in seen], np.int64)
+    descriptors = np.frombuffer(b"".join(s.stats.descriptor for s in measured if s.stats), np.uint8)
+    pixels = _numbered(s.pixels_digest for s in measured)
+    sequence = _numbered(s.pair.sequence or str(k) for k, s in enumerate(measured))
+    split = np.array([order[s.pair.split] for s in measured], np.int64)
     # The kind of match j is to i: of which split, and of one drive or not. Across splits that is one kind.
     kinds = 2 * len(order)
-    best = np.zeros((len(seen), kinds), np.float32)
-    match = np.full((len(seen), kinds), -1, np.int64)
+    best = np.zeros((len(measured), kinds), np.float32)
+    match = np.full((len(measured), kinds), -1, np.int64)
 
     def keep(i: np.ndarray, j: np.ndarray, similarity: np.ndarray) -> None:
         kind = 2 * split[j] + ((split[i] == split[j]) & (sequence[i] != sequence[j]))

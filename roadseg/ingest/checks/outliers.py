@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from roadseg.ingest.checks.findings import Finding, plural
-from roadseg.ingest.image_stats import Look
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.image_stats import ImageStats
+from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources.pairs import split_order
 from roadseg.labels import LabelSet
 
@@ -29,18 +29,18 @@ GREY = 0.3  # of 255: channels no further apart
 _NO_LIGHT = 8.0  # of 255: added to a luma before its logarithm; colours of darker pictures say nothing
 DRIFT = 0.25  # PSI; by the rule of thumb of credit scoring 0.1..0.25 is a moderate shift, above it a large one
 _SMALLEST_SHARE = 1e-4  # stands for a class that a split lacks
-_SHOWN_CLASSES = 5
+_MAX_LISTED_CLASSES = 5
 
 
-def outliers(seen: Sequence[Seen]) -> list[Finding]:
+def outliers(measured: Sequence[MeasuredPair]) -> list[Finding]:
     """Warnings of images too dark, too bright, blurred, of odd colour or size, and stored on their side.
 
     "Too" is relative to the images of the same split and part, of which there have to be `FEWEST`; only
     black and white pictures and EXIF orientation are told of any.
     """
     findings: list[Finding] = []
-    for split in split_order({s.pair.split for s in seen}):
-        of_split = sorted((s for s in seen if s.pair.split == split and s.look), key=lambda s: s.pair.image)
+    for split in split_order({s.pair.split for s in measured}):
+        of_split = sorted((s for s in measured if s.pair.split == split and s.stats), key=lambda s: s.pair.image)
         parts = [[s for s in of_split if s.pair.part == part] for part in sorted({s.pair.part for s in of_split})]
         for code, find, what, fix in _KINDS:
             entries = tuple(f"{s.pair.image}: {text}" for part in parts for s, text in find(part))
@@ -50,7 +50,7 @@ def outliers(seen: Sequence[Seen]) -> list[Finding]:
     return findings
 
 
-Odd = Iterator[tuple[Seen, str]]
+Outliers = Iterator[tuple[MeasuredPair, str]]
 
 
 def _deviation(values: Sequence[float], least: float) -> np.ndarray:
@@ -69,42 +69,46 @@ def _deviation(values: Sequence[float], least: float) -> np.ndarray:
     return deviation
 
 
-def _dark(seen: Sequence[Seen]) -> Odd:
-    return _exposed(seen, [_look(s).dark for s in seen], ALL_BLACK, "black", lambda luma: luma)
+def _dark(measured: Sequence[MeasuredPair]) -> Outliers:
+    return _exposed(measured, [_stats(s).dark for s in measured], ALL_BLACK, "black", lambda luma: luma)
 
 
-def _bright(seen: Sequence[Seen]) -> Odd:
-    return _exposed(seen, [_look(s).bright for s in seen], ALL_WHITE, "white", lambda luma: 255 - luma)
+def _bright(measured: Sequence[MeasuredPair]) -> Outliers:
+    return _exposed(measured, [_stats(s).bright for s in measured], ALL_WHITE, "white", lambda luma: 255 - luma)
 
 
 def _exposed(
-    seen: Sequence[Seen], shares: Sequence[float], most: float, extreme: str, left: Callable[[float], float]
-) -> Odd:
+    measured: Sequence[MeasuredPair], shares: Sequence[float], most: float, extreme: str, left: Callable[[float], float]
+) -> Outliers:
     """Logarithms, since exposure multiplies: a tenth of the light is far off also where clouds and sun vary."""
-    luma = [_look(s).luma for s in seen]
+    luma = [_stats(s).luma for s in measured]
     deviation = _deviation([math.log(left(v) + _NO_LIGHT) for v in luma], EXPOSURE_OFF)
-    for s, value, share, off in zip(seen, luma, shares, deviation, strict=True):
+    for s, value, share, off in zip(measured, luma, shares, deviation, strict=True):
         if share >= most:
             yield s, f"{100 * share:.0f} % of it {extreme}"
         elif off < 0:
             yield s, f"mean luma {value:.0f} of 255, where {float(np.median(luma)):.0f} is usual"
 
 
-def _blurred(seen: Sequence[Seen]) -> Odd:
-    sharp = [s for s in seen if _look(s).sharpness > 0]  # flat pictures have none and are told of as dark or bright
-    logs = [math.log(_look(s).sharpness) for s in sharp]
+def _blurred(measured: Sequence[MeasuredPair]) -> Outliers:
+    sharp = [
+        s for s in measured if _stats(s).sharpness > 0
+    ]  # flat pictures have none and are told of as dark or bright
+    logs = [math.log(_stats(s).sharpness) for s in sharp]
     for s, deviation in zip(sharp, _deviation(logs, SHARPNESS_OFF), strict=True):
         if deviation < 0:
-            yield s, f"sharpness {_look(s).sharpness:.2f}, where {math.exp(float(np.median(logs))):.2f} is usual"
+            yield s, f"sharpness {_stats(s).sharpness:.2f}, where {math.exp(float(np.median(logs))):.2f} is usual"
 
 
-def _colour(seen: Sequence[Seen]) -> Odd:
-    seen = [s for s in seen if _look(s).luma > 2 * _NO_LIGHT and max(_look(s).std_rgb) > GREY]
-    grey = [_is_grey(s) for s in seen]
-    if len(seen) >= FEWEST and sum(grey) <= len(seen) / 2:
-        yield from ((s, "a grey image among coloured ones") for s, is_grey in zip(seen, grey, strict=True) if is_grey)
-    coloured = [s for s, is_grey in zip(seen, grey, strict=True) if not is_grey]
-    casts = [[math.log((_look(s).mean_rgb[c] + 1) / (_look(s).mean_rgb[1] + 1)) for s in coloured] for c in (0, 2)]
+def _colour(measured: Sequence[MeasuredPair]) -> Outliers:
+    measured = [s for s in measured if _stats(s).luma > 2 * _NO_LIGHT and max(_stats(s).std_rgb) > GREY]
+    grey = [_is_grey(s) for s in measured]
+    if len(measured) >= FEWEST and sum(grey) <= len(measured) / 2:
+        yield from (
+            (s, "a grey image among coloured ones") for s, is_grey in zip(measured, grey, strict=True) if is_grey
+        )
+    coloured = [s for s, is_grey in zip(measured, grey, strict=True) if not is_grey]
+    casts = [[math.log((_stats(s).mean_rgb[c] + 1) / (_stats(s).mean_rgb[1] + 1)) for s in coloured] for c in (0, 2)]
     odd = np.any([_deviation(cast, CAST_OFF) != 0 for cast in casts], axis=0)
     middle = [math.exp(float(np.median(cast))) if cast else 1.0 for cast in casts]
     for k in np.flatnonzero(odd).tolist():
@@ -113,36 +117,36 @@ def _colour(seen: Sequence[Seen]) -> Odd:
         yield coloured[k], f"red {red:.2f} and blue {blue:.2f} times its green, {usual}"
 
 
-def _is_grey(s: Seen) -> bool:
-    look = _look(s)
-    return all(max(v) - min(v) <= GREY for v in (look.mean_rgb, look.std_rgb))
+def _is_grey(s: MeasuredPair) -> bool:
+    stats = _stats(s)
+    return all(max(v) - min(v) <= GREY for v in (stats.mean_rgb, stats.std_rgb))
 
 
-def _size(seen: Sequence[Seen]) -> Odd:
+def _size(measured: Sequence[MeasuredPair]) -> Outliers:
     """Sizes that few have where nearly all have one; else, as phones and crops come in many, odd aspects."""
-    if len(seen) < FEWEST:
+    if len(measured) < FEWEST:
         return
-    (width, height), common = Counter((s.width, s.height) for s in seen).most_common(1)[0]
-    if common >= COMMON_SIZE * len(seen):
-        for s in seen:
+    (width, height), common = Counter((s.width, s.height) for s in measured).most_common(1)[0]
+    if common >= COMMON_SIZE * len(measured):
+        for s in measured:
             if (s.width, s.height) != (width, height):
                 yield s, f"{s.width}x{s.height}, where {width}x{height} is usual"
         return
-    aspects = [math.log(s.width / s.height) for s in seen]
-    for s, deviation in zip(seen, _deviation(aspects, ASPECT_OFF), strict=True):
+    aspects = [math.log(s.width / s.height) for s in measured]
+    for s, deviation in zip(measured, _deviation(aspects, ASPECT_OFF), strict=True):
         if deviation:
             yield s, f"{s.width}x{s.height}: of another shape than nearly all others"
 
 
-def _rotated(seen: Sequence[Seen]) -> Odd:
-    for s in seen:
+def _rotated(measured: Sequence[MeasuredPair]) -> Outliers:
+    for s in measured:
         if s.orientation != 1:
             yield s, f"EXIF orientation {s.orientation}"
 
 
-def _look(s: Seen) -> Look:
-    assert s.look is not None
-    return s.look
+def _stats(s: MeasuredPair) -> ImageStats:
+    assert s.stats is not None
+    return s.stats
 
 
 _KINDS = (
@@ -173,14 +177,16 @@ _KINDS = (
 )  # fmt: skip
 
 
-def histogram_drift(seen: Sequence[Seen], label_set: LabelSet) -> list[Finding]:
+def histogram_drift(measured: Sequence[MeasuredPair], label_set: LabelSet) -> list[Finding]:
     """A warning for each split whose class shares differ from the first split's (train's) by a PSI above `DRIFT`.
 
     Void is left out. Splits of fewer than `FEWEST` labelled images are not compared: their shares are chance.
     """
     pixels: dict[str, np.ndarray] = {}
-    for split in split_order({s.pair.split for s in seen}):
-        rows = [s.histogram[: label_set.num_classes] for s in seen if s.pair.split == split and any(s.histogram[:-1])]
+    for split in split_order({s.pair.split for s in measured}):
+        rows = [
+            s.histogram[: label_set.num_classes] for s in measured if s.pair.split == split and any(s.histogram[:-1])
+        ]
         if len(rows) >= FEWEST:
             pixels[split] = np.sum(np.array(rows, np.float64), axis=0)
     first, *others = pixels or [""]
@@ -189,7 +195,7 @@ def histogram_drift(seen: Sequence[Seen], label_set: LabelSet) -> list[Finding]:
         terms = psi(pixels[first], pixels[split])
         if terms.sum() > DRIFT:
             shares = {s: 100 * pixels[s] / pixels[s].sum() for s in (first, split)}
-            order = np.argsort(-terms, kind="stable")[:_SHOWN_CLASSES].tolist()
+            order = np.argsort(-terms, kind="stable")[:_MAX_LISTED_CLASSES].tolist()
             names = [
                 f"{label_set.names[k]} {shares[first][k]:.2g} % and {shares[split][k]:.2g} %"
                 for k in order

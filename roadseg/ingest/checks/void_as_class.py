@@ -14,7 +14,7 @@ import numpy as np
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.ingest.checks.findings import Finding, plural
-from roadseg.ingest.measure import PLACES_HIGH, PLACES_WIDE, Seen
+from roadseg.ingest.measure import GRID_COLUMNS, GRID_ROWS, MeasuredPair
 from roadseg.labels import IGNORE, LabelClass
 
 _ALWAYS, _NO_BAND = 0.99, 0.6  # share of labels that hold 0 in every cell of a band, and in some cell beside it
@@ -26,16 +26,16 @@ _GROUND = frozenset(("flat", "ground", "terrain", "grass", "pavement", "floor"))
 _ROAD = frozenset(("road", "roads", "street", "lane", "lanes", "roadway", "carriageway", "drivable", "asphalt"))
 
 
-def void_as_class(where: str, split: str, seen: Sequence[Seen], form: MaskForm) -> list[Finding]:
+def void_as_class(where: str, split: str, measured: Sequence[MeasuredPair], form: MaskForm) -> list[Finding]:
     """At most one warning for one split and part, called `where` in its message.
 
     No false one on CamVid, four Cityscapes frames and 500 of the town (benchmarks/planted_faults.py).
     """
     zero = _class_of_zero(form)
-    labelled = [s for s in seen if s.places]
+    labelled = [s for s in measured if s.places]
     if zero is None or not labelled:
         return []
-    places = np.frombuffer(b"".join(s.places for s in labelled), np.uint8).reshape(-1, PLACES_HIGH, PLACES_WIDE)
+    places = np.frombuffer(b"".join(s.places for s in labelled), np.uint8).reshape(-1, GRID_ROWS, GRID_COLUMNS)
     zeros_NHW = places == zero.train_id
     sides = _bands(zeros_NHW, zero)
     strange = [] if sides else _out_of_place(zeros_NHW, labelled, zero)
@@ -81,7 +81,7 @@ def _bands(zeros_NHW: np.ndarray, zero: LabelClass) -> list[str]:
     return found
 
 
-def _out_of_place(zeros_NHW: np.ndarray, seen: Sequence[Seen], zero: LabelClass) -> list[str]:
+def _out_of_place(zeros_NHW: np.ndarray, measured: Sequence[MeasuredPair], zero: LabelClass) -> list[str]:
     if "sky" in _words(zero):
         zone = zeros_NHW[:, -_SKYLESS:]
     elif _words(zero) & _ROAD:
@@ -91,10 +91,10 @@ def _out_of_place(zeros_NHW: np.ndarray, seen: Sequence[Seen], zero: LabelClass)
     cells = zone.sum(axis=(1, 2))
     found = [
         f"{s.pair.label}: {n} of {zone[0].size} places"
-        for s, n in zip(seen, cells.tolist(), strict=True)
+        for s, n in zip(measured, cells.tolist(), strict=True)
         if n >= _FEWEST_CELLS and not s.histogram[-1]
     ]
-    return found if len(found) >= max(_FEWEST, _SHARE * len(seen)) else []
+    return found if len(found) >= max(_FEWEST, _SHARE * len(measured)) else []
 
 
 def _words(c: LabelClass) -> frozenset[str]:

@@ -8,13 +8,20 @@ from dataclasses import dataclass
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.ingest.checks.findings import Finding
-from roadseg.ingest.measure import Seen
-from roadseg.ingest.report.thumbnails import Wanted
+from roadseg.ingest.measure import MeasuredPair
+from roadseg.ingest.report.thumbnails import ThumbnailFile
 from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES
 
-_OF_AN_ERROR, _OF_A_WARNING = 6, 3  # frames
-_OF_ALL = 48
-_ELSEWHERE = {"near-duplicate", "near-duplicate-in-split", "duplicate-in-split", "too-dark", "too-bright", "blurred"}
+_MAX_FRAMES_ERROR, _MAX_FRAMES_WARNING = 6, 3  # frames
+_MAX_FRAMES = 48
+_SHOWN_ELSEWHERE = {
+    "near-duplicate",
+    "near-duplicate-in-split",
+    "duplicate-in-split",
+    "too-dark",
+    "too-bright",
+    "blurred",
+}
 _SAME = re.compile(r" = | ~ ")  # what stands between the paths of an entry
 _BETWEEN = re.compile(r": | = | ~ | \(")  # and before what is said of them
 
@@ -34,34 +41,34 @@ class Frame:
     codes: tuple[str, ...] = ()
 
     @property
-    def image_file(self) -> Wanted | None:
-        return Wanted(self.image) if self.image else None
+    def image_file(self) -> ThumbnailFile | None:
+        return ThumbnailFile(self.image) if self.image else None
 
     @property
-    def label_file(self) -> Wanted | None:
-        return Wanted(self.label, self.part) if self.label else None
+    def label_file(self) -> ThumbnailFile | None:
+        return ThumbnailFile(self.label, self.part) if self.label else None
 
     @property
-    def wanted(self) -> list[Wanted]:
+    def wanted(self) -> list[ThumbnailFile]:
         return [w for w in (self.image_file, self.label_file) if w]
 
 
-def frame_of(s: Seen, note: str = "", *, with_label: bool = True, codes: tuple[str, ...] = ()) -> Frame:
+def frame_of(s: MeasuredPair, note: str = "", *, with_label: bool = True, codes: tuple[str, ...] = ()) -> Frame:
     p = s.pair
     return Frame(p.name, p.image, p.label if with_label else "", p.part, note, codes)
 
 
-def index(seen: Sequence[Seen]) -> dict[str, Seen]:
+def index(measured: Sequence[MeasuredPair]) -> dict[str, MeasuredPair]:
     """Pairs by the paths of their files; a file of several (COCO) has its first."""
-    by_path: dict[str, Seen] = {}
-    for s in seen:
+    by_path: dict[str, MeasuredPair] = {}
+    for s in measured:
         for path in (s.pair.image, s.pair.label, s.pair.instances):
             if path:
                 by_path.setdefault(path, s)
     return by_path
 
 
-def paths_of(entry: str, by_path: Mapping[str, Seen]) -> list[str]:
+def paths_of(entry: str, by_path: Mapping[str, MeasuredPair]) -> list[str]:
     """The paths that an entry of Finding.files names: files of pairs, or else what stands before ": ".
 
     A name may hold the separators itself, so the longest beginning that is a pair's file is taken first.
@@ -73,15 +80,15 @@ def paths_of(entry: str, by_path: Mapping[str, Seen]) -> list[str]:
     return _SAME.split(entry.partition(": ")[0])
 
 
-def files_behind(
-    findings: Sequence[Finding], by_path: Mapping[str, Seen], forms: Mapping[str, MaskForm]
+def example_groups(
+    findings: Sequence[Finding], by_path: Mapping[str, MeasuredPair], forms: Mapping[str, MaskForm]
 ) -> list[tuple[Finding, list[Frame], int]]:
     """(finding, frames to show, how many entries more it has) of the findings that name pictures, in their order."""
-    concerned = [f for f in findings if f.files and not (f.severity == "warning" and f.code in _ELSEWHERE)]
-    share = max(1, _OF_ALL // max(1, len(concerned)))
+    concerned = [f for f in findings if f.files and not (f.severity == "warning" and f.code in _SHOWN_ELSEWHERE)]
+    share = max(1, _MAX_FRAMES // max(1, len(concerned)))
     groups = []
     for f in concerned:
-        most = min(share, _OF_AN_ERROR if f.severity == "error" else _OF_A_WARNING)
+        most = min(share, _MAX_FRAMES_ERROR if f.severity == "error" else _MAX_FRAMES_WARNING)
         frames: dict[str, Frame] = {}
         taken = 0
         for entry in f.files:
@@ -95,7 +102,7 @@ def files_behind(
     return groups
 
 
-def _frames(f: Finding, entry: str, by_path: Mapping[str, Seen], forms: Mapping[str, MaskForm]) -> list[Frame]:
+def _frames(f: Finding, entry: str, by_path: Mapping[str, MeasuredPair], forms: Mapping[str, MaskForm]) -> list[Frame]:
     """None for an entry that names a sequence or a city."""
     paths = paths_of(entry, by_path)[:2]
     if paths[0] in by_path:

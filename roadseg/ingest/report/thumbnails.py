@@ -24,15 +24,15 @@ from roadseg.processes import cores
 from roadseg.report.page import stripes
 
 SIDE_PX = 240
-_MOST_BYTES = 12_000  # of one JPEG; a photograph of this size takes about 8 kB at the first quality
+_MAX_JPEG_BYTES = 12_000  # of one JPEG; a photograph of this size takes about 8 kB at the first quality
 _QUALITIES = (74, 50, 25)
-_FEW_CORES = 3  # the main thread's decoder is faster than that of so many other threads; see images.py
-_HANDFUL = 4  # that go to a process at once, with the tables of the forms
+_THREADS_PAY_ABOVE = 3  # the main thread's decoder is faster than that of so many other threads; see images.py
+_CHUNK_FILES = 4  # that go to a process at once, with the tables of the forms
 _STRAY = np.array((255, 230, 0), np.uint8)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ThumbnailFile:
     """A file below the root: a photograph, or a label of this part of the data ("" if it has no parts)."""
 
     path: str
@@ -51,12 +51,12 @@ class Thumbnail:
 
 def thumbnails(
     root: Path,
-    wanted: Iterable[Wanted],
+    wanted: Iterable[ThumbnailFile],
     forms: Mapping[str, MaskForm],
     palette: np.ndarray,
     limits: Limits,
     pool: Executor | None = None,
-) -> dict[Wanted, Thumbnail]:
+) -> dict[ThumbnailFile, Thumbnail]:
     """Every file decoded once, by the pool if there is one.
 
     forms: of the labels, by part. palette: uint8 [256, 3] RGB by train id. Never raises for what a file holds.
@@ -64,16 +64,16 @@ def thumbnails(
     ordered = list(dict.fromkeys(wanted))
     make = partial(_thumbnail, root, forms=forms, palette=palette, limits=limits)
     if pool:
-        return dict(zip(ordered, pool.map(make, ordered, chunksize=_HANDFUL), strict=True))
+        return dict(zip(ordered, pool.map(make, ordered, chunksize=_CHUNK_FILES), strict=True))
     threads = min(8, cores())
-    if threads <= _FEW_CORES:
+    if threads <= _THREADS_PAY_ABOVE:
         return {w: make(w) for w in ordered}
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(ordered, pool.map(make, ordered), strict=True))
 
 
 def _thumbnail(
-    root: Path, wanted: Wanted, *, forms: Mapping[str, MaskForm], palette: np.ndarray, limits: Limits
+    root: Path, wanted: ThumbnailFile, *, forms: Mapping[str, MaskForm], palette: np.ndarray, limits: Limits
 ) -> Thumbnail:
     data = b""
     try:
@@ -82,7 +82,7 @@ def _thumbnail(
         form = forms[wanted.part]
         _require_inside(wanted.path)
         data = mask_bytes(root, wanted.path, form, limits)
-        return _mask(painted(read_ids(data, form, limits), form, palette))
+        return _mask(colorize(read_ids(data, form, limits), form, palette))
     except OSError as e:
         reason = e.strerror or type(e).__name__
     except ImageError as e:
@@ -120,7 +120,7 @@ def _photograph(image: np.ndarray, reason: str = "") -> Thumbnail:
     small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     for quality in _QUALITIES:
         jpeg = encode_jpeg(small, quality)
-        if len(jpeg) <= _MOST_BYTES:
+        if len(jpeg) <= _MAX_JPEG_BYTES:
             break
     return Thumbnail(jpeg, width, height, reason)
 
@@ -131,7 +131,7 @@ def _mask(colored: np.ndarray) -> Thumbnail:
     return Thumbnail(png.tobytes(), width, height)
 
 
-def painted(ids: np.ndarray, form: MaskForm, palette: np.ndarray) -> np.ndarray:
+def colorize(ids: np.ndarray, form: MaskForm, palette: np.ndarray) -> np.ndarray:
     """uint8 [h, w, 3] RGB, at most SIDE_PX a side, of uint8 or uint16 [H, W] ids of the form's label set."""
     size = _fit(*ids.shape)
     train = cv2.resize(train_ids(ids, form), size, interpolation=cv2.INTER_NEAREST)

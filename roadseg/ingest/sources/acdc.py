@@ -14,7 +14,7 @@ from pathlib import Path
 
 from roadseg.data.masks.form import Kind
 from roadseg.ingest.checks.findings import Finding
-from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Folders, gather, pair_up
 from roadseg.labels import CITYSCAPES
 
@@ -38,12 +38,12 @@ def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
     labels = next((f for f in _LABELS if (root / f).is_dir()), _LABELS[0])
     found: list[Pair] = []
     findings: list[Finding] = []
-    there = False
+    present = False
     for split in ("train", "val", "test"):
         conditions = [c for c in CONDITIONS if (root / images / c / split).is_dir()]
         if not conditions:
             continue
-        there = True
+        present = True
         folders = [
             Folders(f"{images}/{c}/{split}", f"{labels}/{c}/{split}", "_rgb_anon", "_gt_labelIds", prefix=f"{c}/")
             for c in conditions
@@ -52,8 +52,8 @@ def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
         pairs_here, findings_here = pair_up(split, gather(root, folders), _sequence, looked_for)
         found += pairs_here
         findings += findings_here
-    if not there:
-        raise not_there(root, LOOKED_FOR)
+    if not present:
+        raise missing_data_error(root, LOOKED_FOR)
     return found, findings
 
 

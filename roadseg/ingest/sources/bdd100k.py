@@ -13,7 +13,7 @@ from pathlib import Path
 from roadseg.data.masks.form import Kind
 from roadseg.ingest.checks.findings import Finding
 from roadseg.ingest.sources.cityscapes import train_id_set
-from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Folders, gather, pair_up
 
 LABEL_SET = train_id_set(
@@ -32,10 +32,10 @@ _TREES = (("images/10k", "labels/sem_seg/masks", ""), ("seg/images", "seg/labels
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
     """The pairs of every split there is. Raises DataError for a root without the 10K images."""
     trees = [(base + images, base + labels, suffix) for base in ("", "bdd100k/") for images, labels, suffix in _TREES]
-    there = [row for row in trees if any((root / row[0] / split).is_dir() for split in ("train", "val", "test"))]
-    if not there:
-        raise not_there(root, LOOKED_FOR)
-    images, labels, suffix = there[0]
+    present = [row for row in trees if any((root / row[0] / split).is_dir() for split in ("train", "val", "test"))]
+    if not present:
+        raise missing_data_error(root, LOOKED_FOR)
+    images, labels, suffix = present[0]
     found: list[Pair] = []
     findings: list[Finding] = []
     for split in ("train", "val", "test"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from roadseg.data.masks.form import Kind
 from roadseg.ingest.checks.findings import Finding
-from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Folders, gather, pair_up
 from roadseg.labels import CAMVID
 
@@ -39,7 +39,7 @@ def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
     """
     splits = [s for s in ("train", "val", "test") if (root / s).is_dir()]
     if not splits:
-        raise not_there(root, LOOKED_FOR)
+        raise missing_data_error(root, LOOKED_FOR)
     found, findings = [], []
     for split in splits:
         files = gather(root, [Folders(split, f"{split}annot")])

@@ -18,7 +18,7 @@ from pathlib import Path
 from roadseg.data.masks.form import Kind
 from roadseg.ingest.checks.findings import Finding
 from roadseg.ingest.sources.camvid import recording
-from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Files, Folders, gather, note, pair_up
 from roadseg.labels import CAMVID, IGNORE, LabelClass, LabelSet
 
@@ -106,7 +106,7 @@ def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
         return _by_name(gather(root, [Folders(images, labels, "", "_L")]), images)
     splits = [s for s in SPLITS if (root / s).is_dir() and (root / f"{s}_labels").is_dir()]
     if not splits:
-        raise not_there(root, LOOKED_FOR)
+        raise missing_data_error(root, LOOKED_FOR)
     found, findings = [], []
     for split in splits:
         files = gather(root, [Folders(split, f"{split}_labels", "", "_L")])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from roadseg.data.masks.form import Kind
 from roadseg.ingest.checks.findings import Finding
-from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Files, Folders, gather, note, pair_up
 from roadseg.labels import CITYSCAPES, IGNORE, LabelClass, LabelSet
 
@@ -45,7 +45,7 @@ def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
     """
     splits = [s for s in ("train", "val", "test") if (root / "leftImg8bit" / s).is_dir()]
     if not splits:
-        raise not_there(root, LOOKED_FOR)
+        raise missing_data_error(root, LOOKED_FOR)
     found: list[Pair] = []
     findings: list[Finding] = []
     for split in splits:
@@ -61,7 +61,7 @@ def coarse_pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
     sources = {"train": "train_extra" if extra else "train", "val": "val"}
     splits = [split for split, folder in sources.items() if (root / "leftImg8bit" / folder).is_dir()]
     if not splits or not (root / "gtCoarse").is_dir():
-        raise not_there(root, LOOKED_FOR_COARSE)
+        raise missing_data_error(root, LOOKED_FOR_COARSE)
     fine_val = (root / "gtFine/val").is_dir()
     found: list[Pair] = []
     findings: list[Finding] = []

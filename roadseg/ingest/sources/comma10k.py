@@ -14,7 +14,7 @@ from pathlib import Path
 
 from roadseg.data.masks.form import Kind
 from roadseg.ingest.checks.findings import Finding, plural
-from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Files, Folders, gather, note, pair_up
 from roadseg.labels import IGNORE, LabelClass, LabelSet
 
@@ -39,10 +39,10 @@ _ROUTE = re.compile(r"\d+_(?:[ef]_)?([0-9a-f]{16}_\d{4}-\d\d-\d\d--\d\d-\d\d-\d\
 
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
     """The pairs of train and val; `sequence` is the device and the start of its drive. Raises DataError for no imgs."""
-    there = [f for f in _SETS if (root / f.images).is_dir()]
-    if not there:
-        raise not_there(root, LOOKED_FOR)
-    files = gather(root, there)
+    present = [f for f in _SETS if (root / f.images).is_dir()]
+    if not present:
+        raise missing_data_error(root, LOOKED_FOR)
+    files = gather(root, present)
     findings = []
     bare = {name for name in files.images if name.startswith("imgs2/") and name not in files.labels}
     if bare:

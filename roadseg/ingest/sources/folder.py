@@ -46,9 +46,9 @@ from roadseg.ingest.sources.pairs import (
     PICTURE_SUFFIXES,
     Pair,
     by_key,
-    empty,
+    empty_split,
     match,
-    not_there,
+    missing_data_error,
     pictures,
     unusable_names,
 )
@@ -93,7 +93,7 @@ def pairs(root: Path, description: Description, limits: Limits = _LIMITS) -> tup
     if not present:
         end = "" if description.masks == "coco" else "/"
         looked_for = ", ".join(f"{images}/ with {labels}{end}" for _, images, labels in description.folders)
-        raise not_there(root, looked_for)
+        raise missing_data_error(root, looked_for)
     found = []
     findings = [_absent(split, images) for split, images, _ in description.folders if not (root / images).is_dir()]
     for split, image_folder, labels_at in present:
@@ -102,7 +102,7 @@ def pairs(root: Path, description: Description, limits: Limits = _LIMITS) -> tup
         images = by_key(image_paths, _key(image_folder, description.image_suffix))
         if not images:
             ending = f" named *{description.image_suffix}" if description.image_suffix else ""
-            findings.append(empty(split, f"{image_folder}/{ending}"))
+            findings.append(empty_split(split, f"{image_folder}/{ending}"))
         if description.masks == "coco":
             matched, wrong = _coco_pairs(root, split, images, labels_at, limits)
         else:
@@ -147,7 +147,7 @@ def _coco_pairs(
     names = {f"{file}#{id_}": name for id_, name in annotations.file_names.items()}
     labels: dict[str, list[str]] = {}
     for label, name in names.items():
-        labels.setdefault(_meant(name, images), []).append(label)
+        labels.setdefault(_image_key(name, images), []).append(label)
     matched, findings = match(split, images, labels)
     findings = [_with_names(f, names) if f.code == "missing-image" else f for f in findings]
     return matched, findings + _strays(split, file, annotations.strays)
@@ -163,7 +163,7 @@ def _strays(split: str, file: str, strays: dict[str, int]) -> list[Finding]:
     return [Finding("missing-image", "error", split, entries, count, message, fix)]
 
 
-def _meant(name: str, images: dict[str, list[str]]) -> str:
+def _image_key(name: str, images: dict[str, list[str]]) -> str:
     """The key of the image that a COCO file names: exporters write more folders before it, or fewer, or "\\"."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if parts and "." in parts[-1]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from roadseg.data.masks.form import Kind, MaskForm
 from roadseg.ingest.checks.findings import Finding
 from roadseg.ingest.sources.cityscapes import train_id_set
-from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES, Pair, not_there, pictures
+from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES, Pair, missing_data_error, pictures
 from roadseg.ingest.sources.splits import Folders, gather, pair_up
 from roadseg.labels import IGNORE, LabelClass, LabelSet
 
@@ -124,15 +124,15 @@ def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
     found: list[Pair] = []
     findings: list[Finding] = []
     for split in ("train", "val", "test"):
-        there = [t for t in trees if (root / t / "leftImg8bit" / split).is_dir()]
-        if not there:
+        present = [t for t in trees if (root / t / "leftImg8bit" / split).is_dir()]
+        if not present:
             continue
         folders = [
             Folders(
                 f"{t}leftImg8bit/{split}", f"{t}gtFine/{split}", "_leftImg8bit", kind.suffix,
                 label_endings=kind.endings, prefix=t,
             )
-            for t in there
+            for t in present
         ]  # fmt: skip
         looked_for = f"leftImg8bit/{split}/<drive>/ named *_leftImg8bit.png or .jpg"
         pairs_here, findings_here = pair_up(split, gather(root, folders), _drive, looked_for)
@@ -147,7 +147,7 @@ def _trees(root: Path) -> list[str]:
         return [""]
     trees = sorted(p.name + "/" for p in root.iterdir() if (p / "leftImg8bit").is_dir()) if root.is_dir() else []
     if not trees:
-        raise not_there(root, LOOKED_FOR)
+        raise missing_data_error(root, LOOKED_FOR)
     return trees
 
 

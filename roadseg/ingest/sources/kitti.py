@@ -15,7 +15,7 @@ from pathlib import Path
 
 from roadseg.data.masks.form import Kind
 from roadseg.ingest.checks.findings import Finding
-from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Folders, gather, note, pair_up
 from roadseg.labels import CITYSCAPES
 
@@ -28,7 +28,7 @@ MAPPINGS = ("mapping/train_mapping.txt", "devkit/mapping/train_mapping.txt")
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
     """The pairs of train. Raises DataError for a root without training/image_2."""
     if not (root / "training/image_2").is_dir():
-        raise not_there(root, LOOKED_FOR)
+        raise missing_data_error(root, LOOKED_FOR)
     drives = _drives(root)
     train = gather(root, [Folders("training/image_2", "training/semantic")])
     found, findings = pair_up("train", train, lambda name: drives.get(_frame(name), _frame(name)), "training/image_2/")

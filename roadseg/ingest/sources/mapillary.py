@@ -14,7 +14,7 @@ from pathlib import Path
 from roadseg.data.masks.form import Kind
 from roadseg.ingest.checks.findings import Finding
 from roadseg.ingest.sources.mapillary_classes import V1_2, V2_0
-from roadseg.ingest.sources.pairs import Pair, not_there
+from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Folders, gather, pair_up
 
 LABEL_SET = V2_0
@@ -37,8 +37,8 @@ def _pairs(root: Path, label_folders: tuple[str, ...]) -> tuple[list[Pair], list
     labels = next((f for f in label_folders if any((root / s / f).is_dir() for s in _SPLITS.values())), "")
     splits = [split for split, folder in _SPLITS.items() if (root / folder / "images").is_dir()]
     if not splits or not labels:
-        shown = " or ".join(f"<training|validation>/{f}/*.png" for f in label_folders)
-        raise not_there(root, f"<training|validation>/images/*.jpg with {shown}")
+        folders_text = " or ".join(f"<training|validation>/{f}/*.png" for f in label_folders)
+        raise missing_data_error(root, f"<training|validation>/images/*.jpg with {folders_text}")
     found: list[Pair] = []
     findings: list[Finding] = []
     for split in splits:

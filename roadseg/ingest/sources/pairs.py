@@ -42,13 +42,13 @@ def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXE
 
     Links to folders are followed, each folder once. Hidden files are left out.
     """
-    found, unusable, seen = [], [], set()
+    found, unusable, visited = [], [], set()
     for here, folders, names in os.walk(root / folder, followlinks=True, onerror=_refuse):
         status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(d for d in folders if not d.startswith("."))  # of two links to one the first counts
         for name in names:
             if name.startswith(".") or not name.lower().endswith(endings):
@@ -117,9 +117,9 @@ def _unpaired(code: str, split: str, these: dict[str, list[str]], others: dict[s
     message = f"{plural(len(entries), has)} of {split} without {article} {lacks}"
     fix = f"add the missing {lacks}s under the same name, or take the {has}s out"
     if others and not these.keys() & others.keys():
-        here, there = these[single[0]][0], others[min(others)][0]
+        here, listing = these[single[0]][0], others[min(others)][0]
         fix = (
-            f"no {has} of {split} has the name of any {lacks}, as in {here} and {there}: rename them "
+            f"no {has} of {split} has the name of any {lacks}, as in {here} and {listing}: rename them "
             "(source folder: say what names end with, by image_suffix and label_suffix)"
         )
     return [Finding(code, "error", split, tuple(sorted(entries)), len(entries), message, fix)]
@@ -144,22 +144,22 @@ def _folded(key: str) -> str:
     return unicodedata.normalize("NFC", key).casefold()
 
 
-def empty(split: str, folders: str) -> Finding:
+def empty_split(split: str, folders: str) -> Finding:
     return Finding(
         "empty-split", "error", split, (), 0, f"{split} has no pictures in {folders}", "fill or remove the folder"
     )
 
 
-def not_there(root: Path, looked_for: str) -> DataError:
+def missing_data_error(root: Path, looked_for: str) -> DataError:
     """For a root that isn't one: says what was looked for and what lies there."""
     if not root.exists():
         return DataError("no such folder", expected=looked_for, where=str(root), todo="set data.root")
     if not root.is_dir():
         return DataError("is a file, not a folder", expected=looked_for, where=str(root), todo="set data.root")
     names = sorted(ascii(p.name)[1:-1] + ("/" if p.is_dir() else "") for p in root.iterdir())
-    there = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return DataError(
-        f"the data is not there; the folder holds {there or 'nothing'}",
+        f"the data is not there; the folder holds {listing or 'nothing'}",
         expected=looked_for,
         where=str(root),
         todo="point data.root at the folder that holds them",

@@ -125,11 +125,11 @@ def _mixed(data: Data, root: Path) -> Found:
     return Found(pairs, findings, label_set, forms, {name: part.weight for name, part in data.mix.items()})
 
 
-def _require_splits(name: str, wanted: tuple[str, ...], there: set[str]) -> None:
-    if missing := [split for split in wanted if split not in there]:
+def _require_splits(name: str, wanted: tuple[str, ...], present: set[str]) -> None:
+    if missing := [split for split in wanted if split not in present]:
         raise ConfigError(
             f"{name} has no split {', '.join(missing)}",
-            expected=f"some of {', '.join(sorted(there)) or 'none'}",
+            expected=f"some of {', '.join(sorted(present)) or 'none'}",
             where=f"data.mix.{name}.splits",
         )
 

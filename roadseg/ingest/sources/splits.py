@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from roadseg.ingest.checks.findings import Finding, plural
-from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES, Pair, by_key, empty, match, pictures, unusable_names
+from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES, Pair, by_key, empty_split, match, pictures, unusable_names
 
 Paths = dict[str, list[str]]
 
@@ -91,7 +91,7 @@ def pair_up(
     """
     findings = unusable_names(split, list(files.unusable))
     if not files.images:
-        return [], [*findings, empty(split, looked_for)]
+        return [], [*findings, empty_split(split, looked_for)]
     if not files.labels and split == "test" and private_test:
         message = f"{plural(len(files.images), 'image')} of test, and no labels; test is left out"
         fix = "nothing, if its labels are not public; its scores come from the benchmark's server"

@@ -11,9 +11,9 @@ from PIL import Image
 from roadseg.data.masks.form import MaskForm
 from roadseg.images.decode import Limits, encode_label_png, read_image
 from roadseg.ingest.checks import exact_copies as copies
-from roadseg.ingest.checks.exact_copies import with_copies_told
+from roadseg.ingest.checks.exact_copies import with_pixel_digests
 from roadseg.ingest.checks.near_duplicates import near_pairs
-from roadseg.ingest.measure import Seen, Task, look_at, look_at_all, readers
+from roadseg.ingest.measure import MeasuredPair, Task, measure_all, measure_pair, worker_pool
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES
 
@@ -32,12 +32,12 @@ def saved(image: np.ndarray, format_: str = "PNG", **options: object) -> bytes:
     return out.getvalue()
 
 
-def looked_at(root: Path, files: dict[str, bytes]) -> tuple[Task, list[Seen]]:
+def looked_at(root: Path, files: dict[str, bytes]) -> tuple[Task, list[MeasuredPair]]:
     (root / "label.png").write_bytes(encode_label_png(np.full((HEIGHT, WIDTH), 7, np.uint8)))
     for name, data in files.items():
         (root / name).write_bytes(data)
     task = Task(root, {"": MaskForm("ids", CITYSCAPES)}, Limits(), 19)
-    return task, [look_at(task, Pair("train", name, "", name, "label.png")) for name in files]
+    return task, [measure_pair(task, Pair("train", name, "", name, "label.png")) for name in files]
 
 
 @pytest.fixture
@@ -62,11 +62,11 @@ def test_equal_pixels_have_equal_digests_whatever_the_file(tmp_path, decoded):
         "turned.png": saved(scene(0).reshape(WIDTH, HEIGHT, 3)),
         "broken.png": saved(scene(0))[:-20],
     }
-    task, seen = looked_at(tmp_path, files)
-    told = {s.pair.image: s.pixels_digest for s in with_copies_told(tmp_path, task.limits, seen, None)}
-    assert len({told[name] for name in ("a.png", "b.webp", "c.bmp", "d.png", "e.png")}) == 1
-    assert len({told[name] for name in ("a.png", "one-bit.png", "other.png", "turned.png")}) == 4
-    assert told["broken.png"] == ""
+    task, measured = looked_at(tmp_path, files)
+    digests = {s.pair.image: s.pixels_digest for s in with_pixel_digests(tmp_path, task.limits, measured, None)}
+    assert len({digests[name] for name in ("a.png", "b.webp", "c.bmp", "d.png", "e.png")}) == 1
+    assert len({digests[name] for name in ("a.png", "one-bit.png", "other.png", "turned.png")}) == 4
+    assert digests["broken.png"] == ""
     assert decoded.count(files["a.png"]) == 1 and files["other.png"] not in decoded
 
 
@@ -75,30 +75,30 @@ def test_what_looks_the_same_and_is_not_has_digests_of_its_own(tmp_path, decoded
     image = cv2.resize(scene(0), (2048, 1024))
     changed = image.copy()
     changed[501, 700] ^= 255
-    task, seen = looked_at(tmp_path, {"a.png": saved(image), "b.png": saved(changed)})
-    assert seen[0].look == seen[1].look
-    a, b = (s.pixels_digest for s in with_copies_told(tmp_path, task.limits, seen, None))
+    task, measured = looked_at(tmp_path, {"a.png": saved(image), "b.png": saved(changed)})
+    assert measured[0].stats == measured[1].stats
+    a, b = (s.pixels_digest for s in with_pixel_digests(tmp_path, task.limits, measured, None))
     assert a != b and len(decoded) == 2
 
 
 def test_equal_files_need_no_second_look(tmp_path, decoded):
-    task, seen = looked_at(tmp_path, {"a.png": saved(scene(0)), "b.png": saved(scene(0)), "c.png": saved(scene(1))})
-    assert with_copies_told(tmp_path, task.limits, seen, None) == seen and not decoded
-    assert [(p.image_a, p.image_b) for p in near_pairs(seen) if p.exact] == [("a.png", "b.png")]
+    task, measured = looked_at(tmp_path, {"a.png": saved(scene(0)), "b.png": saved(scene(0)), "c.png": saved(scene(1))})
+    assert with_pixel_digests(tmp_path, task.limits, measured, None) == measured and not decoded
+    assert [(p.image_a, p.image_b) for p in near_pairs(measured) if p.exact] == [("a.png", "b.png")]
 
 
 def test_a_file_that_is_gone_meanwhile_is_nobodys_copy(tmp_path):
-    task, seen = looked_at(tmp_path, {"a.png": saved(scene(0)), "b.bmp": saved(scene(0), "BMP")})
+    task, measured = looked_at(tmp_path, {"a.png": saved(scene(0)), "b.bmp": saved(scene(0), "BMP")})
     (tmp_path / "b.bmp").unlink()
-    a, b = with_copies_told(tmp_path, task.limits, seen, None)
+    a, b = with_pixel_digests(tmp_path, task.limits, measured, None)
     assert a.pixels_digest != b.pixels_digest
 
 
 def test_processes_tell_the_same(tmp_path):
     files = {f"{i}.{end}": saved(scene(i), form) for i in range(9) for end, form in (("png", "PNG"), ("bmp", "BMP"))}
-    task, seen = looked_at(tmp_path, files)
-    alone = with_copies_told(tmp_path, task.limits, seen, None)
+    task, measured = looked_at(tmp_path, files)
+    alone = with_pixel_digests(tmp_path, task.limits, measured, None)
     assert len({s.pixels_digest for s in alone}) == 9
-    with readers(task, len(seen), 2) as pool:
-        assert pool is not None and look_at_all(task, [s.pair for s in seen], pool) == seen
-        assert with_copies_told(tmp_path, task.limits, seen, pool) == alone
+    with worker_pool(task, len(measured), 2) as pool:
+        assert pool is not None and measure_all(task, [s.pair for s in measured], pool) == measured
+        assert with_pixel_digests(tmp_path, task.limits, measured, pool) == alone

@@ -8,7 +8,7 @@ import pytest
 
 import roadseg.ingest
 from roadseg.errors import ConfigError
-from roadseg.ingest.checks.findings import CODES, Finding, judged, plural, require_codes, severity_of
+from roadseg.ingest.checks.findings import CODES, Finding, plural, require_codes, severity_of, with_severity
 
 SOURCES = Path(roadseg.ingest.__file__).parent
 GUIDE = Path(__file__).parents[3] / "docs/data-doctor.md"
@@ -66,9 +66,9 @@ def test_config_allows_and_forbids():
     assert severity_of("one-class") == "warning" and severity_of("one-class", (), {"one-class"}) == "error"
     error = Finding("swapped", "error", "val", ("a",), 1, "m", "f")
     warning = Finding("one-class", "warning", "val", ("a",), 1, "m", "f")
-    assert judged([error, warning]) == [error, warning]
-    assert [f.severity for f in judged([error, warning], {"swapped"}, {"one-class"})] == ["warning", "error"]
-    assert [f.severity for f in judged([error, warning], {"one-class"}, {"swapped"})] == ["error", "warning"]
+    assert with_severity([error, warning]) == [error, warning]
+    assert [f.severity for f in with_severity([error, warning], {"swapped"}, {"one-class"})] == ["warning", "error"]
+    assert [f.severity for f in with_severity([error, warning], {"one-class"}, {"swapped"})] == ["error", "warning"]
 
 
 def test_wrong_codes_are_all_named_at_once():

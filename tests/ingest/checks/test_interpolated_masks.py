@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from roadseg.data.masks.form import UNKNOWN
-from roadseg.ingest.checks.interpolated_masks import BLENDED, blended
+from roadseg.ingest.checks.interpolated_masks import INTERPOLATED_SHARE, interpolated_share
 
 
 def regions(high: int = 240, wide: int = 320, seed: int = 0) -> np.ndarray:
@@ -31,25 +31,28 @@ def test_the_share_of_steps_is_that_of_the_definition(dtype):
     ids = cv2.GaussianBlur(regions(100), (3, 3), 0).astype(dtype)  # no more rows than are sampled
     if dtype is np.uint16:
         ids[::3, ::5] = UNKNOWN
-    assert blended(ids) == pytest.approx(plainly(ids), abs=1e-12)
+    assert interpolated_share(ids) == pytest.approx(plainly(ids), abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_masks_are_told_from_mixed_ones(seed):
     label = regions(seed=seed)
-    assert blended(label) < BLENDED / 2
-    assert blended(cv2.resize(label, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_NEAREST)) < BLENDED
+    assert interpolated_share(label) < INTERPOLATED_SHARE / 2
+    assert (
+        interpolated_share(cv2.resize(label, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_NEAREST))
+        < INTERPOLATED_SHARE
+    )
     jpeg = cv2.imdecode(cv2.imencode(".jpg", label)[1], cv2.IMREAD_UNCHANGED)
     halved = cv2.resize(label, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     doubled = cv2.resize(label, None, fx=2, fy=2, interpolation=cv2.INTER_LINEAR)
     for mixed in (jpeg, halved, doubled, cv2.GaussianBlur(label, (3, 3), 0)):
-        assert blended(mixed) > BLENDED
+        assert interpolated_share(mixed) > INTERPOLATED_SHARE
 
 
 def test_too_little_or_too_much_to_tell():
-    assert blended(np.zeros((4, 1), np.uint8)) == 0.0
+    assert interpolated_share(np.zeros((4, 1), np.uint8)) == 0.0
     ramp = np.repeat(np.arange(100, dtype=np.uint8), 3)[None]
     ramp[:, ::7] += 1
-    assert plainly(ramp) > 0 and blended(ramp) == 0.0  # fewer than 200 changes
-    assert blended(np.tile(np.arange(240, dtype=np.uint8), (9, 1))) == 0.0  # nowhere two equal pixels
-    assert blended(np.tile(np.repeat(np.arange(0, 240, 2, dtype=np.uint8), 3), (9, 1))) == 0.0  # no step
+    assert plainly(ramp) > 0 and interpolated_share(ramp) == 0.0  # fewer than 200 changes
+    assert interpolated_share(np.tile(np.arange(240, dtype=np.uint8), (9, 1))) == 0.0  # nowhere two equal pixels
+    assert interpolated_share(np.tile(np.repeat(np.arange(0, 240, 2, dtype=np.uint8), 3), (9, 1))) == 0.0  # no step

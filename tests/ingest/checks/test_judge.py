@@ -81,7 +81,7 @@ def only(root: Path, **options: object) -> Finding:
 def test_a_clean_tree_gives_samples_and_no_findings(tree):
     result = checked(tree)
     samples = result.samples
-    assert result.findings == [] and result.near == [] and len(result.seen) == 5
+    assert result.findings == [] and result.near == [] and len(result.measured) == 5
     assert [(s.split, s.name) for s in samples] == [
         ("train", "A_1"), ("train", "A_2"), ("train", "B_1"), ("val", "C_1"), ("val", "C_2"),
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 
 from roadseg.data.masks.form import UNKNOWN, Kind, MaskForm
 from roadseg.ingest.checks.label_values import causes, value_findings
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CAMVID, CITYSCAPES, IGNORE, LabelClass, LabelSet, in_cityscapes
 
@@ -15,14 +15,14 @@ TRAIN_IDS_AND_VOID = replace(TRAIN_IDS, classes=(*TRAIN_IDS.classes, LabelClass(
 ONE_BASED = LabelSet("mine", tuple(LabelClass(f"c{i}", i, i - 1, (i, i, i)) for i in range(1, 21)))
 
 
-def seen(*ids: int, name: str = "a", pixels: dict[int, int] | None = None, **fields: object) -> Seen:
+def measured(*ids: int, name: str = "a", pixels: dict[int, int] | None = None, **fields: object) -> MeasuredPair:
     """A label with 100 pixels of every id but those of `pixels`."""
     counts = tuple(sorted(((i, (pixels or {}).get(i, 100)) for i in ids), key=lambda pair: -pair[1]))
     pair = Pair("train", name, "", f"{name}.png", f"{name}_ids.png")
-    return Seen(pair, **{"problems": (), "id_pixels": counts, "mask_mode": "grey", **fields})  # type: ignore[arg-type]
+    return MeasuredPair(pair, **{"problems": (), "id_pixels": counts, "mask_mode": "grey", **fields})  # type: ignore[arg-type]
 
 
-def cause(one: Seen, label_set: LabelSet, kind: Kind = "ids") -> str:
+def cause(one: MeasuredPair, label_set: LabelSet, kind: Kind = "ids") -> str:
     return causes([one], MaskForm(kind, label_set)).get(one.pair.label, "")
 
 
@@ -59,27 +59,27 @@ ORDINARY = (1, 3, 4, 7, 8, 11, 17, 20, 21, 23, 26)  # ids of a frame of Cityscap
 )
 def test_the_cause_of_ids(label_set, ids, code):
     zero_is_road = {0: 900, 7: 10} if code == "train-ids" else {}
-    assert cause(seen(*ids, pixels=zero_is_road), label_set) == code
+    assert cause(measured(*ids, pixels=zero_is_road), label_set) == code
 
 
 def test_without_255_train_ids_are_told_by_how_much_road_is_there():
     ids = (0, 1, 2, 5, 6, 7, 8, 10, 11, 13)
-    assert cause(seen(*ids, pixels={0: 900, 7: 10}), CITYSCAPES) == "train-ids"
-    assert cause(seen(*ids, pixels={0: 100, 7: 900}), CITYSCAPES) == ""
+    assert cause(measured(*ids, pixels={0: 900, 7: 10}), CITYSCAPES) == "train-ids"
+    assert cause(measured(*ids, pixels={0: 100, 7: 900}), CITYSCAPES) == ""
 
 
 def test_train_ids_of_a_whole_split_are_told_by_all_labels_together():
-    halves = [seen(0, 1, 2, 3, 4, name="a"), seen(5, 6, 7, 8, 9, 10, name="b")]
+    halves = [measured(0, 1, 2, 3, 4, name="a"), measured(5, 6, 7, 8, 9, 10, name="b")]
     assert set(causes(halves, MaskForm("ids", CITYSCAPES)).values()) == {"train-ids"}
-    assert causes([*halves, seen(7, 23, name="c")], MaskForm("ids", CITYSCAPES)) == {}
+    assert causes([*halves, measured(7, 23, name="c")], MaskForm("ids", CITYSCAPES)) == {}
     assert causes(halves, MaskForm("ids", ONE_BASED)) == {}
 
 
 def test_0_and_255_throughout_is_one_thing_also_where_255_is_void():
-    split = [seen(0, 255, name=str(i)) for i in range(9)]
+    split = [measured(0, 255, name=str(i)) for i in range(9)]
     form = MaskForm("ids", TRAIN_IDS_AND_VOID)
     assert set(causes(split, form).values()) == {"binary-mask"}
-    assert causes([*split, seen(0, 1, name="x"), seen(0, 2, name="y")], form) == {}
+    assert causes([*split, measured(0, 1, name="x"), measured(0, 2, name="y")], form) == {}
     assert causes(split[:2], form) == {}
     thing = LabelSet("mask", (LabelClass("else", 0, 0, (0, 0, 0)), LabelClass("road", 255, 1, (9, 9, 9))))
     assert causes(split, MaskForm("ids", thing)) == {}
@@ -90,20 +90,22 @@ def unreadable(text: str) -> dict[str, object]:
 
 
 def test_the_cause_of_masks_that_are_stored_in_another_way():
-    assert cause(seen(mask_mode="rgb", **unreadable("a mask of RGB colours")), CAMVID) == "color-mask"
-    assert cause(seen(mask_mode="rgba", **unreadable("a mask of RGBA colours")), CAMVID) == "color-mask"
-    assert cause(seen(mask_mode="grey", **unreadable("a mask saved as jpeg; expected")), CAMVID) == "interpolated-mask"
-    assert cause(seen(mask_mode="grey", **unreadable("the png is truncated")), CAMVID) == ""
-    assert cause(seen(*range(12), blends=0.3), CAMVID) == "interpolated-mask"
+    assert cause(measured(mask_mode="rgb", **unreadable("a mask of RGB colours")), CAMVID) == "color-mask"
+    assert cause(measured(mask_mode="rgba", **unreadable("a mask of RGBA colours")), CAMVID) == "color-mask"
+    assert (
+        cause(measured(mask_mode="grey", **unreadable("a mask saved as jpeg; expected")), CAMVID) == "interpolated-mask"
+    )
+    assert cause(measured(mask_mode="grey", **unreadable("the png is truncated")), CAMVID) == ""
+    assert cause(measured(*range(12), interpolated=0.3), CAMVID) == "interpolated-mask"
     swapped = ("swapped", "a.png", "holds only classes")
     photo = unreadable("a mask of RGB colours")["problems"]
-    assert cause(seen(problems=(*photo, swapped), mask_mode="rgb"), CAMVID) == ""  # type: ignore[misc]
+    assert cause(measured(problems=(*photo, swapped), mask_mode="rgb"), CAMVID) == ""  # type: ignore[misc]
 
 
 def test_the_cause_of_colours():
     few = (("unknown-color", "a_ids.png", "#010203 on 9 pixels"),)
     many = (("unknown-color", "a_ids.png", "#010203 on 9 pixels, #010204 on 8 pixels and 1,312 more colours"),)
-    for problems, mode, blends, code in (
+    for problems, mode, interpolated, code in (
         (few, "rgb", 0.0, ""),
         (few, "grey", 0.0, "id-mask"),
         (few, "palette", 0.0, "id-mask"),
@@ -111,12 +113,12 @@ def test_the_cause_of_colours():
         (few, "rgb", 0.4, "interpolated-mask"),
         ((), "palette", 0.0, ""),
     ):
-        one = seen(1, UNKNOWN, problems=problems, mask_mode=mode, blends=blends)
+        one = measured(1, UNKNOWN, problems=problems, mask_mode=mode, interpolated=interpolated)
         assert cause(one, CAMVID, "colors") == code
 
 
 def test_findings_say_what_where_and_what_to_do():
-    labels = [seen(*ORDINARY, name="a"), seen(*ORDINARY, name="b"), seen(*range(12), name="c")]
+    labels = [measured(*ORDINARY, name="a"), measured(*ORDINARY, name="b"), measured(*range(12), name="c")]
     (f,), explained = value_findings("train of x", "train", labels, MaskForm("ids", CAMVID))
     assert (f.code, f.severity, f.split, f.count) == ("label-ids", "error", "train", 2)
     assert f.message == "2 labels of train of x hold ids as Cityscapes' labelIds do, where camvid has 0..10"
@@ -126,14 +128,14 @@ def test_findings_say_what_where_and_what_to_do():
 
 def test_unknown_ids_tell_what_there_is_and_of_a_palette_what_else_it_may_be():
     text = "id 40 on 100 pixels"
-    label = seen(1, 40, problems=(("unknown-id", "a_ids.png", text),), mask_mode="palette")
+    label = measured(1, 40, problems=(("unknown-id", "a_ids.png", text),), mask_mode="palette")
     (f,), explained = value_findings("val", "val", [label], MaskForm("ids", CAMVID))
     assert (f.code, f.files, explained) == ("unknown-id", (f"a_ids.png: {text}",), {})
     assert "camvid has the ids 0..11" in f.fix and "`masks: colors`" in f.fix
 
 
 def test_palettes_among_grey_masks():
-    labels = [seen(1, 2, name=str(i)) for i in range(5)]
+    labels = [measured(1, 2, name=str(i)) for i in range(5)]
     labels[3] = replace(labels[3], mask_mode="palette")
     (f,), _ = value_findings("val", "val", labels, MaskForm("ids", CAMVID))
     assert (f.code, f.severity, f.files) == ("mixed-masks", "warning", ("3_ids.png",))
@@ -143,7 +145,7 @@ def test_palettes_among_grey_masks():
 
 
 def test_0_and_255_in_nearly_every_frame_is_right_where_255_is_void_and_another_class_occurs():
-    split = [seen(0, 255, name=str(i)) for i in range(30)]
+    split = [measured(0, 255, name=str(i)) for i in range(30)]
     form = MaskForm("ids", TRAIN_IDS_AND_VOID)
-    assert causes([*split, seen(0, 1, 255, name="x")], form) == {}
-    assert set(causes([*split, seen(0, 77, 255, name="x")], form).values()) == {"binary-mask"}  # 77 is no class
+    assert causes([*split, measured(0, 1, 255, name="x")], form) == {}
+    assert set(causes([*split, measured(0, 77, 255, name="x")], form).values()) == {"binary-mask"}  # 77 is no class

@@ -9,8 +9,8 @@ import pytest
 
 from roadseg.ingest.checks import near_duplicates as module
 from roadseg.ingest.checks.near_duplicates import NEAR, alike, duplicates, near_pairs
-from roadseg.ingest.image_stats import Look, look_of
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.image_stats import ImageStats, image_stats
+from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources import camvid
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.town import frame as town
@@ -22,14 +22,16 @@ def scenes() -> list[np.ndarray]:
     return [town.render(5, k, 256, 128).image for k in range(20)]
 
 
-def seen(image: np.ndarray | Look, path: str, sequence: str = "", digest: str = "", label: int = 7) -> Seen:
+def measured(
+    image: np.ndarray | ImageStats, path: str, sequence: str = "", digest: str = "", label: int = 7
+) -> MeasuredPair:
     """As reading gives it; `digest` defaults to one of its own, `label` is all that the label holds."""
-    look = image if isinstance(image, Look) else look_of(image)
+    stats = image if isinstance(image, ImageStats) else image_stats(image)
     split, _, name = path.partition("/")
     pair = Pair(split, name, sequence, path, f"{split}annot/{name}")
     histogram = tuple(int(k == label) * 100 for k in range(20))
-    return Seen(
-        pair, (), 256, 128, pixels_digest=digest or path, look=look, histogram=histogram, places=bytes([label] * 512)
+    return MeasuredPair(
+        pair, (), 256, 128, pixels_digest=digest or path, stats=stats, histogram=histogram, places=bytes([label] * 512)
     )
 
 
@@ -67,8 +69,8 @@ ALTERED = {
 
 @pytest.mark.parametrize("kind", ALTERED)
 def test_an_altered_copy_is_found_with_its_original(scenes, kind):
-    train = [seen(i, f"train/{k:02}.png") for k, i in enumerate(scenes)]
-    val = [seen(ALTERED[kind](i), f"val/{k:02}.png") for k, i in enumerate(scenes)]
+    train = [measured(i, f"train/{k:02}.png") for k, i in enumerate(scenes)]
+    val = [measured(ALTERED[kind](i), f"val/{k:02}.png") for k, i in enumerate(scenes)]
     pairs = near_pairs(train + val)
     assert {(p.image_a, p.image_b) for p in pairs} == {(f"train/{k:02}.png", f"val/{k:02}.png") for k in range(20)}
     assert all(NEAR <= p.similarity <= 1 and not p.exact for p in pairs)
@@ -76,31 +78,33 @@ def test_an_altered_copy_is_found_with_its_original(scenes, kind):
 
 @pytest.mark.parametrize("metres,least", [(0.5, 20), (0.93, 19)])
 def test_the_next_frames_of_a_drive_are_found(scenes, metres, least, monkeypatch):
-    now = [seen(i, f"train/{k:02}.png", f"drive{k}") for k, i in enumerate(scenes)]
-    then = [seen(ahead(k, metres, monkeypatch), f"train/{k:02}b.png", f"drive{k}") for k in range(20)]
+    now = [measured(i, f"train/{k:02}.png", f"drive{k}") for k, i in enumerate(scenes)]
+    then = [measured(ahead(k, metres, monkeypatch), f"train/{k:02}b.png", f"drive{k}") for k in range(20)]
     pairs = {(p.image_a, p.image_b) for p in near_pairs(now + then)}
     right = {(f"train/{k:02}.png", f"train/{k:02}b.png") for k in range(20)}
     assert len(pairs & right) >= least and not pairs - right
 
 
 def test_different_scenes_are_not_near(scenes):
-    assert near_pairs([seen(i, f"train/{k}.png") for k, i in enumerate(scenes)]) == []
-    assert duplicates([seen(i, f"train/{k}.png") for k, i in enumerate(scenes)]) == []
+    assert near_pairs([measured(i, f"train/{k}.png") for k, i in enumerate(scenes)]) == []
+    assert duplicates([measured(i, f"train/{k}.png") for k, i in enumerate(scenes)]) == []
 
 
 def test_pictures_without_content_are_like_nothing():
     black, white = np.zeros((64, 128, 3), np.uint8), np.full((64, 128, 3), 255, np.uint8)
-    assert near_pairs([seen(black, "train/a.png"), seen(black, "train/b.png"), seen(white, "val/c.png")]) == []
+    assert (
+        near_pairs([measured(black, "train/a.png"), measured(black, "train/b.png"), measured(white, "val/c.png")]) == []
+    )
 
 
 def test_a_frame_that_could_not_be_read_is_left_out(scenes):
-    broken = Seen(Pair("val", "b", "", "val/b.png", "valannot/b.png"), ())
-    assert duplicates([seen(scenes[0], "train/a.png"), broken, broken]) == []
+    broken = MeasuredPair(Pair("val", "b", "", "val/b.png", "valannot/b.png"), ())
+    assert duplicates([measured(scenes[0], "train/a.png"), broken, broken]) == []
 
 
 def test_similarity_is_the_best_correlation_over_the_moves(scenes):
-    small = [np.frombuffer(look_of(i).descriptor, np.uint8).reshape(24, 48) for i in scenes[:6]]
-    small[1] = np.frombuffer(look_of(ALTERED["cropped"](scenes[0])).descriptor, np.uint8).reshape(24, 48)
+    small = [np.frombuffer(image_stats(i).descriptor, np.uint8).reshape(24, 48) for i in scenes[:6]]
+    small[1] = np.frombuffer(image_stats(ALTERED["cropped"](scenes[0])).descriptor, np.uint8).reshape(24, 48)
     measured = {
         (a, b): s
         for i, j, similarity in alike(np.array(small), -2)
@@ -128,8 +132,8 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_blocks_change_nothing(scenes, monkeypatch):
-    frames = [seen(i, f"train/{k:02}.png", f"s{k % 3}") for k, i in enumerate(scenes)]
-    frames += [seen(jpeg(i, 50), f"val/{k:02}.png", f"s{k % 4}") for k, i in enumerate(scenes)]
+    frames = [measured(i, f"train/{k:02}.png", f"s{k % 3}") for k, i in enumerate(scenes)]
+    frames += [measured(jpeg(i, 50), f"val/{k:02}.png", f"s{k % 4}") for k, i in enumerate(scenes)]
     whole = near_pairs(frames)
     monkeypatch.setattr(module, "_QUERIES", 7)
     monkeypatch.setattr(module, "_AMONG", 5)
@@ -139,26 +143,26 @@ def test_blocks_change_nothing(scenes, monkeypatch):
 def test_the_best_of_a_drive_and_the_best_of_others_are_kept(scenes):
     image = scenes[0]
     frames = [
-        seen(image, "train/a.png", "one"),
-        seen(jpeg(image, 90), "train/b.png", "one"),
-        seen(ALTERED["cropped"](image), "train/c.png", "one"),
-        seen(jpeg(image, 30), "train/d.png", "two"),
+        measured(image, "train/a.png", "one"),
+        measured(jpeg(image, 90), "train/b.png", "one"),
+        measured(ALTERED["cropped"](image), "train/c.png", "one"),
+        measured(jpeg(image, 30), "train/d.png", "two"),
     ]
     pairs = near_pairs(frames)
     assert [p.similarity for p in pairs] == sorted((p.similarity for p in pairs), reverse=True)
-    found = {(p.image_a, p.image_b): p.one_drive for p in pairs}
+    found = {(p.image_a, p.image_b): p.same_sequence for p in pairs}
     assert found[("train/a.png", "train/b.png")] is True and found[("train/a.png", "train/d.png")] is False
-    assert any("train/c.png" in pair and one_drive for pair, one_drive in found.items())
+    assert any("train/c.png" in pair and same_sequence for pair, same_sequence in found.items())
 
 
 def test_the_earlier_split_comes_first(scenes):
-    (pair,) = near_pairs([seen(scenes[0], "test/a.png", "x"), seen(jpeg(scenes[0], 50), "val/z.png", "y")])
+    (pair,) = near_pairs([measured(scenes[0], "test/a.png", "x"), measured(jpeg(scenes[0], 50), "val/z.png", "y")])
     assert (pair.split_a, pair.image_a, pair.sequence_a) == ("val", "val/z.png", "y")
     assert (pair.split_b, pair.image_b, pair.sequence_b) == ("test", "test/a.png", "x")
 
 
 def test_exact_copies_across_splits_are_an_error_and_not_near(scenes):
-    frames = [seen(scenes[0], "train/a.png", "one", "same"), seen(scenes[0], "val/b.png", "two", "same")]
+    frames = [measured(scenes[0], "train/a.png", "one", "same"), measured(scenes[0], "val/b.png", "two", "same")]
     (finding,) = duplicates(frames)
     assert (finding.code, finding.severity, finding.split) == ("duplicate-across-splits", "error", "train and val")
     assert finding.files == ("val/b.png = train/a.png (sequences one and two)",)
@@ -167,18 +171,18 @@ def test_exact_copies_across_splits_are_an_error_and_not_near(scenes):
 
 
 def test_every_exact_copy_is_told(scenes):
-    frames = [seen(i, f"train/{k:02}.png", digest=str(k)) for k, i in enumerate(scenes)]
-    frames += [seen(i, f"val/{k:02}.png", digest=str(k)) for k, i in enumerate(scenes)]
+    frames = [measured(i, f"train/{k:02}.png", digest=str(k)) for k, i in enumerate(scenes)]
+    frames += [measured(i, f"val/{k:02}.png", digest=str(k)) for k, i in enumerate(scenes)]
     found = by_code(duplicates(frames))
     assert found.keys() == {"duplicate-across-splits"} and found["duplicate-across-splits"].count == 20
 
 
 def test_copies_in_a_split_with_one_label_and_with_two(scenes):
     frames = [
-        seen(scenes[0], "train/a.png", digest="0", label=3),
-        seen(scenes[0], "train/b.png", digest="0", label=3),
-        seen(scenes[1], "train/c.png", digest="1", label=3),
-        seen(scenes[1], "train/d.png", digest="1", label=4),
+        measured(scenes[0], "train/a.png", digest="0", label=3),
+        measured(scenes[0], "train/b.png", digest="0", label=3),
+        measured(scenes[1], "train/c.png", digest="1", label=3),
+        measured(scenes[1], "train/d.png", digest="1", label=4),
     ]
     found = by_code(duplicates(frames))
     assert found["duplicate-in-split"].files == ("train/a.png = train/b.png", "train/c.png = train/d.png")
@@ -189,17 +193,17 @@ def test_copies_in_a_split_with_one_label_and_with_two(scenes):
 
 
 def test_a_near_copy_across_splits_names_similarity_and_sequences(scenes):
-    frames = [seen(i, f"train/{k}.png", "one") for k, i in enumerate(scenes)]
-    (finding,) = duplicates([*frames, seen(jpeg(scenes[3], 50), "val/x.png", "two")])
+    frames = [measured(i, f"train/{k}.png", "one") for k, i in enumerate(scenes)]
+    (finding,) = duplicates([*frames, measured(jpeg(scenes[3], 50), "val/x.png", "two")])
     assert (finding.code, finding.severity, finding.split) == ("near-duplicate", "warning", "train and val")
     assert finding.files == ("val/x.png ~ train/3.png: 100 % alike (sequences two and one)",)
     assert finding.message == "1 image of val that looks almost like one of train"
 
 
 def test_near_copies_in_a_split_list_other_drives_first_and_sum_up_the_rest(scenes):
-    frames = [seen(i, f"train/{k}.png", "one") for k, i in enumerate(scenes[:4])]
-    frames += [seen(jpeg(scenes[k], 50), f"train/{k}b.png", "one") for k in (0, 1)]
-    frames += [seen(jpeg(scenes[3], 50), "train/zz.png", "two")]
+    frames = [measured(i, f"train/{k}.png", "one") for k, i in enumerate(scenes[:4])]
+    frames += [measured(jpeg(scenes[k], 50), f"train/{k}b.png", "one") for k in (0, 1)]
+    frames += [measured(jpeg(scenes[3], 50), "train/zz.png", "two")]
     (finding,) = duplicates(frames)
     assert (finding.code, finding.severity, finding.count) == ("near-duplicate-in-split", "warning", 6)
     assert finding.message == (
@@ -212,14 +216,14 @@ def test_near_copies_in_a_split_list_other_drives_first_and_sum_up_the_rest(scen
 
 
 def test_where_sequences_are_not_known_every_pair_is_listed(scenes):
-    frames = [seen(i, f"train/{k}.png") for k, i in enumerate(scenes[:3])]
-    frames += [seen(jpeg(i, 50), f"train/{k}b.png") for k, i in enumerate(scenes[:3])]
+    frames = [measured(i, f"train/{k}.png") for k, i in enumerate(scenes[:3])]
+    frames += [measured(jpeg(i, 50), f"train/{k}b.png") for k, i in enumerate(scenes[:3])]
     (finding,) = duplicates(frames)
     assert len(finding.files) == 3 and "not known" in finding.message
 
 
 def test_pairs_that_are_known_already_are_not_sought_again(scenes, monkeypatch):
-    frames = [seen(scenes[0], "train/a.png"), seen(jpeg(scenes[0], 50), "val/b.png")]
+    frames = [measured(scenes[0], "train/a.png"), measured(jpeg(scenes[0], 50), "val/b.png")]
     near = near_pairs(frames)
     monkeypatch.setattr(module, "alike", None)
     assert [f.code for f in duplicates(frames, near)] == ["near-duplicate"]
@@ -229,7 +233,7 @@ def test_camvids_neighbours_are_near_and_its_other_drives_are_not(real_data: Pat
     root = real_data / "camvid"
     pairs, _ = camvid.pairs(root)
     frames = [
-        replace(seen(cv2.imread(str(root / p.image)), p.image), pair=p, pixels_digest=p.image)
+        replace(measured(cv2.imread(str(root / p.image)), p.image), pair=p, pixels_digest=p.image)
         for p in pairs
         if p.split == "val" or not p.sequence.startswith("0016")
     ]

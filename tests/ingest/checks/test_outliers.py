@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 
 from roadseg.ingest.checks.outliers import FEWEST, histogram_drift, outliers, psi
-from roadseg.ingest.image_stats import look_of
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.image_stats import image_stats
+from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources import camvid
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CAMVID, CITYSCAPES
 from roadseg.town import render
 
 
-def seen(image: np.ndarray, path: str, part: str = "", **fields) -> Seen:
+def measured(image: np.ndarray, path: str, part: str = "", **fields) -> MeasuredPair:
     split, _, name = path.partition("/")
     height, width = image.shape[:2]
-    return Seen(Pair(split, name, "", path, "", part=part), (), width, height, look=look_of(image), **fields)
+    return MeasuredPair(
+        Pair(split, name, "", path, "", part=part), (), width, height, stats=image_stats(image), **fields
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,8 @@ def images() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def ordinary(images) -> list[Seen]:
-    return [seen(i, f"train/{k:02}.png") for k, i in enumerate(images)]
+def ordinary(images) -> list[MeasuredPair]:
+    return [measured(i, f"train/{k:02}.png") for k, i in enumerate(images)]
 
 
 PLANTED = {
@@ -52,7 +54,7 @@ def test_ordinary_frames_give_no_warning(ordinary):
 @pytest.mark.parametrize("code,which", [(code, k) for code, alters in PLANTED.items() for k in range(len(alters))])
 def test_an_odd_image_among_ordinary_ones_is_named(images, ordinary, code, which):
     for k in (0, 7, 21):
-        planted = seen(PLANTED[code][which](images[k]), "train/odd.png")
+        planted = measured(PLANTED[code][which](images[k]), "train/odd.png")
         found = {f.code: f for f in outliers([*ordinary, planted])}
         assert code in found and all(len(f.files) == 1 for f in found.values())
         finding = found[code]
@@ -61,30 +63,34 @@ def test_an_odd_image_among_ordinary_ones_is_named(images, ordinary, code, which
 
 
 def test_a_black_image_is_dark_and_nothing_else(images, ordinary):
-    (finding,) = outliers([*ordinary, seen(np.zeros_like(images[0]), "train/odd.png")])
+    (finding,) = outliers([*ordinary, measured(np.zeros_like(images[0]), "train/odd.png")])
     assert finding.code == "too-dark" and finding.files == ("train/odd.png: 100 % of it black",)
 
 
 def test_black_and_white_are_told_of_however_few_there_are(images):
-    few = [seen(images[0], "train/a.png"), seen(images[0] * 0, "train/b.png"), seen(images[0] * 0 + 255, "val/c.png")]
+    few = [
+        measured(images[0], "train/a.png"),
+        measured(images[0] * 0, "train/b.png"),
+        measured(images[0] * 0 + 255, "val/c.png"),
+    ]
     assert [(f.code, f.split) for f in outliers(few)] == [("too-dark", "train"), ("too-bright", "val")]
 
 
 @pytest.mark.parametrize("code", ["blurred", "odd-color", "odd-size"])
 def test_below_thirty_images_nothing_is_usual(images, ordinary, code):
-    planted = seen(PLANTED[code][0](images[0]), "train/odd.png")
+    planted = measured(PLANTED[code][0](images[0]), "train/odd.png")
     assert outliers([*ordinary[: FEWEST - 2], planted]) == []
     assert [f.code for f in outliers([*ordinary[: FEWEST - 1], planted])] == [code]
 
 
 def test_what_many_images_are_is_no_outlier(images, ordinary):
-    blurred = [seen(cv2.GaussianBlur(i, (0, 0), 2), f"train/b{k}.png") for k, i in enumerate(images[:8])]
+    blurred = [measured(cv2.GaussianBlur(i, (0, 0), 2), f"train/b{k}.png") for k, i in enumerate(images[:8])]
     assert outliers(ordinary + blurred) == []
 
 
 def test_a_grey_set_is_not_odd_and_parts_are_judged_apart(images, ordinary):
     grey = [
-        seen(cv2.cvtColor(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB), f"train/g{k}.png", "infrared")
+        measured(cv2.cvtColor(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB), f"train/g{k}.png", "infrared")
         for k, i in enumerate(images)
     ]
     assert outliers(grey) == []
@@ -98,14 +104,14 @@ def test_sets_of_many_sizes_are_judged_by_shape(images):
     def varied(k: int) -> np.ndarray:
         return cv2.resize(images[k], (200 + 8 * k, 100 + 4 * k + k % 7))
 
-    frames = [seen(varied(k), f"train/{k:02}.png") for k in range(40)]
+    frames = [measured(varied(k), f"train/{k:02}.png") for k in range(40)]
     assert outliers(frames) == []
-    (finding,) = outliers([*frames, seen(np.ascontiguousarray(images[0][:, :64]), "train/tall.png")])
+    (finding,) = outliers([*frames, measured(np.ascontiguousarray(images[0][:, :64]), "train/tall.png")])
     assert finding.code == "odd-size" and finding.files[0].startswith("train/tall.png: 64x128")
 
 
 def test_images_stored_on_their_side_are_named_one_by_one(images):
-    frames = [seen(images[k], f"val/{k}.jpg", orientation=o) for k, o in enumerate((1, 6, 8))]
+    frames = [measured(images[k], f"val/{k}.jpg", orientation=o) for k, o in enumerate((1, 6, 8))]
     (finding,) = outliers(frames)
     assert (finding.code, finding.severity, finding.split, finding.count) == ("exif-rotated", "warning", "val", 2)
     assert finding.files == ("val/1.jpg: EXIF orientation 6", "val/2.jpg: EXIF orientation 8")
@@ -113,12 +119,14 @@ def test_images_stored_on_their_side_are_named_one_by_one(images):
 
 
 def test_what_could_not_be_read_is_left_out(ordinary):
-    assert outliers([*ordinary, Seen(Pair("train", "x", "", "train/x.png", ""), ())]) == []
+    assert outliers([*ordinary, MeasuredPair(Pair("train", "x", "", "train/x.png", ""), ())]) == []
 
 
-def labelled(split: str, shares: list[float], count: int, void: int = 0) -> list[Seen]:
+def labelled(split: str, shares: list[float], count: int, void: int = 0) -> list[MeasuredPair]:
     histogram = (*(round(10_000 * s) for s in shares), void)
-    return [Seen(Pair(split, str(k), "", f"{split}/{k}.png", ""), (), histogram=histogram) for k in range(count)]
+    return [
+        MeasuredPair(Pair(split, str(k), "", f"{split}/{k}.png", ""), (), histogram=histogram) for k in range(count)
+    ]
 
 
 def test_psi_is_the_sum_over_classes_of_difference_times_log_ratio():
@@ -159,6 +167,6 @@ def test_camvid_has_no_odd_images_and_no_drift(real_data: Path):
         image = cv2.cvtColor(cv2.imread(str(root / p.image)), cv2.COLOR_BGR2RGB)
         label = cv2.imread(str(root / p.label), cv2.IMREAD_UNCHANGED)
         histogram = tuple(np.bincount(label.ravel(), minlength=12).tolist())
-        frames.append(replace(seen(image, p.image), histogram=histogram))
+        frames.append(replace(measured(image, p.image), histogram=histogram))
     assert len(frames) == 468 and outliers(frames) == []
     assert histogram_drift(frames, CAMVID) == []

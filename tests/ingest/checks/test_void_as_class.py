@@ -5,7 +5,7 @@ import pytest
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.ingest.checks.void_as_class import void_as_class
-from roadseg.ingest.measure import Seen
+from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES, IGNORE, LabelClass, LabelSet
 
@@ -25,16 +25,16 @@ def scene(seed: int, first: str) -> np.ndarray:
     return places
 
 
-def seen(places: np.ndarray, name: str) -> Seen:
+def measured(places: np.ndarray, name: str) -> MeasuredPair:
     counts = [int((places == t).sum()) for t in (0, 1, 2, IGNORE)]
-    return Seen(
+    return MeasuredPair(
         Pair("val", name, "", f"{name}.png", f"{name}_ids.png"), (), histogram=(*counts,), places=places.tobytes()
     )
 
 
 def judge(scenes: list[np.ndarray], first: str, form: MaskForm | None = None) -> list[str]:
     form = form or MaskForm("ids", label_set(first))
-    found = void_as_class("val", "val", [seen(s, str(i)) for i, s in enumerate(scenes)], form)
+    found = void_as_class("val", "val", [measured(s, str(i)) for i, s in enumerate(scenes)], form)
     assert all((f.code, f.severity, f.split) == ("void-as-class", "warning", "val") for f in found)
     return [f.message for f in found]
 

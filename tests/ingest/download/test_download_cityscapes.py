@@ -176,21 +176,21 @@ def test_a_cut_connection_is_gone_on_with(server, tmp_path):
 
 def test_a_stopped_run_is_gone_on_with_and_a_whole_zip_is_not_fetched_again(server, tmp_path):
     whole = server.packages[IMAGES_ZIP]
-    for there in (whole[:9000], whole):
-        root = tmp_path / str(len(there))
+    for present in (whole[:9000], whole):
+        root = tmp_path / str(len(present))
         (root / NOTES).mkdir(parents=True)
-        (root / NOTES / IMAGES_ZIP).write_bytes(there)
+        (root / NOTES / IMAGES_ZIP).write_bytes(present)
         download_cityscapes(root, [IMAGES_ZIP])
-        assert is_whole(root, IMAGES) and server.asked[-1] == f"{IMAGES_ZIP} bytes={len(there) - 1}-"
+        assert is_whole(root, IMAGES) and server.asked[-1] == f"{IMAGES_ZIP} bytes={len(present) - 1}-"
 
 
 @pytest.mark.parametrize("why", ["other bytes", "longer", "a server without ranges"])
 def test_a_beginning_that_does_not_fit_is_thrown_away(server, tmp_path, why):
     (tmp_path / NOTES).mkdir()
     whole = server.packages[IMAGES_ZIP]
-    there = {"other bytes": b"x" * 500, "longer": whole + b"more", "a server without ranges": whole[:500]}[why]
+    present = {"other bytes": b"x" * 500, "longer": whole + b"more", "a server without ranges": whole[:500]}[why]
     server.ranges = why != "a server without ranges"
-    (tmp_path / NOTES / IMAGES_ZIP).write_bytes(there)
+    (tmp_path / NOTES / IMAGES_ZIP).write_bytes(present)
     download_cityscapes(tmp_path, [IMAGES_ZIP])
     assert is_whole(tmp_path, IMAGES) and server.asked[-1] == f"{IMAGES_ZIP} bytes=0-"
 

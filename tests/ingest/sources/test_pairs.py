@@ -51,12 +51,12 @@ def test_every_file_is_in_a_pair_or_in_a_finding(images, labels):
     of_images = {k: [f"i/{k}.{n}" for n in range(count)] for k, count in images.items()}
     of_labels = {k: [f"l/{k}.{n}" for n in range(count)] for k, count in labels.items()}
     pairs, findings = match("val", of_images, of_labels)
-    told = {
+    reported = {
         part.partition(": ")[0] for f in findings if f.code != "case-clash" for e in f.files for part in e.split(" = ")
     }
     doubled = {k for k in images.keys() & labels.keys() if images[k] != 1 or labels[k] != 1}
     spared = {path for group in (of_images, of_labels) for k in doubled for path in group[k] if len(group[k]) == 1}
     every = {path for group in (of_images, of_labels) for paths in group.values() for path in paths}
     paired = {path for _, image, label in pairs for path in (image, label)}
-    assert paired | told | spared == every and not paired & told
+    assert paired | reported | spared == every and not paired & reported
     assert [k for k, _, _ in pairs] == sorted(images.keys() & labels.keys() - doubled)

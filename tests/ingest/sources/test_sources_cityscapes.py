@@ -10,7 +10,7 @@ from roadseg.data.masks.read import read_ids, train_ids
 from roadseg.errors import DataError
 from roadseg.images.decode import Limits
 from roadseg.ingest.sources import acdc, cityscapes, idd
-from tests.conftest import codes, told, touch
+from tests.conftest import codes, pair_rows, touch
 
 
 def coarse_tree(root: Path, *splits: str) -> None:
@@ -27,7 +27,7 @@ def test_coarse_trains_on_train_extra_and_is_scored_on_fine_labels(tmp_path):
     touch(tmp_path, "gtFine/val/lindau/lindau_000001_000019_gtFine_labelIds.png")
     pairs, findings = cityscapes.coarse_pairs(tmp_path)
     assert findings == []
-    assert told(pairs) == [
+    assert pair_rows(pairs) == [
         ("train", "bamberg/bamberg_000000_000000", "bamberg_000000"),
         ("val", "lindau/lindau_000001_000019", "lindau_000001"),
     ]
@@ -88,7 +88,7 @@ def acdc_tree(root: Path, images: str = "rgb_anon", labels: str = "gt") -> None:
 def test_acdc_pairs_conditions_and_leaves_out_references_and_test(tmp_path, images, labels):
     acdc_tree(tmp_path, images, labels)
     pairs, findings = acdc.pairs(tmp_path)
-    assert told(pairs) == [
+    assert pair_rows(pairs) == [
         ("train", "fog/GOPR0475/GOPR0475_frame_000159", "fog/GOPR0475"),
         ("train", "night/GOPR0351/GOPR0351_frame_000159", "night/GOPR0351"),
         ("val", "fog/GOPR0476/GOPR0476_frame_000159", "fog/GOPR0476"),
@@ -121,7 +121,7 @@ def idd_tree(root: Path, *kinds: str, base: str = "", ending: str = "png") -> No
 def test_idd_reads_polygons_and_leaves_out_test(tmp_path):
     idd_tree(tmp_path, "polygons.json", "instanceids.png")
     pairs, findings = idd.pairs(tmp_path)
-    assert told(pairs) == [("train", "0/005506", "0"), ("train", "7/000104", "7"), ("val", "102/502304", "102")]
+    assert pair_rows(pairs) == [("train", "0/005506", "0"), ("train", "7/000104", "7"), ("val", "102/502304", "102")]
     assert pairs[0].label == "gtFine/train/0/005506_gtFine_polygons.json" and pairs[0].instances == ""
     assert codes(findings) == [("no-labels", "test", 1)]
     form = idd.form(tmp_path)
@@ -174,7 +174,7 @@ def test_idd_joins_its_two_parts(tmp_path):
     touch(tmp_path, "notes/readme.txt")
     pairs, findings = idd.pairs(tmp_path)
     assert len(pairs) == 6 and len({p.name for p in pairs}) == 6
-    assert told(pairs)[3] == ("train", "idd20kII/7/000104", "idd20kII/7")
+    assert pair_rows(pairs)[3] == ("train", "idd20kII/7/000104", "idd20kII/7")
     assert pairs[3].image == "idd20kII/leftImg8bit/train/7/000104_leftImg8bit.jpg"
     assert codes(findings) == [("no-labels", "test", 2)]
     for wrong in (tmp_path / "notes", tmp_path / "nowhere", tmp_path / "notes/readme.txt"):
