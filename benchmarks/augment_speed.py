@@ -3,7 +3,7 @@
     python benchmarks/augment_speed.py [--frames 12] [--samples 60] [--keep FOLDER | --shards FOLDER]
 
 The usual way: Pillow decodes the PNGs of image and label, both are resized whole, cropped and mirrored,
-torchvision's ColorJitter changes the colours, numpy normalises to float32. Ours: the box of the draw out
+torchvision's ColorJitter changes the colors, numpy normalises to float32. Ours: the box of the draw out
 of the shard, resized, mirrored, coloured, uint8 (the network normalises). All with the same ranges:
 scale 0.5 to 2, flip, brightness, contrast and saturation +-0.4. Frames are rendered at 2048x1024
 unless --shards names a folder that an earlier run with --keep left.
@@ -100,7 +100,7 @@ def from_memory(split: Split, a: Augmentation) -> Callable[[int], object]:
     crops, (image, label) = Crops(split, a, 0, (127, 127, 127)), (x.copy() for x in split.read(0))
 
     def sample(i: int) -> object:
-        d = crops.draw(Sample(i, 0))
+        d = crops.params(Sample(i, 0))
         top, left, height, width = d.box
         box = slice(top, top + height), slice(left, left + width)
         return apply(d, image[box], label[box], crops.fill)

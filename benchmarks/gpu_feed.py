@@ -43,7 +43,7 @@ from torch import Tensor
 
 from roadseg.data.augment import gpu as gpu_augment
 from roadseg.data.augment.cpu import Augmentation
-from roadseg.data.augment.gpu import Sheet
+from roadseg.data.augment.gpu import BatchParams
 from roadseg.data.batches.gpu_frames import FramesOnGpu, load_frames
 from roadseg.data.batches.loader import Batch, Crops
 from roadseg.data.batches.plan import LoaderPlan, batches_of
@@ -134,21 +134,21 @@ def copy_bytes_per_s(device: torch.device, n: int) -> float:
     return 2 * n / min(per_call_s(lambda _: target.copy_(source), 10, device) for _ in range(3))
 
 
-def by_grid_sample(flat: Tensor, s: Sheet, tensors: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
+def by_grid_sample(flat: Tensor, s: BatchParams, tensors: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
     """The usual way on a GPU: each box as float, F.grid_sample for image and label, a matrix product for color."""
     images, labels = [], []
-    numbers = tensors[1]
-    for row, (image_at, label_at, height, width, row_px, _) in enumerate(s.places.tolist()):
+    transforms = tensors[1]
+    for row, (image_at, label_at, height, width, row_px, _) in enumerate(s.layout.tolist()):
         box = flat.as_strided((1, 3, height, width), (1, 1, 3 * row_px, 3), image_at).float()
         ids = flat.as_strided((1, 1, height, width), (1, 1, row_px, 1), label_at).float()
-        affine, colour = numbers[row, :6].view(2, 3), numbers[row, 6:].view(3, 4)
+        affine, color = transforms[row, :6].view(2, 3), transforms[row, 6:].view(3, 4)
         steps = torch.arange(size, device=flat.device, dtype=torch.float32)
         x, y = steps[None, :].expand(size, size), steps[:, None].expand(size, size)
         at = torch.stack([x, y, torch.ones_like(x)], -1) @ affine.T
         grid = ((2 * at + 1) / torch.tensor([width, height], device=flat.device) - 1)[None]
         inside = (grid.abs() <= 1).all(-1)
         pixels = F.grid_sample(box, grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
-        tinted = (colour[:, :3] @ pixels.reshape(3, -1) + colour[:, 3:]).clamp(0, 255).view(3, size, size)
+        tinted = (color[:, :3] @ pixels.reshape(3, -1) + color[:, 3:]).clamp(0, 255).view(3, size, size)
         near = F.grid_sample(ids, grid, mode="nearest", padding_mode="border", align_corners=False)[0]
         images.append(torch.where(inside, tinted, 127.0).to(torch.uint8).permute(1, 2, 0))
         labels.append(torch.where(inside, near, 255.0).to(torch.uint8)[0])
@@ -160,7 +160,7 @@ class Prepared:
     """Crop parameters of several batches, and the bytes that one batch has to move."""
 
     flat: Tensor
-    sheets: list[Sheet]
+    batch_list: list[BatchParams]
     placed: list[tuple[Tensor, Tensor]]
     crop_px: tuple[int, int]
     moved_bytes: float
@@ -168,18 +168,20 @@ class Prepared:
 
 def prepare(frames: FramesOnGpu, crops: Crops, a: argparse.Namespace, device: torch.device) -> Prepared:
     order = Order(crops.split.frames, 0)
-    sheets = [frames.offsets.sheet(crops, samples) for samples in Batches(order, a.batch, 0, 4 if a.quick else 48)]
-    placed = [(torch.from_numpy(s.places).to(device), torch.from_numpy(s.numbers).to(device)) for s in sheets]
+    batch_list = [
+        frames.offsets.batch_params(crops, samples) for samples in Batches(order, a.batch, 0, 4 if a.quick else 48)
+    ]
+    placed = [(torch.from_numpy(s.layout).to(device), torch.from_numpy(s.transforms).to(device)) for s in batch_list]
     # A crop reads as many pixels as its affine covers, at most the whole box.
-    affines = [s.numbers[:, :6].reshape(-1, 2, 3)[:, :, :2] for s in sheets]
+    affines = [s.transforms[:, :6].reshape(-1, 2, 3)[:, :, :2] for s in batch_list]
     covered = [np.abs(np.linalg.det(m)) * a.size**2 for m in affines]
-    boxes = [s.places[:, 2] * s.places[:, 3] for s in sheets]
+    boxes = [s.layout[:, 2] * s.layout[:, 3] for s in batch_list]
     read = statistics.mean(float(np.minimum(c, b).sum()) for c, b in zip(covered, boxes, strict=True))
-    return Prepared(frames.flat, sheets, placed, (a.size, a.size), 4 * (read + a.batch * a.size**2))
+    return Prepared(frames.flat, batch_list, placed, (a.size, a.size), 4 * (read + a.batch * a.size**2))
 
 
 def whole(d: Prepared, i: int) -> object:
-    return gpu_augment.cut_crops(d.flat, d.sheets[i % len(d.sheets)], d.crop_px, FILL)
+    return gpu_augment.cut_crops(d.flat, d.batch_list[i % len(d.batch_list)], d.crop_px, FILL)
 
 
 def kernel(d: Prepared, i: int) -> tuple[Tensor, Tensor]:
@@ -193,8 +195,8 @@ def plain(d: Prepared, i: int) -> tuple[Tensor, Tensor]:
 
 
 def grid_sample(d: Prepared, i: int) -> object:
-    k = i % len(d.sheets)
-    return by_grid_sample(d.flat, d.sheets[k], d.placed[k], d.crop_px[0])
+    k = i % len(d.batch_list)
+    return by_grid_sample(d.flat, d.batch_list[k], d.placed[k], d.crop_px[0])
 
 
 def augmentation_alone(folder: Path, a: argparse.Namespace, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""ClassMix (Olsson et al., WACV 2021) between the labelled crops of a batch: half the classes of one over another.
+"""ClassMix (Olsson et al., WACV 2021) for labeled crops: paste half the classes of one crop into another.
 
 Shapes: B crops, H x W pixels.
 """
@@ -15,12 +15,12 @@ from roadseg.labels import IGNORE
 
 
 def class_mix(batch: Batch, share: float, seed: int, step: int, first_row: int, rows: int) -> Batch:
-    """Paste, into a `share` of the crops, about half the classes of their neighbour (2k with 2k + 1).
+    """Paste, into a `share` of the crops, about half the classes of their neighbor (2k with 2k + 1).
 
-    What is pasted keeps its place and its label; void is never pasted. The draws are a function of
-    (seed, step, row), where the batch holds rows first_row and on of the `rows` of all processes.
+    Pixels keep their position and label; void is never pasted. Random choices are a function of (seed, step, row).
+    The batch holds the rows from first_row on, out of the `rows` of all processes.
     """
-    # A batch whose neighbours would be in two processes is refused before training.
+    # The preflight checks refuse batches whose pairs would be split between two processes.
     assert first_row % 2 == 0 and (len(batch.label_BHW) % 2 == 0 or len(batch.label_BHW) == rows)
     rng = generator(seed, 9, step)
     mixed, picks = rng.random(rows) < share, rng.random((rows, 256)) < 0.5
@@ -29,22 +29,22 @@ def class_mix(batch: Batch, share: float, seed: int, step: int, first_row: int, 
     table = mixed[mine, None] & picks[mine]
     table[:, IGNORE] = False
     device = batch.label_BHW.device
-    neighbour = torch.arange(paired, device=device) ^ 1
+    neighbor = torch.arange(paired, device=device) ^ 1
     label, image = batch.label_BHW[:paired], batch.image_BHWC[:paired]
-    other = label[neighbour]
+    other = label[neighbor]
     chosen = torch.from_numpy(table[:paired])
-    # Pinned, so that the copy is only queued: the device may still be at the step before.
+    # Pinned, so that the copy is only queued and does not wait for the previous step.
     chosen = chosen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chosen
     pasted = chosen.gather(1, other.flatten(1).long()).view(other.shape)
     image_BHWC, label_BHW = batch.image_BHWC.clone(), batch.label_BHW.clone()
     label_BHW[:paired] = torch.where(pasted, other, label)
-    image_BHWC[:paired] = torch.where(pasted[..., None], image[neighbour], image)
+    image_BHWC[:paired] = torch.where(pasted[..., None], image[neighbor], image)
     return Batch(image_BHWC, label_BHW, batch.samples)
 
 
 def class_mixed(
     batches: Iterable[Batch], share: float, seed: int, step: int, first_row: int, rows: int
 ) -> Iterator[Batch]:
-    """The batches from `step` on, mixed."""
+    """Apply `class_mix` to the batches from `step` on."""
     for number, batch in enumerate(batches, step):
         yield class_mix(batch, share, seed, number, first_row, rows)

@@ -1,8 +1,8 @@
-"""One augmented training sample: drawn from (seed, epoch, sample), read as a box, resized once.
+"""Augment one training sample; everything random is a function of (seed, epoch, sample).
 
-The crop's box in the frame is computed first and only that box is read and resized; colour is one
-3x4 matrix. Both are many times faster than resizing whole frames and jittering in HSV. `draw` decides
-everything; `apply` makes the crop with OpenCV, gpu_augment.py makes whole batches on a GPU.
+The crop's box in the frame is computed first, and only that box is read and resized, once; color is one 3x4 matrix.
+Both are many times faster than resizing whole frames and jittering in HSV. `sample_params` draws all parameters;
+`apply` makes the crop with OpenCV, and gpu.py makes whole batches on a GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 from roadseg.labels import IGNORE
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the axis that saturation turns around
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the grey axis of saturation
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn. Ranges as in the config's training.augment."""
+    """Ranges of the augmentation, as in the config's training.augment."""
 
     crop_px: tuple[int, int]  # height, width
     scale: tuple[float, float] = (0.5, 2.0)
@@ -38,7 +38,7 @@ def generator(seed: int, *index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence((seed % (1 << 63), *index)))
 
 
-def colour_matrix(rng: np.random.Generator, a: Augmentation) -> np.ndarray:
+def color_matrix(rng: np.random.Generator, a: Augmentation) -> np.ndarray:
     """float32 [3, 4]: brightness, contrast (around mid-grey), saturation and then tint as one affine map of RGB."""
     ranges = (a.brightness, a.contrast, a.saturation)
     brightness, contrast, saturation = (
@@ -47,67 +47,66 @@ def colour_matrix(rng: np.random.Generator, a: Augmentation) -> np.ndarray:
     grey = [(1 - saturation) * luma for luma in LUMA]
     rows = [[brightness * contrast * (saturation * (i == j) + grey[j]) for j in range(3)] for i in range(3)]
     matrix = np.array([[*row, 127.5 * (1 - contrast)] for row in rows], np.float32)
-    if a.tint:  # drawn only where asked for: it leaves all other draws as they were
+    if a.tint:  # only if set, so that all other draws stay the same
         matrix *= np.array([[_between(1 - a.tint, 1 + a.tint, u)] for u in rng.random(3).tolist()], np.float32)
     return matrix
 
 
 def _between(low: float, high: float, u: float) -> float:
-    """As numpy.random.Generator.uniform makes it of `u` in 0..1; one call for all numbers takes a tenth of its time."""
+    """Equal to numpy's Generator.uniform for `u` in 0..1; one random() call for all values is ten times faster."""
     return low + (high - low) * u
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What is done to one frame.
+class CropParams:
+    """Parameters of one crop.
 
-    box: (top, left, height, width) to read of it. affine: float64 [2, 3], from a pixel (x, y) of the
-    crop to (x, y) in the box, both counted from the centre of the first pixel; flip is in it. inner:
-    (top, left, height, width) of the crop that the box can fill; the rest is void. turned: rotated, so
-    that the affine and not inner says where the frame ends. taps: samples a side that a pixel of the
-    crop averages; 1 where it covers two pixels a side of the frame or fewer. colour: float32 [3, 4] on
-    RGB in 0..255. blur_px: sigma, 0 for none.
+    box: (top, left, height, width) of the frame to read. affine: float64 [2, 3], maps a pixel (x, y) of the crop to
+    (x, y) in the box, both relative to the center of the first pixel; includes the flip. inner: (top, left, height,
+    width) of the crop that the box fills; the rest is void. rotated: the affine, not `inner`, says where the
+    frame ends. taps: samples per side that a crop pixel averages; 1 if it covers at most two frame pixels per side.
+    color: float32 [3, 4] on RGB in 0..255. blur_px: sigma, 0 for none.
     """
 
     crop_px: tuple[int, int]
     box: tuple[int, int, int, int]
     affine: np.ndarray
     inner: tuple[int, int, int, int]
-    turned: bool
+    rotated: bool
     flip: bool
     taps: int
-    colour: np.ndarray
+    color: np.ndarray
     blur_px: float
 
 
-def draw(
+def sample_params(
     a: Augmentation, rng: np.random.Generator, height: int, width: int, centre: tuple[int, int] | None = None
-) -> Draw:
-    """Of a frame of this size. The crop covers the pixel `centre` (y, x), if one is given, somewhere."""
-    by_scale, spot_y, spot_x, flip_draw, blur_draw, by_sigma, by_angle = rng.random(7).tolist()
+) -> CropParams:
+    """Parameters for a frame of this size. The crop covers the pixel `centre` (y, x), if given, somewhere."""
+    by_scale, at_y, at_x, flip_draw, blur_draw, by_sigma, by_angle = rng.random(7).tolist()
     scale, sigma = _between(*a.scale, by_scale), _between(0.1, 1.5, by_sigma)
     angle, flip = _between(-a.rotate_deg, a.rotate_deg, by_angle), flip_draw < a.flip
-    colour = colour_matrix(rng, a)
-    place = _turned if a.rotate_deg else _upright
-    box, affine, inner = place(a.crop_px, (height, width), scale, radians(angle), flip, (spot_y, spot_x), centre)
+    color = color_matrix(rng, a)
+    geometry = _rotated_geometry if a.rotate_deg else _upright_geometry
+    box, affine, inner = geometry(a.crop_px, (height, width), scale, radians(angle), flip, (at_y, at_x), centre)
     taps = max(1, ceil(0.5 / scale - 1e-9))
     blur_px = sigma if blur_draw < a.blur else 0.0
-    return Draw(a.crop_px, box, affine, inner, a.rotate_deg > 0, flip, taps, colour, blur_px)
+    return CropParams(a.crop_px, box, affine, inner, a.rotate_deg > 0, flip, taps, color, blur_px)
 
 
-Place = tuple[tuple[int, int, int, int], np.ndarray, tuple[int, int, int, int]]  # box, affine, inner of a Draw
+Geometry = tuple[tuple[int, int, int, int], np.ndarray, tuple[int, int, int, int]]  # box, affine, inner of a CropParams
 
 
-def _upright(
+def _upright_geometry(
     crop_px: tuple[int, int],
     frame_px: tuple[int, int],
     scale: float,
     _angle: float,
     flip: bool,
-    spot: tuple[float, float],
+    at: tuple[float, float],
     centre: tuple[int, int] | None,
-) -> Place:
-    """The part of the scaled frame that a crop at `spot` (0..1, 0..1) covers; at most the crop's size."""
+) -> Geometry:
+    """Scale, flip and crop. at: relative position (y, x) of the crop in the frame, each 0..1."""
     starts, sides, inner_starts, inner_sides = [], [], [], []
     for axis, (crop, frame) in enumerate(zip(crop_px, frame_px, strict=True)):
         side = max(1, min(frame, round(crop / scale)))
@@ -115,9 +114,9 @@ def _upright(
         if centre:
             low, high = max(low, centre[axis] - side + 1), min(high, centre[axis])
         inner = min(crop, max(1, round(side * scale)))
-        starts.append(low + int(spot[axis] * (high - low + 1)))
+        starts.append(low + int(at[axis] * (high - low + 1)))
         sides.append(side)
-        inner_starts.append(int(spot[axis] * (crop - inner + 1)))
+        inner_starts.append(int(at[axis] * (crop - inner + 1)))
         inner_sides.append(inner)
     step_y, step_x = sides[0] / inner_sides[0], sides[1] / inner_sides[1]
     from_x, from_y = (0.5 - inner_starts[1]) * step_x - 0.5, (0.5 - inner_starts[0]) * step_y - 0.5
@@ -127,18 +126,18 @@ def _upright(
     return (*starts, *sides), affine, (*inner_starts, *inner_sides)  # type: ignore[return-value]
 
 
-def _turned(
+def _rotated_geometry(
     crop_px: tuple[int, int],
     frame_px: tuple[int, int],
     scale: float,
     angle: float,
     flip: bool,
-    spot: tuple[float, float],
+    at: tuple[float, float],
     centre: tuple[int, int] | None,
-) -> Place:
-    """Scale, rotation (radians), flip and crop as one affine sample; void where the frame ends."""
-    size, frame, across = np.array(crop_px[::-1], float), np.array(frame_px[::-1]), np.array(spot[::-1])
-    reach = size / (2 * scale)  # from the crop's centre to its edges, in pixels of the frame
+) -> Geometry:
+    """Scale, rotation (radians), flip and crop as one affine map; void outside the frame."""
+    size, frame, across = np.array(crop_px[::-1], float), np.array(frame_px[::-1]), np.array(at[::-1])
+    reach = size / (2 * scale)  # from the crop's center to its edges, in frame pixels
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     turn[:, 0] *= -1 if flip else 1
     if centre is None:
@@ -148,8 +147,8 @@ def _turned(
         free = point - turn @ ((across - 0.5) * (size - 1))
         middle = np.clip(free, np.minimum(reach, frame - reach), np.maximum(reach, frame - reach))
         if (np.abs(np.linalg.solve(turn, point - middle)) > (size - 1) / 2 + 1e-6).any():
-            middle = free  # rather some void than not to cover it
-    # Pixel i has its centre at i + 0.5 in both frames.
+            middle = free  # accept void pixels in order to cover the center
+    # The center of pixel i is at i + 0.5, in crop and frame.
     affine = np.column_stack([turn, middle - 0.5 - turn @ (size / 2 - 0.5)])
     corners = affine @ [[-0.5, size[0] - 0.5] * 2, [-0.5, -0.5, size[1] - 0.5, size[1] - 0.5], [1, 1, 1, 1]]
     (left, top), (right, bottom) = (f(corners, axis=1) for f in (np.min, np.max))
@@ -160,21 +159,20 @@ def _turned(
 
 
 def apply(
-    d: Draw,
+    d: CropParams,
     image: np.ndarray,
     label: np.ndarray,
     fill: tuple[int, int, int],
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The crop. image uint8 [h, w, 3], label uint8 [h, w]: what `d.box` says of the frame.
+    """The crop (image uint8 [H, W, 3], label uint8 [H, W]). image, label: the frame's pixels in `d.box`.
 
-    Where the frame does not reach, the image is `fill` and the label void. out: where to write it,
-    uint8 [H, W, 3] and [H, W].
+    Outside the frame the image is `fill` and the label void. out: arrays to write the crop to.
     """
     to_image, to_label = out or (np.empty((*d.crop_px, 3), np.uint8), np.empty(d.crop_px, np.uint8))
     top, left, height, width = d.inner
     inside = to_image[top : top + height, left : left + width], to_label[top : top + height, left : left + width]
-    if d.turned:
+    if d.rotated:
         crop, inverse = d.crop_px[::-1], cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR
         pixels = cv2.warpAffine(image, d.affine, crop, flags=inverse, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
         nearest = cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST
@@ -182,51 +180,51 @@ def apply(
             label, d.affine, crop, flags=nearest, borderMode=cv2.BORDER_CONSTANT, borderValue=IGNORE
         )
     else:
-        # Down to half the size a bilinear sample sees every pixel, at a sixth of the time of an area's mean.
+        # Down to half the size, bilinear sampling uses every pixel, in a sixth of the time of INTER_AREA.
         how = cv2.INTER_LINEAR if d.taps == 1 else cv2.INTER_AREA
         pixels = cv2.resize(image, (width, height), interpolation=how)
         if d.flip:
             pixels = cv2.flip(pixels, 1, dst=pixels)  # in place: a third of the time
         inside[1][:] = _resized_label(label, d)
-    made = cv2.transform(pixels, d.colour, dst=inside[0])
-    if made is not inside[0]:  # OpenCV makes an array of its own where it can't write into the one given
+    made = cv2.transform(pixels, d.color, dst=inside[0])
+    if made is not inside[0]:  # OpenCV allocates a new array if it can't write to dst
         inside[0][:] = made
-    if d.turned:
-        to_image[_beyond(d, label.shape)] = fill
+    if d.rotated:
+        to_image[_outside_frame(d, label.shape)] = fill
     if (height, width) != d.crop_px:
-        _surround(to_image, d.inner, fill)
-        _surround(to_label, d.inner, (IGNORE,))
+        _fill_border(to_image, d.inner, fill)
+        _fill_border(to_label, d.inner, (IGNORE,))
     if d.blur_px:
         to_image[:] = cv2.GaussianBlur(to_image, (0, 0), d.blur_px, borderType=cv2.BORDER_REPLICATE)
     return to_image, to_label
 
 
-def _resized_label(label: np.ndarray, d: Draw) -> np.ndarray:
-    """uint8 [height, width] of `d.inner`, mirrored if the draw says so."""
+def _resized_label(label: np.ndarray, d: CropParams) -> np.ndarray:
+    """The label resized to `d.inner`, flipped if `d.flip`."""
     size, rows = d.inner[:1:-1], len(label)
-    few = 4 * rows < 3 * size[1]
-    # To write rows twice takes less than to look each of their pixels up twice.
-    ids = cv2.resize(label, (size[0], rows) if few else size, interpolation=cv2.INTER_NEAREST_EXACT)
+    enlarged = 4 * rows < 3 * size[1]
+    # Copying whole rows is faster than looking up each of their pixels again.
+    ids = cv2.resize(label, (size[0], rows) if enlarged else size, interpolation=cv2.INTER_NEAREST_EXACT)
     if d.flip:
         ids = cv2.flip(ids, 1, dst=ids)
-    if few:
-        numbers = np.arange(rows, dtype=np.uint16)[:, None]
-        ids = ids[cv2.resize(numbers, (1, size[1]), interpolation=cv2.INTER_NEAREST_EXACT)[:, 0]]
+    if enlarged:
+        row_numbers = np.arange(rows, dtype=np.uint16)[:, None]
+        ids = ids[cv2.resize(row_numbers, (1, size[1]), interpolation=cv2.INTER_NEAREST_EXACT)[:, 0]]
     return ids
 
 
-def _surround(crop: np.ndarray, inner: tuple[int, int, int, int], fill: tuple[int, ...]) -> None:
-    """Fills what of a crop [H, W] or [H, W, 3] lies around (top, left, height, width)."""
+def _fill_border(crop: np.ndarray, inner: tuple[int, int, int, int], fill: tuple[int, ...]) -> None:
+    """Fill the part of a crop [H, W] or [H, W, 3] outside of `inner`: (top, left, height, width)."""
     top, left, height, width = inner
-    row = np.empty(crop.shape[1:], np.uint8)  # whole rows are copied fifty times as fast as single pixels
+    row = np.empty(crop.shape[1:], np.uint8)  # copying whole rows is fifty times faster than single pixels
     row[:] = fill
     crop[:top] = crop[top + height :] = row
     crop[top : top + height, :left] = row[:left]
     crop[top : top + height, left + width :] = row[left + width :]
 
 
-def _beyond(d: Draw, box_px: tuple[int, ...]) -> np.ndarray:
-    """bool [H, W]: pixels of a turned crop that the frame does not reach."""
+def _outside_frame(d: CropParams, box_px: tuple[int, ...]) -> np.ndarray:
+    """bool [H, W]: pixels of a rotated crop that are outside the frame."""
     flags = cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST
     covered: np.ndarray = cv2.warpAffine(np.ones(box_px, np.uint8), d.affine, d.crop_px[::-1], flags=flags)
     return covered == 0
@@ -235,8 +233,8 @@ def _beyond(d: Draw, box_px: tuple[int, ...]) -> np.ndarray:
 def augment(
     image: np.ndarray, label: np.ndarray, a: Augmentation, rng: np.random.Generator, fill: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A crop of `a.crop_px` out of a whole frame in memory: image uint8 [H, W, 3], label uint8 [H, W]."""
-    d = draw(a, rng, *label.shape)
+    """A random crop of a whole frame in memory: image uint8 [H, W, 3], label uint8 [H, W]."""
+    d = sample_params(a, rng, *label.shape)
     top, left, height, width = d.box
     box = slice(top, top + height), slice(left, left + width)
     return apply(d, image[box], label[box], fill)

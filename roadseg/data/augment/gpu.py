@@ -1,12 +1,12 @@
-"""The crops of a batch out of uint8 frames on one device, all at once: what augment.apply does one by one.
+"""Cut all crops of a batch from uint8 frames on one device; does the same as `cpu.apply` for one crop.
 
-Scale, crop, flip and rotation are one affine sample, bilinear in the image and nearest in the label;
-colour is one 3x4 matrix; nothing but uint8 is read from memory or written to it. On CUDA this is one
-Triton kernel; the same in plain PyTorch serves where Triton is missing, and tests it.
+Scale, crop, flip and rotation are one affine sampling, bilinear for images and nearest for labels; color is one 3x4
+matrix; memory is read and written only as uint8. On CUDA this is one Triton kernel. The same in plain PyTorch is
+used without Triton, and as a reference in tests.
 
-Frames lie in one flat uint8 buffer, image rows and label rows anywhere in it: boxes that workers sent,
-or all frames of a split. Differences from OpenCV's crops: at most a rounding, except where the frame
-ends in a rotated crop (here the last pixel is repeated, there it fades into the fill).
+Frames are in one flat uint8 buffer, either boxes from loader processes or all frames of a split. Crops differ from
+OpenCV's by rounding only, except at the frame's border in rotated crops (the last pixel is repeated; OpenCV fades
+into the fill).
 """
 
 from __future__ import annotations
@@ -19,52 +19,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roadseg.data.augment.cpu import Draw
+from roadseg.data.augment.cpu import CropParams
 from roadseg.data.augment.gpu_probe import kernels_run
 from roadseg.labels import IGNORE
 
-BLUR_RADIUS = 5  # of the largest sigma drawn, 1.5 px, as OpenCV cuts it off
+BLUR_RADIUS = 5  # OpenCV's kernel radius for the largest sigma, 1.5 px
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """What is done to the frames of a batch, as arrays.
+class BatchParams:
+    """Crop parameters of a batch as arrays.
 
-    places: int64 [B, 6], byte of the image's box in the flat buffer, of the label's, height and width
-    of the box, pixels from one row to the next, taps. numbers: float32 [B, 18], affine [2, 3] and
-    colour [3, 4]. blur_px: float32 [B], 0 for none.
+    layout: int64 [B, 6], byte offsets of the image's and of the label's box in the flat buffer, height and width of
+    the box, pixels from one row to the next, taps. transforms: float32 [B, 18], affine [2, 3] and color [3, 4].
+    blur_px: float32 [B], 0 for none.
     """
 
-    places: np.ndarray
-    numbers: np.ndarray
+    layout: np.ndarray
+    transforms: np.ndarray
     blur_px: np.ndarray
 
 
-def sheet(draws: Sequence[Draw], image_at: Sequence[int], label_at: Sequence[int], row_px: Sequence[int]) -> Sheet:
-    places = [
+def batch_params(
+    draws: Sequence[CropParams], image_at: Sequence[int], label_at: Sequence[int], row_px: Sequence[int]
+) -> BatchParams:
+    layout = [
         (image, label, d.box[2], d.box[3], row, d.taps)
         for d, image, label, row in zip(draws, image_at, label_at, row_px, strict=True)
     ]
-    numbers = np.empty((len(draws), 18), np.float32)
-    for row, d in zip(numbers, draws, strict=True):
-        row[:6], row[6:] = d.affine.ravel(), d.colour.ravel()
-    return Sheet(np.array(places, np.int64), numbers, np.array([d.blur_px for d in draws], np.float32))
+    transforms = np.empty((len(draws), 18), np.float32)
+    for row, d in zip(transforms, draws, strict=True):
+        row[:6], row[6:] = d.affine.ravel(), d.color.ravel()
+    return BatchParams(np.array(layout, np.int64), transforms, np.array([d.blur_px for d in draws], np.float32))
 
 
-def cut_crops(flat: Tensor, s: Sheet, crop_px: tuple[int, int], fill: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def cut_crops(
+    flat: Tensor, s: BatchParams, crop_px: tuple[int, int], fill: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
     """(image uint8 [B, H, W, 3] RGB, label uint8 [B, H, W]) on the device of `flat`, uint8 [bytes].
 
-    Where a frame does not reach, the image is `fill` and the label void. Nothing is waited for: on
-    CUDA the work is queued on the current stream.
+    Outside the frame, the image is `fill` and the label void. On CUDA the work is only queued on the current stream.
     """
-    places = torch.from_numpy(s.places).to(flat.device, non_blocking=True)
-    numbers = torch.from_numpy(s.numbers).to(flat.device, non_blocking=True)
+    layout = torch.from_numpy(s.layout).to(flat.device, non_blocking=True)
+    transforms = torch.from_numpy(s.transforms).to(flat.device, non_blocking=True)
     if flat.is_cuda and kernels_run():
         from roadseg.data.augment import gpu_kernel
 
-        image, label = gpu_kernel.cut_crops(flat, places, numbers, crop_px, fill)
+        image, label = gpu_kernel.cut_crops(flat, layout, transforms, crop_px, fill)
     else:
-        image, label = cut_crops_plain(flat, places, numbers, crop_px, fill)
+        image, label = cut_crops_plain(flat, layout, transforms, crop_px, fill)
     if (chosen := np.flatnonzero(s.blur_px)).size:
         rows = torch.from_numpy(chosen).to(flat.device)
         image[rows] = blurred(image[rows], s.blur_px[chosen])
@@ -72,14 +75,14 @@ def cut_crops(flat: Tensor, s: Sheet, crop_px: tuple[int, int], fill: tuple[int,
 
 
 def cut_crops_plain(
-    flat: Tensor, places: Tensor, numbers: Tensor, crop_px: tuple[int, int], fill: tuple[int, int, int]
+    flat: Tensor, layout: Tensor, transforms: Tensor, crop_px: tuple[int, int], fill: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """As `cut_crops`, without blur, in plain PyTorch; places and numbers of a Sheet as tensors."""
+    """`cut_crops` without blur in plain PyTorch; layout, transforms: those of a BatchParams as tensors."""
     device = flat.device
     y = torch.arange(crop_px[0], device=device, dtype=torch.float32)[:, None]
     x = torch.arange(crop_px[1], device=device, dtype=torch.float32)
-    image_at, label_at, height, width, row_px, taps = places[:, :, None, None].unbind(1)
-    xx, xy, x0, yx, yy, y0 = numbers[:, :6, None, None].unbind(1)
+    image_at, label_at, height, width, row_px, taps = layout[:, :, None, None].unbind(1)
+    xx, xy, x0, yx, yy, y0 = transforms[:, :6, None, None].unbind(1)
     u, v = xx * x + xy * y + x0, yx * x + yy * y + y0
 
     column, row = torch.floor(u + 0.5).long(), torch.floor(v + 0.5).long()
@@ -101,14 +104,14 @@ def cut_crops_plain(
                 for from_x, wx in ((left, 1 - (su - left)), (right, su - left)):
                     at = image_at + (from_y * row_px + from_x) * 3
                     mean += (share * wy * wx)[..., None] * flat[at[..., None] + channel]
-    colour = numbers[:, 6:].reshape(-1, 1, 3, 4)
-    tinted = (mean[..., None, :] * colour[:, None, :, :, :3]).sum(-1) + colour[:, None, :, :, 3]
+    color = transforms[:, 6:].reshape(-1, 1, 3, 4)
+    tinted = (mean[..., None, :] * color[:, None, :, :, :3]).sum(-1) + color[:, None, :, :, 3]
     pixels = torch.floor(tinted.clamp(0, 255) + 0.5).to(torch.uint8)
     return torch.where(covered[..., None], pixels, torch.tensor(fill, dtype=torch.uint8, device=device)), label
 
 
 def blurred(image_BHWC: Tensor, sigma_px: np.ndarray) -> Tensor:
-    """Gaussian blur of uint8 images, each by its own sigma; cut off where OpenCV does, edges repeated."""
+    """Gaussian blur of uint8 images, each with its own sigma; kernel size as in OpenCV, replicated borders."""
     distance = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     sigma = sigma_px[:, None].astype(np.float64)
     weights = np.exp(-0.5 * (distance / sigma) ** 2) * (

@@ -1,6 +1,6 @@
-"""The Triton kernel of gpu_augment.py: one pass from uint8 frames to uint8 crops with their labels.
+"""The Triton kernel of gpu.py: one pass from uint8 frames to uint8 crops with their labels.
 
-Imported only where there is a GPU, as Triton comes with PyTorch's CUDA wheels alone.
+Imported only on a GPU: Triton comes only with PyTorch's CUDA wheels.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import triton  # type: ignore[import-untyped,import-not-found]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
-TILE = 8, 64  # rows, columns of a crop a program makes: powers of two
+TILE = 8, 64  # rows, columns of a crop per program: powers of two
 WARPS = 4
 
 
 @triton.jit
 def _crop_tile(
-    flat, places, numbers, image, label, crop_h, crop_w, fill_r, fill_g, fill_b,
+    flat, layout, transforms, image, label, crop_h, crop_w, fill_r, fill_g, fill_b,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1)
@@ -26,14 +26,14 @@ def _crop_tile(
     x = tl.program_id(0) % tiles_x * TILE_W + i % TILE_W
     inside = (y < crop_h) & (x < crop_w)
 
-    place = places + b * 6
+    place = layout + b * 6
     from_image = flat + tl.load(place)
     from_label = flat + tl.load(place + 1)
     height = tl.load(place + 2).to(tl.int32)
     width = tl.load(place + 3).to(tl.int32)
     row_px = tl.load(place + 4).to(tl.int32)
     taps = tl.load(place + 5).to(tl.int32)
-    number = numbers + b * 18
+    number = transforms + b * 18
     xx, xy, x0 = tl.load(number), tl.load(number + 1), tl.load(number + 2)
     yx, yy, y0 = tl.load(number + 3), tl.load(number + 4), tl.load(number + 5)
     u = xx * x + xy * y + x0
@@ -65,10 +65,10 @@ def _crop_tile(
     share = 1.0 / (taps * taps)
     r, g, blue = r * share, g * share, blue * share
 
-    colour = number + 6
-    red = r * tl.load(colour) + g * tl.load(colour + 1) + blue * tl.load(colour + 2) + tl.load(colour + 3)
-    green = r * tl.load(colour + 4) + g * tl.load(colour + 5) + blue * tl.load(colour + 6) + tl.load(colour + 7)
-    azure = r * tl.load(colour + 8) + g * tl.load(colour + 9) + blue * tl.load(colour + 10) + tl.load(colour + 11)
+    color = number + 6
+    red = r * tl.load(color) + g * tl.load(color + 1) + blue * tl.load(color + 2) + tl.load(color + 3)
+    green = r * tl.load(color + 4) + g * tl.load(color + 5) + blue * tl.load(color + 6) + tl.load(color + 7)
+    azure = r * tl.load(color + 8) + g * tl.load(color + 9) + blue * tl.load(color + 10) + tl.load(color + 11)
     red = tl.floor(tl.minimum(tl.maximum(red, 0.0), 255.0) + 0.5).to(tl.int32)
     green = tl.floor(tl.minimum(tl.maximum(green, 0.0), 255.0) + 0.5).to(tl.int32)
     azure = tl.floor(tl.minimum(tl.maximum(azure, 0.0), 255.0) + 0.5).to(tl.int32)
@@ -81,14 +81,14 @@ def _crop_tile(
 
 
 def cut_crops(
-    flat: Tensor, places: Tensor, numbers: Tensor, crop_px: tuple[int, int], fill: tuple[int, int, int]
+    flat: Tensor, layout: Tensor, transforms: Tensor, crop_px: tuple[int, int], fill: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """As gpu.cut_crops_plain, on tensors of one CUDA device, on its current stream."""
-    batch, (height, width) = len(places), crop_px
+    """Same as gpu.cut_crops_plain, for CUDA tensors, queued on the current stream."""
+    batch, (height, width) = len(layout), crop_px
     image = torch.empty((batch, height, width, 3), dtype=torch.uint8, device=flat.device)
     label = torch.empty((batch, height, width), dtype=torch.uint8, device=flat.device)
     grid = triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1]), batch
-    _crop_tile[grid](flat, places, numbers, image, label, height, width, *fill, *TILE, num_warps=WARPS)
+    _crop_tile[grid](flat, layout, transforms, image, label, height, width, *fill, *TILE, num_warps=WARPS)
     return image, label
 
 
@@ -98,7 +98,7 @@ def _seven(out):  # type: ignore[no-untyped-def]
 
 
 def probe(device: str) -> bool:
-    """Launch the smallest of kernels and look at what it wrote."""
+    """Launch a minimal kernel and check its result."""
     out = torch.zeros(1, dtype=torch.int32, device=device)
     _seven[(1,)](out)
     return int(out.item()) == 7

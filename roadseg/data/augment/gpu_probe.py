@@ -1,4 +1,4 @@
-"""Whether this machine can run our own GPU kernels."""
+"""Check whether this machine can run Triton kernels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ log = logging.getLogger(__name__)
 
 @cache
 def kernels_run() -> bool:
-    """Tries one. Triton may be missing, or find no C compiler to build its launcher with; it is said once."""
+    """Run a minimal kernel, once per process. Triton may be missing, or may find no C compiler for its launcher."""
     try:
         from roadseg.data.augment import gpu_kernel
 
         if gpu_kernel.probe("cuda"):
             return True
-        why = "a kernel wrote nothing"
+        reason = "a kernel wrote a wrong result"
     except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as e:
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-    log.warning("training on the GPU is slower than it could be: Triton kernels don't run here (%s)", why)
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    log.warning("Triton kernels do not run here, so training on the GPU is slower (%s)", reason)
     return False

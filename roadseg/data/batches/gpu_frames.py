@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from roadseg.data.augment.gpu import Sheet, cut_crops, sheet
+from roadseg.data.augment.gpu import BatchParams, batch_params, cut_crops
 from roadseg.data.batches.loader import Batch, Crops, one_ahead
 from roadseg.data.batches.sampler import Batches, Sample
 from roadseg.data.batches.worker_processes import POLL_S, identity, items_of, start_worker
@@ -40,16 +40,16 @@ class FrameOffsets:
         sizes = [4 * frame.height * frame.width for frame in self.split.frames]
         return np.cumsum([0, *sizes[:-1]]).tolist()
 
-    def sheet(self, crops: Crops, samples: list[Sample]) -> Sheet:
-        draws = [crops.draw(sample) for sample in samples]
+    def batch_params(self, crops: Crops, samples: list[Sample]) -> BatchParams:
+        params = [crops.params(sample) for sample in samples]
         images, labels, rows = [], [], []
-        for sample, d in zip(samples, draws, strict=True):
+        for sample, d in zip(samples, params, strict=True):
             frame, start = self.split.frames[sample.index], self.starts[sample.index]
             first = d.box[0] * frame.width + d.box[1]
             images.append(start + 3 * first)
             labels.append(start + 3 * frame.height * frame.width + first)
             rows.append(frame.width)
-        return sheet(draws, images, labels, rows)
+        return batch_params(params, images, labels, rows)
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def load_frames(split: Split, device: torch.device, stopped: Callable[[], object
     return frames
 
 
-class _Sheets(Dataset[Any]):
+class _ParamsDataset(Dataset[Any]):
     """Maps the samples of a batch to their crop parameters. Uses no device, so it can be forked."""
 
     def __init__(self, offsets: FrameOffsets, crops: Crops) -> None:
         self.offsets, self.crops = offsets, crops
 
-    def __getitems__(self, samples: list[Sample]) -> tuple[tuple[Sample, ...], Sheet]:
-        return tuple(samples), self.offsets.sheet(self.crops, samples)
+    def __getitems__(self, samples: list[Sample]) -> tuple[tuple[Sample, ...], BatchParams]:
+        return tuple(samples), self.offsets.batch_params(self.crops, samples)
 
 
 def batches_from_frames(
@@ -106,13 +106,13 @@ def batches_from_frames(
     worker = cuda if worker is None else worker
     crop_px, fill = crops.augmentation.crop_px, crops.fill
 
-    def cut(item: tuple[tuple[Sample, ...], Sheet]) -> Batch:
-        samples, sheet_ = item
-        return Batch(*cut_crops(frames.flat, sheet_, crop_px, fill), samples)
+    def cut(item: tuple[tuple[Sample, ...], BatchParams]) -> Batch:
+        samples, params = item
+        return Batch(*cut_crops(frames.flat, params, crop_px, fill), samples)
 
-    sheets = items_of(
+    batch_list = items_of(
         DataLoader(
-            _Sheets(frames.offsets, crops),
+            _ParamsDataset(frames.offsets, crops),
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable will do
             num_workers=int(worker),
             collate_fn=identity,  # type: ignore[arg-type]  # __getitems__ returns a batch
@@ -121,5 +121,5 @@ def batches_from_frames(
             worker_init_fn=start_worker,
         )
     )
-    with closing(sheets):
-        yield from one_ahead(sheets, cut, device) if cuda else map(cut, sheets)
+    with closing(batch_list):
+        yield from one_ahead(batch_list, cut, device) if cuda else map(cut, batch_list)

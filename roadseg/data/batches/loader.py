@@ -1,8 +1,8 @@
-"""Batches of augmented samples in the order of the sampler, made by worker processes.
+"""Load batches of augmented samples in sampler order, with worker processes.
 
-Workers write into slots of shared memory that are made once and used in turn: how much is taken is
-known before the first sample, and a GPU copies straight out of them. What they write are finished
-crops, or, where a GPU augments, the boxes that the crops are cut from.
+Workers write to slots of shared memory that are allocated once and used in turn: the memory need is known before the
+first sample, and a GPU copies directly from them. Workers write finished crops, or, if a GPU augments, the boxes that
+the crops are cut from.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from roadseg.data.augment.cpu import Augmentation, Draw, apply, draw
-from roadseg.data.augment.gpu import Sheet, cut_crops, sheet
+from roadseg.data.augment.cpu import Augmentation, CropParams, apply, sample_params
+from roadseg.data.augment.gpu import BatchParams, batch_params, cut_crops
 from roadseg.data.batches.sampler import Batches, Sample
 from roadseg.data.batches.worker_processes import POLL_S, identity, items_of, start_worker
 from roadseg.data.shards.index import Split
 from roadseg.errors import RoadsegError
 
 log = logging.getLogger(__name__)
-PREFETCH = 2  # batches that a worker is ahead
-HELD = 2  # slots of batches that left the workers: one on its way to the device, one in use
+PREFETCH = 2  # batches that each worker prepares in advance
+EXTRA_SLOTS = 2  # for batches outside the workers: one being copied to the device, one in use
 SHARED_MEMORY = Path("/dev/shm")
-SHARE_TAKEN = 0.8  # of what is free there
+USABLE_SHARE = 0.8  # of the free shared memory
 
 
 @dataclass(frozen=True)
 class Batch:
-    """image_BHWC: uint8 RGB. label_BHW: uint8 train ids. samples: what each row is of. Both on one device."""
+    """image_BHWC: uint8 RGB. label_BHW: uint8 train ids. samples: one per row. Both tensors are on one device."""
 
     image_BHWC: torch.Tensor
     label_BHW: torch.Tensor
@@ -47,24 +47,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Crops:
-    """The augmented crops of a split, each a function of (seed, sample)."""
+    """Makes the augmented crops of a split, each a function of (seed, sample)."""
 
     split: Split
     augmentation: Augmentation
     seed: int
     fill: tuple[int, int, int]
 
-    def draw(self, sample: Sample) -> Draw:
+    def params(self, sample: Sample) -> CropParams:
         frame = self.split.frames[sample.index]
-        return draw(self.augmentation, sample.generator(self.seed), frame.height, frame.width, sample.centre)
+        return sample_params(self.augmentation, sample.generator(self.seed), frame.height, frame.width, sample.centre)
 
     def crop(self, sample: Sample, out: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(image uint8 [H, W, 3], label uint8 [H, W]), written into `out` if that is given."""
-        d = self.draw(sample)
+        """(image uint8 [H, W, 3], label uint8 [H, W]), written to `out` if given."""
+        d = self.params(sample)
         return apply(d, *self.split.read_box(sample.index, *d.box), self.fill, out)
 
     def largest_box_px(self) -> int:
-        """Pixels of the largest box that a draw may ask for."""
+        """Pixels of the largest box that any crop can need."""
         a = self.augmentation
         high, wide = a.crop_px
         if a.rotate_deg:
@@ -75,48 +75,48 @@ class Crops:
 
 
 def _longest(side: int, other: int, rotate_deg: float) -> int:
-    """The side of the box around a rectangle turned by up to `rotate_deg`, at the angle where it is longest."""
+    """The longest side of the bounding box of a rectangle rotated by up to `rotate_deg`."""
     angle = min(np.deg2rad(rotate_deg), np.arctan2(other, side))
     return ceil(side * np.cos(angle) + other * np.sin(angle))
 
 
 @dataclass(frozen=True)
-class Filled:
-    """A slot that holds a batch. sheet, used_bytes: of boxes that are still to be augmented."""
+class FilledSlot:
+    """A slot with a batch. params: for boxes that are still to be augmented, else None."""
 
     slot: int
     samples: tuple[Sample, ...]
     used_bytes: int
-    sheet: Sheet | None = None
+    params: BatchParams | None = None
 
 
-class _Writer(Dataset[Any]):
-    """Called with (slot, samples), leaves finished crops there: all images, then all labels."""
+class _CropWriter(Dataset[Any]):
+    """Maps (slot, samples) to a slot with finished crops: all images, then all labels."""
 
     def __init__(self, crops: Crops, slots: torch.Tensor) -> None:
         self.crops, self.slots = crops, slots
 
-    def __getitems__(self, work: tuple[int, list[Sample]]) -> Filled | RoadsegError:
+    def __getitems__(self, work: tuple[int, list[Sample]]) -> FilledSlot | RoadsegError:
         try:
             return self.write(*work)
         except RoadsegError as e:
-            return e  # raised where the batch is taken: PyTorch would make a traceback of its message
+            return e  # raised in the parent: PyTorch would turn its message into a traceback
 
-    def write(self, slot: int, samples: list[Sample]) -> Filled:
+    def write(self, slot: int, samples: list[Sample]) -> FilledSlot:
         image, label = _views(self.slots[slot], len(samples), self.crops.augmentation.crop_px)
         for sample, *out in zip(samples, image.numpy(), label.numpy(), strict=True):
             self.crops.crop(sample, (out[0], out[1]))
-        return Filled(slot, tuple(samples), image.numel() + label.numel())
+        return FilledSlot(slot, tuple(samples), image.numel() + label.numel())
 
 
-class _BoxWriter(_Writer):
-    """Leaves the boxes of the samples there, each image followed by its label."""
+class _BoxWriter(_CropWriter):
+    """Writes the boxes of the samples, each image followed by its label."""
 
-    def write(self, slot: int, samples: list[Sample]) -> Filled:
+    def write(self, slot: int, samples: list[Sample]) -> FilledSlot:
         memory = self.slots[slot].numpy()
         draws, starts, at = [], [], 0
         for sample in samples:
-            d = self.crops.draw(sample)
+            d = self.crops.params(sample)
             image, label = self.crops.split.read_box(sample.index, *d.box)
             draws.append(d)
             starts.append(at)
@@ -125,7 +125,7 @@ class _BoxWriter(_Writer):
             at += image.size + label.size
         sides = [d.box[2:] for d in draws]
         labels = [start + 3 * h * w for start, (h, w) in zip(starts, sides, strict=True)]
-        return Filled(slot, tuple(samples), at, sheet(draws, starts, labels, [w for _, w in sides]))
+        return FilledSlot(slot, tuple(samples), at, batch_params(draws, starts, labels, [w for _, w in sides]))
 
 
 def _views(memory: torch.Tensor, rows: int, crop_px: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +135,8 @@ def _views(memory: torch.Tensor, rows: int, crop_px: tuple[int, int]) -> tuple[t
 
 
 @dataclass(frozen=True)
-class _Numbered:
-    """The batches with the slot each goes into."""
+class _SlottedBatches:
+    """The batches, each with the slot to write it to."""
 
     batches: Batches
     slots: int
@@ -149,24 +149,24 @@ class _Numbered:
 
 
 def prefetch_that_fits(workers: int, slot_bytes: int, free_bytes: int | None) -> int:
-    """Batches a worker may be ahead, from 1 to PREFETCH, so that all slots fit in shared memory.
+    """Batches that each worker may prepare in advance, 1 to PREFETCH, so that all slots fit in shared memory.
 
-    free_bytes: None where there is no limit to know. Raises RoadsegError if one a worker is too many.
+    free_bytes: None if unknown. Raises RoadsegError if not even one per worker fits.
     """
     if not workers or free_bytes is None:
         return PREFETCH
-    fit = (int(free_bytes * SHARE_TAKEN) // slot_bytes - HELD) // workers
+    fit = (int(free_bytes * USABLE_SHARE) // slot_bytes - EXTRA_SLOTS) // workers
     if fit < 1:
         raise RoadsegError(
             f"{free_bytes / 1e6:.0f} MB of shared memory are free",
-            expected=f"{(workers + HELD) * slot_bytes / SHARE_TAKEN / 1e6:.0f} MB for {workers} loader processes "
-            f"and batches of {slot_bytes / 1e6:.0f} MB",
+            expected=f"{(workers + EXTRA_SLOTS) * slot_bytes / USABLE_SHARE / 1e6:.0f} MB "
+            f"for {workers} loader processes and batches of {slot_bytes / 1e6:.0f} MB",
             where=str(SHARED_MEMORY),
             todo="give the container more (docker run --shm-size), or lower training.workers, training.batch_size "
             "or training.crop_px; training.workers 0 needs none",
         )
     if fit < PREFETCH:
-        log.warning("%s has room for %d batch a loader process ahead, not %d", SHARED_MEMORY, fit, PREFETCH)
+        log.warning("%s has room for only %d batch per loader process in advance, not %d", SHARED_MEMORY, fit, PREFETCH)
     return min(fit, PREFETCH)
 
 
@@ -179,53 +179,53 @@ def _free_shared_bytes() -> int | None:
 
 
 def batches_from_workers(
-    crops_of: Crops,
+    crops: Crops,
     batches: Batches,
     workers: int,
     device: torch.device,
     augment_on_gpu: bool = False,
     stopped: Callable[[], object] = bool,
 ) -> Generator[Batch, None, None]:
-    """`batches` on `device`; `workers` processes read ahead, 0 reads in this one.
+    """`batches` on `device`, read in advance by `workers` processes; 0: read in this process.
 
-    stopped: asked while workers keep it waiting; once true, no more batches come. On CUDA the next batch
-    is copied, and augmented if asked for, while the last one is used. Raises RoadsegError
-    when shared memory is too small, when a worker dies, and whatever one raised.
+    stopped: polled while waiting for workers; the batches end once it is true. On CUDA, the next batch is copied, and
+    augmented with augment_on_gpu, while the last one is used. Raises RoadsegError if shared memory is too small, if a
+    worker dies, and any RoadsegError that a worker raised.
     """
-    # OpenCV's pool of threads does not survive a fork, neither here nor in the workers.
+    # OpenCV's thread pool does not survive a fork, neither here nor in the workers.
     cv2.setNumThreads(0)
-    pixels = crops_of.largest_box_px() if augment_on_gpu else int(np.prod(crops_of.augmentation.crop_px))
+    pixels = crops.largest_box_px() if augment_on_gpu else int(np.prod(crops.augmentation.crop_px))
     slot_bytes = -(-4 * pixels * batches.rows // 4096) * 4096
     prefetch = prefetch_that_fits(workers, slot_bytes, _free_shared_bytes())
-    slots = torch.empty((prefetch * workers + HELD, slot_bytes), dtype=torch.uint8)
+    slots = torch.empty((prefetch * workers + EXTRA_SLOTS, slot_bytes), dtype=torch.uint8)
     if workers:
-        slots.share_memory_().zero_()  # what is not there should be missed now, not in a worker
+        slots.share_memory_().zero_()  # touch all pages: running out of memory must fail here, not in a worker
     source = items_of(
         DataLoader(
-            (_BoxWriter if augment_on_gpu else _Writer)(crops_of, slots),
-            batch_sampler=_Numbered(batches, len(slots)),  # type: ignore[arg-type]  # any iterable will do
+            (_BoxWriter if augment_on_gpu else _CropWriter)(crops, slots),
+            batch_sampler=_SlottedBatches(batches, len(slots)),  # type: ignore[arg-type]  # any iterable will do
             num_workers=workers,
-            collate_fn=identity,  # type: ignore[arg-type]  # what __getitems__ gives is a batch already
+            collate_fn=identity,  # type: ignore[arg-type]  # __getitems__ returns a whole batch
             prefetch_factor=prefetch if workers else None,
             timeout=POLL_S if workers else 0,
             worker_init_fn=start_worker,
         ),
         stopped,
     )
-    crop_px, fill = crops_of.augmentation.crop_px, crops_of.fill
+    crop_px, fill = crops.augmentation.crop_px, crops.fill
 
-    def on_device(filled: Filled) -> Batch:
+    def on_device(filled: FilledSlot) -> Batch:
         memory = slots[filled.slot, : filled.used_bytes]
         memory = memory.to(device, non_blocking=True) if device.type == "cuda" else memory.clone()
-        if filled.sheet:
-            return Batch(*cut_crops(memory, filled.sheet, crop_px, fill), filled.samples)
+        if filled.params:
+            return Batch(*cut_crops(memory, filled.params, crop_px, fill), filled.samples)
         return Batch(*_views(memory, len(filled.samples), crop_px), filled.samples)
 
     with closing(source):
         if device.type != "cuda":
             yield from map(on_device, source)
             return
-        first = next(source, None)  # only once the workers are forked is their memory pinned
+        first = next(source, None)  # pin the memory only after the workers are forked
         pinned = _pin(slots)
         try:
             yield from one_ahead(chain([] if first is None else [first], source), on_device, device)
@@ -238,9 +238,9 @@ def batches_from_workers(
 def one_ahead(
     source: Iterator[Any], launch: Callable[[Any], Batch], device: torch.device
 ) -> Generator[Batch, None, None]:
-    """launch(item) of each, on a CUDA stream of its own, started while the one before is used.
+    """launch(item) for each item on its own CUDA stream, one item in advance.
 
-    A batch is handed out when it is complete: waiting for it is waiting for data.
+    A batch is yielded when it is complete, so that this wait counts as waiting for data.
     """
     stream = torch.cuda.Stream(device)
     ahead: tuple[Batch, torch.cuda.Event] | None = None
@@ -256,7 +256,7 @@ def one_ahead(
 
 
 def _complete(batch: Batch, done: torch.cuda.Event) -> Batch:
-    # The slot of this batch may be written again once the batch after the next is asked for.
+    # Workers may overwrite this batch's slot once the batch after the next is requested.
     done.synchronize()
     for tensor in (batch.image_BHWC, batch.label_BHW):
         tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -1,8 +1,7 @@
-"""Which samples a step sees: a function of (seed, position) alone, so a resumed run sees the very next.
+"""Order of the training samples: a function of (seed, position) alone, so a resumed run continues exactly.
 
-Positions count the samples of an endless stream. Each belongs to a part of the data set (there is one
-unless several sources are mixed), and is there either the next frame of the part or the next crop
-around a class.
+A position counts samples of an endless stream. Each sample belongs to one part of the data set (a single part unless
+sources are mixed) and is either the part's next frame or its next crop around a class.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from roadseg.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One crop to make. epoch: of its part's stream. index: of the frame in its split.
+    """One crop to make. epoch: in its part's stream. index: of the frame in its split.
 
-    turn: 0 for a frame's own turn; a crop around a class has the number of such crops in its part so
-    far, from 1. centre: the (y, x) in pixels of the frame that such a crop covers.
+    turn: for a crop around a class, its number among such crops of its part, from 1; else 0. centre: the frame
+    pixel (y, x) that such a crop covers.
     """
 
     epoch: int
@@ -32,12 +31,12 @@ class Sample:
     centre: tuple[int, int] | None = None
 
     def generator(self, seed: int) -> np.random.Generator:
-        """Of the crop's draws."""
+        """Random generator for the crop's parameters."""
         return generator(seed, 2, self.epoch, self.index, *((self.turn,) if self.turn else ()))
 
 
-class Placed(Protocol):
-    """What the order needs of a frame; shards.Frame has it."""
+class FrameInfo(Protocol):
+    """The fields of shards.index.Frame that the order needs."""
 
     @property
     def part(self) -> str: ...
@@ -56,29 +55,29 @@ def _permutation(n: int, seed: int, *index: int) -> np.ndarray:
 
 
 class Order:
-    """Calling it with a position of the endless stream gives that position's sample.
+    """Calling it with a position of the endless stream returns that position's sample.
 
-    An epoch is as many samples as there are frames. A share `class_uniform` of them goes class by
-    class, each as often as any other: a frame that holds the class, a centroid of it, and a crop that
-    covers that (Zhu et al., Improving Semantic Segmentation via Video Propagation and Label
-    Relaxation, 2019). The rest goes over the frames, and over those of a class: each once before any
-    twice, across epochs. part_weights: {part: share}, of any sum; without them all frames are one
-    part. Every part keeps its share of the samples, and is a stream of its own.
+    An epoch has as many samples as there are frames. A share `class_uniform` of them iterates over the classes
+    uniformly: a frame that has the class, one of its centroids, and a crop that covers it (Zhu et al., Improving
+    Semantic Segmentation via Video Propagation and Label Relaxation, 2019). The rest iterates over the frames. Frames
+    (also those of a class) are all used once before any is used again, across epochs. part_weights: {part: share}
+    with any sum; without them all frames are one part. Every part keeps its share and is an independent stream.
     """
 
     def __init__(
         self,
-        frames: Sequence[Placed],
+        frames: Sequence[FrameInfo],
         seed: int,
         class_uniform: float = 0.0,
         part_weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Raises ConfigError for weights that don't fit the parts, and where no frame has a centroid to crop around."""
+        """Raises ConfigError if weights do not match the parts, or if class_uniform needs centroids and there are none."""
         if class_uniform > 0 and not any(frame.centroids for frame in frames):
             raise ConfigError(
-                f"training.class_uniform is {class_uniform:g}, but these shards say nowhere which classes lie where",
-                expected="shards with the centroids of classes",
-                todo="make them again with this version, or set training.class_uniform to 0",
+                f"{class_uniform:g}, but the shards have no class centroids",
+                expected="frames with labeled pixels",
+                where="training.class_uniform",
+                todo="check the labels of train, or set it to 0",
             )
         self._samples, self._seed = len(frames), seed
         if not part_weights:
@@ -92,19 +91,19 @@ class Order:
     def __call__(self, position: int) -> Sample:
         if len(self._parts) == 1:
             return self._parts[0].sample(position)
-        block, place = divmod(position, self._samples)
+        block, slot = divmod(position, self._samples)
         part, rank = _mixture(self._counts, self._seed, block)
-        number = int(part[place])
-        return self._parts[number].sample(block * self._counts[number] + int(rank[place]))
+        number = int(part[slot])
+        return self._parts[number].sample(block * self._counts[number] + int(rank[slot]))
 
 
-def _part_shares(frames: Sequence[Placed], weights: Mapping[str, float]) -> dict[str, float]:
-    there = {frame.part for frame in frames}
-    shares = {name: weights.get(name, -1.0) for name in sorted(there)}
+def _part_shares(frames: Sequence[FrameInfo], weights: Mapping[str, float]) -> dict[str, float]:
+    parts = {frame.part for frame in frames}
+    shares = {name: weights.get(name, -1.0) for name in sorted(parts)}
     if min(shares.values()) < 0 or not 0 < sum(shares.values()) < float("inf"):
         raise ConfigError(
             f"weights {dict(weights)}",
-            expected=f"a number of 0 or more, not all 0, for each of {', '.join(sorted(there))}",
+            expected=f"a number of 0 or more, not all 0, for each of {', '.join(sorted(parts))}",
             where="the parts of the data set",
         )
     total = sum(shares.values())
@@ -112,7 +111,7 @@ def _part_shares(frames: Sequence[Placed], weights: Mapping[str, float]) -> dict
 
 
 def _whole_shares(shares: list[float], samples: int) -> tuple[int, ...]:
-    """Largest remainders; none gets nothing."""
+    """Samples per part by largest remainder, at least 1 each."""
     exact = np.array(shares) * samples
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: samples - counts.sum()]] += 1
@@ -124,7 +123,7 @@ def _whole_shares(shares: list[float], samples: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def _mixture(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """(part, how many of that part come before it) of each position in a block of sum(counts)."""
+    """(part, number of earlier positions with that part) of each position in a block of sum(counts)."""
     order = generator(seed, 8, block).permutation(sum(counts))
     part = np.repeat(np.arange(len(counts)), counts)[order]
     rank = np.empty(len(part), np.int64)
@@ -134,10 +133,10 @@ def _mixture(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray
 
 
 class _Part:
-    """The stream of one part. key tells its draws from those of other parts."""
+    """The sample stream of one part. key: makes its random choices differ from those of other parts."""
 
     def __init__(
-        self, indices: Sequence[int], frames: Sequence[Placed], seed: int, class_uniform: float, key: tuple[int, ...]
+        self, indices: Sequence[int], frames: Sequence[FrameInfo], seed: int, class_uniform: float, key: tuple[int, ...]
     ) -> None:
         self._indices, self._frames, self._seed, self._key = indices, frames, seed, key
         holders: dict[int, list[int]] = {}
@@ -147,11 +146,11 @@ class _Part:
         self._holders = sorted(holders.items()) if class_uniform > 0 else []
         self._share = class_uniform if self._holders else 0.0
 
-    def sample(self, place: int) -> Sample:
+    def sample(self, position: int) -> Sample:
         n = len(self._indices)
         if not self._share:
-            return self._frame(place)
-        epoch, slot = divmod(place, n)
+            return self._frame(position)
+        epoch, slot = divmod(position, n)
         before = self._classes_before(epoch)
         is_class, rank = _class_slots(self._classes_before(epoch + 1) - before, n, self._seed, 4, epoch, *self._key)
         if is_class[slot]:
@@ -178,18 +177,18 @@ class _Part:
 
 @lru_cache(maxsize=8)
 def _class_slots(classes: int, samples: int, seed: int, *index: int) -> tuple[np.ndarray, np.ndarray]:
-    """(is it around a class, how many of its kind come before it) of each of an epoch's samples."""
+    """(is a class crop, number of earlier samples of the same kind) of each sample of an epoch."""
     is_class = np.zeros(samples, bool)
     is_class[generator(seed, *index).permutation(samples)[:classes]] = True
     return is_class, np.where(is_class, np.cumsum(is_class), np.cumsum(~is_class)) - 1
 
 
 class Batches:
-    """Batches of samples for steps first..last-1; epochs follow on one another without a gap.
+    """Batches of samples for the steps first..last-1.
 
-    Step s holds positions s * batch_size and on, of which rank r of `world` gets the r-th of `world`
-    equal runs: together the ranks see what one would. A batch may span two epochs, so no sample is
-    ever dropped. Raises ConfigError if the ranks can't share a batch evenly.
+    Step s has batch_size positions from s * batch_size on; rank r of `world` gets the r-th of `world` equal slices, so
+    the ranks together see the same samples as a single one. A batch may span two epochs; no sample is dropped.
+    Raises ConfigError if batch_size is not a multiple of `world`.
     """
 
     def __init__(self, order: Order, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1) -> None:
@@ -198,14 +197,14 @@ class Batches:
                 f"a batch of {batch_size} for rank {rank} of {world} processes",
                 expected=f"a multiple of {world}",
                 where="training.batch_size",
-                todo="it counts the samples of a step over all processes",
+                todo="set the samples per step over all processes",
             )
         self._order, self.first, self.last = order, first, last
         self.batch_size, self._rank, self._world = batch_size, rank, world
 
     @property
     def rows(self) -> int:
-        """Samples of this rank in a step."""
+        """Samples per step of this rank."""
         return self.batch_size // self._world
 
     def __len__(self) -> int:

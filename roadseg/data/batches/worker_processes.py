@@ -1,4 +1,4 @@
-"""Items made by a loader's processes: asked for one by one, under a stop, and never left waiting for the dead."""
+"""Iterate over a PyTorch DataLoader so that it can be stopped, and so that dead workers are reported."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 from roadseg.errors import RoadsegError
 from roadseg.processes import end_with_parent, keep_freed_memory
 
-POLL_S = 1.0  # whether to stop, and whether all live, while waiting for an item
-LOCK_HELD_S = 5.0  # by a worker, for microseconds; longer: by one that was killed
+POLL_S = 1.0  # while waiting for an item: check for a stop and for dead processes
+LOCK_TIMEOUT_S = 5.0  # workers hold the lock for microseconds; a longer time means its holder was killed
 
 
 def identity(item: Any) -> Any:
-    """For DataLoader's collate_fn: what its dataset gives is an item already."""
+    """A collate_fn for datasets whose items are whole batches."""
     return item
 
 
@@ -29,24 +29,24 @@ def start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
     keep_freed_memory()
     torch.set_num_threads(1)
-    # Signals often reach the whole group; only the loop may answer them, with a checkpoint first. A
-    # worker ends when the loader says so, or when it finds its parent gone.
+    # Signals often reach the whole process group, but only the training loop may handle them, to save a checkpoint
+    # first. A worker ends when the loader ends it or when its parent is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_parent()
 
 
 def items_of(loader: DataLoader[Any], stopped: Callable[[], object] = bool) -> Generator[Any, None, None]:
-    """What the loader's processes make, until its end or until `stopped` while they keep it waiting.
+    """The loader's items, until its end or until `stopped()` is true while waiting for one.
 
-    An item that is a RoadsegError is raised, and one is when a process has died: here, where an item is asked
-    for. No process outlives this generator, also when it is left by an exception whose traceback is kept:
-    they ignore the SIGTERM that PyTorch would end them with at exit.
+    Raises RoadsegError if an item is one, or if a process has died, when the next item is requested. No process
+    outlives this generator, even if an exception keeps it alive by its traceback: workers ignore the SIGTERM that
+    PyTorch sends at exit.
     """
-    with _no_handler_of_deaths():
+    with _without_sigchld_handler():
         source = iter(loader)
     if processes := getattr(source, "_workers", []):
-        source._workers_done_event = _End(source._workers_done_event, processes)  # type: ignore[attr-defined]
+        source._workers_done_event = _EndEvent(source._workers_done_event, processes)  # type: ignore[attr-defined]
     try:
         while True:
             if any(not process.is_alive() for process in processes):
@@ -68,19 +68,19 @@ def items_of(loader: DataLoader[Any], stopped: Callable[[], object] = bool) -> G
             yield item
     finally:
         if processes:
-            source._shutdown_workers()  # type: ignore[attr-defined]  # else only its finaliser calls it
+            source._shutdown_workers()  # type: ignore[attr-defined]  # else called only by its finalizer
             for process in processes:
-                if process.is_alive():  # held up in a read
+                if process.is_alive():  # blocked in a read
                     process.kill()
                     process.join()
 
 
 @contextmanager
-def _no_handler_of_deaths() -> Iterator[None]:
-    """PyTorch's handler of SIGCHLD, which a process's first loader sets, is taken back.
+def _without_sigchld_handler() -> Iterator[None]:
+    """Remove the SIGCHLD handler that PyTorch installs with a process's first loader.
 
-    It raises wherever the main thread is when a process dies: within a message to another rank, a file being
-    written, or a finaliser, which swallows it. Loaders that are not ours notice a death by asking, every 5 s.
+    It raises wherever the main thread is when a worker dies: while it sends a message to another rank, while it writes
+    a file, or in a finalizer, which swallows the error. Other loaders still detect a death by polling, every 5 s.
     """
     before = signal.getsignal(signal.SIGCHLD)
     if getattr(before, "__module__", "") == _set_SIGCHLD_handler.__module__:
@@ -97,15 +97,15 @@ def _died() -> RoadsegError:
     return RoadsegError(
         "a loader process died",
         todo="memory or /dev/shm may be full: lower training.workers or training.batch_size; "
-        "or a shard was shortened while it was read; run again to go on",
+        "or a shard was truncated while it was read; run again to continue",
     )
 
 
-class _End:
-    """PyTorch's event that ends the workers, as their parent sees it.
+class _EndEvent:
+    """The parent's view of PyTorch's event that ends the workers.
 
-    They look at it under a lock that all share: one that is killed just then holds it for ever, and
-    the parent would wait for it for ever (seen once in some 300 kills on a busy machine).
+    Workers read the event under a shared lock. A worker killed at that moment holds the lock forever, and the parent
+    would wait forever (observed once in about 300 kills on a busy machine).
     """
 
     def __init__(self, event: Any, processes: list[Any]) -> None:
@@ -116,7 +116,7 @@ class _End:
 
     def set(self) -> None:
         self._ended = True
-        if self._event._cond.acquire(True, LOCK_HELD_S):
+        if self._event._cond.acquire(True, LOCK_TIMEOUT_S):
             self._event._cond.release()
             self._event.set()
         else:

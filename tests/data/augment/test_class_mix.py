@@ -1,4 +1,4 @@
-"""Classes of one crop over its neighbour: image and label together, the same on one process and on two."""
+"""ClassMix between neighboring crops: image and label together, equal on one process and on two."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from roadseg.labels import IGNORE
 
 
 def batch(rows: int = 6) -> Batch:
-    """Every pixel of row r has the colour r; labels are drawn, void among them."""
+    """Every pixel of row r has the color r; labels are drawn, void among them."""
     draw = torch.Generator().manual_seed(1)
     label = torch.randint(0, 5, (rows, 8, 10), dtype=torch.uint8, generator=draw)
     label[label == 4] = IGNORE
@@ -17,7 +17,7 @@ def batch(rows: int = 6) -> Batch:
     return Batch(image, label, ())
 
 
-def test_whole_classes_of_the_neighbour_are_pasted_with_their_labels() -> None:
+def test_whole_classes_of_the_neighbor_are_pasted_with_their_labels() -> None:
     before = batch()
     after = class_mix(before, 1.0, 3, 17, 0, 6)
     for row in range(6):
@@ -41,7 +41,7 @@ def test_the_share_is_of_crops_and_nothing_is_changed_in_place() -> None:
     assert torch.equal(class_mix(before, 0.0, 0, 0, 0, 200).label_BHW, before.label_BHW)
 
 
-def test_two_processes_make_what_one_makes_and_a_step_is_always_the_same() -> None:
+def test_two_processes_equal_one_and_a_step_is_deterministic() -> None:
     whole = class_mix(batch(8), 0.5, 2, 5, 0, 8)
     full = batch(8)
     halves = [
@@ -54,12 +54,12 @@ def test_two_processes_make_what_one_makes_and_a_step_is_always_the_same() -> No
 
 
 @pytest.mark.parametrize("first_row", [0, 3])
-def test_neighbours_are_never_looked_for_in_another_process(first_row: int) -> None:
-    """Such batches are refused before training; see test_refusals.py."""
+def test_pairs_must_not_span_processes(first_row: int) -> None:
+    """The preflight checks refuse such batches before training."""
     with pytest.raises(AssertionError):
         class_mix(batch(3), 1.0, 0, 0, first_row, 6)
 
 
-def test_a_crop_without_a_neighbour_stays_as_it_is() -> None:
+def test_a_crop_without_a_neighbor_is_unchanged() -> None:
     after = class_mix(batch(5), 1.0, 0, 0, 0, 5)
     assert torch.equal(after.label_BHW[4], batch(5).label_BHW[4])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roadseg.data.augment.cpu import Augmentation, apply, augment, colour_matrix, draw, generator
+from roadseg.data.augment.cpu import Augmentation, apply, augment, color_matrix, generator, sample_params
 from roadseg.labels import IGNORE
 from tests.conftest import scene
 
@@ -14,7 +14,7 @@ PLAIN = Augmentation((48, 96), (1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0)
 FILL = (1, 2, 3)
 
 
-def test_nothing_drawn_changes_nothing() -> None:
+def test_no_augmentation_changes_nothing() -> None:
     image, label = scene(0)
     got_image, got_label = augment(image, label, PLAIN, generator(0), FILL)
     np.testing.assert_array_equal(got_image, image)
@@ -36,7 +36,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index() -> None:
     height=st.integers(1, 70), width=st.integers(1, 70), crop_h=st.integers(1, 60), crop_w=st.integers(1, 60),
     seed=st.integers(0, 10_000), rotate=st.sampled_from([0.0, 10.0]),
 )  # fmt: skip
-def test_any_frame_gives_a_crop_of_the_asked_size(
+def test_crops_have_the_requested_size_for_any_frame(
     height: int, width: int, crop_h: int, crop_w: int, seed: int, rotate: float
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -51,8 +51,8 @@ def test_any_frame_gives_a_crop_of_the_asked_size(
 
 
 @pytest.mark.parametrize("rotate_deg", [0.0, 8.0])
-def test_image_and_label_stay_together(rotate_deg: float) -> None:
-    """Where colours follow the label, they still do after scale, crop and flip, two pixels from an edge."""
+def test_image_and_label_stay_aligned(rotate_deg: float) -> None:
+    """Where colors follow the label, they still do after scale, crop and flip, two pixels from an edge."""
     rng = np.random.default_rng(0)
     label = np.kron(rng.integers(0, 3, (6, 12)), np.ones((16, 16), int)).astype(np.uint8)
     image = np.repeat((label * 100)[..., None], 3, axis=2)
@@ -61,12 +61,12 @@ def test_image_and_label_stay_together(rotate_deg: float) -> None:
         got_image, got_label = augment(image, label, a, generator(seed), FILL)
         kernel = np.ones((5, 5), np.uint8)
         inside = (got_label != IGNORE) & (cv2.dilate(got_label, kernel) == cv2.erode(got_label, kernel))
-        inside[[0, 1, -2, -1]] = inside[:, [0, 1, -2, -1]] = False  # what lies beyond the crop is not known
+        inside[[0, 1, -2, -1]] = inside[:, [0, 1, -2, -1]] = False  # pixels beyond the crop are unknown
         assert inside.mean() > 0.3
         assert (np.abs(got_image[..., 0].astype(int) - got_label * 100)[inside] <= 2).all()
 
 
-def test_void_fills_what_the_frame_does_not_cover() -> None:
+def test_void_fills_the_area_outside_the_frame() -> None:
     image, label = scene(0)
     got_image, got_label = augment(image, label, replace(PLAIN, crop_px=(60, 120)), generator(3), FILL)
     assert (got_label == IGNORE).sum() >= 60 * 120 - 48 * 96
@@ -75,7 +75,7 @@ def test_void_fills_what_the_frame_does_not_cover() -> None:
 
 def test_the_matrix_is_brightness_contrast_and_saturation() -> None:
     a = Augmentation((1, 1))
-    matrix = colour_matrix(generator(1), a)
+    matrix = color_matrix(generator(1), a)
     rng = generator(1)
     b, c, s = (rng.uniform(0.6, 1.4) for _ in range(3))
     rgb = np.array([10.0, 200.0, 90.0])
@@ -84,8 +84,8 @@ def test_the_matrix_is_brightness_contrast_and_saturation() -> None:
     np.testing.assert_allclose(matrix @ np.append(rgb, 1), expected, rtol=1e-5)
 
 
-def test_tint_is_a_factor_a_channel_after_all_else() -> None:
-    plain, tinted = (colour_matrix(generator(1), Augmentation((1, 1), tint=tint)) for tint in (0.0, 0.3))
+def test_tint_is_a_final_factor_per_channel() -> None:
+    plain, tinted = (color_matrix(generator(1), Augmentation((1, 1), tint=tint)) for tint in (0.0, 0.3))
     rng = generator(1)
     rng.random(3)
     factors = [rng.uniform(0.7, 1.3) for _ in range(3)]
@@ -101,7 +101,7 @@ def test_flip_is_a_mirror(flip: float) -> None:
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_a_rotation_by_nothing_is_the_resize(flip: float) -> None:
+def test_a_rotation_by_zero_equals_the_resize(flip: float) -> None:
     image, label = scene(0)
     plain = replace(PLAIN, crop_px=(24, 60), flip=flip)
     still, still_label = augment(image, label, plain, generator(4), FILL)
@@ -128,11 +128,11 @@ def test_rotation_turns_about_the_crops_centre() -> None:
     height=st.integers(1, 70), width=st.integers(1, 70), crop_h=st.integers(1, 60), crop_w=st.integers(1, 60),
     seed=st.integers(0, 10_000), rotate=st.sampled_from([0.0, 30.0]), data=st.data(),
 )  # fmt: skip
-def test_a_crop_covers_the_centre_it_is_asked_for(
+def test_a_crop_covers_the_requested_center(
     height: int, width: int, crop_h: int, crop_w: int, seed: int, rotate: float, data: st.DataObject
 ) -> None:
     centre = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
-    d = draw(Augmentation((crop_h, crop_w), rotate_deg=rotate), generator(seed), height, width, centre)
+    d = sample_params(Augmentation((crop_h, crop_w), rotate_deg=rotate), generator(seed), height, width, centre)
     top, left, box_h, box_w = d.box
     assert 0 <= top <= centre[0] < top + box_h <= height and 0 <= left <= centre[1] < left + box_w <= width
     # Where the pixel comes to lie: within the crop, to half a pixel of the coarser of the two.
@@ -143,9 +143,9 @@ def test_a_crop_covers_the_centre_it_is_asked_for(
 
 def test_a_centre_lies_anywhere_in_its_crops() -> None:
     a = Augmentation((40, 40), (1.0, 1.0))
-    tops = [draw(a, generator(i), 200, 200, (100, 100)).box[0] for i in range(300)]
+    tops = [sample_params(a, generator(i), 200, 200, (100, 100)).box[0] for i in range(300)]
     assert min(tops) < 65 and max(tops) > 96 and set(tops) <= set(range(61, 101))
-    corner = [draw(a, generator(i), 200, 200, (0, 199)).box[:2] for i in range(20)]
+    corner = [sample_params(a, generator(i), 200, 200, (0, 199)).box[:2] for i in range(20)]
     assert set(corner) == {(0, 160)}
 
 
@@ -154,7 +154,7 @@ def test_only_the_box_is_needed() -> None:
     image, label = scene(1, 80, 120)
     for rotate_deg in (0.0, 25.0):
         for seed in range(20):
-            d = draw(Augmentation((30, 44), rotate_deg=rotate_deg), generator(seed), 80, 120)
+            d = sample_params(Augmentation((30, 44), rotate_deg=rotate_deg), generator(seed), 80, 120)
             top, left, height, width = d.box
             box = slice(top, top + height), slice(left, left + width)
             whole = replace(d, box=(0, 0, 80, 120), affine=d.affine + [[0, 0, left], [0, 0, top]])
@@ -172,7 +172,7 @@ def test_half_the_size_and_more_is_bilinear_and_less_is_the_areas_mean() -> None
     image, label = scene(0)
     for scale, taps, how in ((0.5, 1, cv2.INTER_LINEAR), (0.49, 2, cv2.INTER_AREA), (0.2, 3, cv2.INTER_AREA)):
         a = replace(PLAIN, crop_px=(8, 16), scale=(scale, scale))
-        d = draw(a, generator(0), *label.shape)
+        d = sample_params(a, generator(0), *label.shape)
         top, left, height, width = d.box
         assert d.taps == taps
         got, _ = augment(image, label, a, generator(0), FILL)
@@ -185,7 +185,7 @@ def test_a_crop_is_written_where_it_is_wanted() -> None:
     image, label = scene(0)
     for seed in range(12):
         a = Augmentation((40, 70), (0.5, 2.0), rotate_deg=9.0 * (seed % 2), blur=0.5)
-        d = draw(a, generator(seed), *label.shape)
+        d = sample_params(a, generator(seed), *label.shape)
         box = slice(d.box[0], d.box[0] + d.box[2]), slice(d.box[1], d.box[1] + d.box[3])
         memory, ids = np.full((3, 40, 70, 3), 77, np.uint8), np.full((3, 40, 70), 77, np.uint8)
         got = apply(d, image[box], label[box], FILL, (memory[1], ids[1]))

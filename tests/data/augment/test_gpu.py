@@ -1,4 +1,4 @@
-"""Whole batches of crops against a slow reference in float64, OpenCV, and the Triton kernel against plain PyTorch."""
+"""Batches of crops against a slow float64 reference and OpenCV; the Triton kernel against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from roadseg.data.augment.cpu import Augmentation, Draw, apply, draw, generator
-from roadseg.data.augment.gpu import Sheet, blurred, cut_crops, cut_crops_plain, sheet
+from roadseg.data.augment.cpu import Augmentation, CropParams, apply, generator, sample_params
+from roadseg.data.augment.gpu import BatchParams, batch_params, blurred, cut_crops, cut_crops_plain
 from roadseg.labels import IGNORE
 
 FILL = (1, 2, 3)
@@ -39,12 +39,14 @@ def frame(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     ).astype(np.uint8)
 
 
-def draws(a: Augmentation, n: int = 5) -> list[Draw]:
-    return [draw(a, generator(7, i), HEIGHT, WIDTH) for i in range(n)]
+def draws(a: Augmentation, n: int = 5) -> list[CropParams]:
+    return [sample_params(a, generator(7, i), HEIGHT, WIDTH) for i in range(n)]
 
 
-def whole(frames: Sequence[tuple[np.ndarray, np.ndarray]], drawn: Sequence[Draw]) -> tuple[torch.Tensor, Sheet]:
-    """All frames one after another with odd gaps between them, and where the boxes lie in that."""
+def flatten(
+    frames: Sequence[tuple[np.ndarray, np.ndarray]], drawn: Sequence[CropParams]
+) -> tuple[torch.Tensor, BatchParams]:
+    """All frames in one buffer with odd gaps between them, and the parameters of their boxes in it."""
     parts: list[np.ndarray] = []
     image_at, label_at = [], []
     for (image, label), d in zip(frames, drawn, strict=True):
@@ -53,14 +55,14 @@ def whole(frames: Sequence[tuple[np.ndarray, np.ndarray]], drawn: Sequence[Draw]
             parts.append(np.full(7 + len(parts), 99, np.uint8))
             at.append(sum(p.size for p in parts) + channels * first)
             parts.append(array.ravel())
-    return torch.from_numpy(np.concatenate(parts)), sheet(drawn, image_at, label_at, [WIDTH] * len(drawn))
+    return torch.from_numpy(np.concatenate(parts)), batch_params(drawn, image_at, label_at, [WIDTH] * len(drawn))
 
 
-def box_of(d: Draw, array: np.ndarray) -> np.ndarray:
+def box_of(d: CropParams, array: np.ndarray) -> np.ndarray:
     return array[d.box[0] : d.box[0] + d.box[2], d.box[1] : d.box[1] + d.box[3]]
 
 
-def reference(d: Draw, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def reference(d: CropParams, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One pixel after another, from the frame's own coordinates, in float64."""
     out, ids = np.full((*d.crop_px, 3), FILL, np.uint8), np.full(d.crop_px, IGNORE, np.uint8)
     pixels, labels = box_of(d, image).astype(float), box_of(d, label)
@@ -80,15 +82,15 @@ def reference(d: Draw, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray
             upper = pixels[top, left] * (left + 1 - su) + pixels[top, right] * (su - left)
             lower = pixels[bottom, left] * (left + 1 - su) + pixels[bottom, right] * (su - left)
             total += upper * (top + 1 - sv) + lower * (sv - top)
-        out[y, x] = np.clip(np.rint(d.colour.astype(float) @ [*(total / d.taps**2), 1]), 0, 255)
+        out[y, x] = np.clip(np.rint(d.color.astype(float) @ [*(total / d.taps**2), 1]), 0, 255)
     return out, ids
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_it_is_what_the_reference_says_pixel_by_pixel(form: str) -> None:
+def test_crops_equal_the_float64_reference(form: str) -> None:
     drawn = draws(FORMS[form], 3)
     frames = [frame(i) for i in range(3)]
-    flat, s = whole(frames, drawn)
+    flat, s = flatten(frames, drawn)
     image, label = cut_crops(flat, s, drawn[0].crop_px, FILL)
     assert image.dtype == label.dtype == torch.uint8
     for row, (d, (frame_image, frame_label)) in enumerate(zip(drawn, frames, strict=True)):
@@ -99,22 +101,22 @@ def test_it_is_what_the_reference_says_pixel_by_pixel(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["larger", "smaller", "padded", "turned"])
-def test_it_is_what_opencv_makes_of_the_same_draw(form: str) -> None:
+def test_crops_are_close_to_those_by_opencv(form: str) -> None:
     drawn, (frame_image, frame_label) = draws(FORMS[form]), frame()
-    flat, s = whole([(frame_image, frame_label)] * len(drawn), drawn)
+    flat, s = flatten([(frame_image, frame_label)] * len(drawn), drawn)
     image, label = cut_crops(flat, s, drawn[0].crop_px, FILL)
     for row, d in enumerate(drawn):
         want_image, want_label = apply(d, box_of(d, frame_image), box_of(d, frame_label), FILL)
         inside = cv2.erode((want_label != IGNORE).astype(np.uint8), np.ones((3, 3))) > 0
         far = np.abs(image[row].numpy().astype(int) - want_image).max(axis=2) > 4
-        assert far[inside].mean() < 0.01  # OpenCV turns in steps of a 32nd of a pixel
+        assert far[inside].mean() < 0.01  # OpenCV rotates in steps of 1/32 pixel
         assert (label[row].numpy() != want_label).mean() < 0.05  # halves fall either way
         assert abs((label[row] == IGNORE).float().mean().item() - (want_label == IGNORE).mean()) < 0.01
 
 
-def test_much_smaller_is_near_the_mean_of_the_area() -> None:
+def test_strong_downscaling_is_close_to_the_area_mean() -> None:
     drawn, (frame_image, frame_label) = draws(replace(FORMS["much smaller"], scale=(0.2, 0.25))), frame()
-    flat, s = whole([(frame_image, frame_label)] * len(drawn), drawn)
+    flat, s = flatten([(frame_image, frame_label)] * len(drawn), drawn)
     image, _ = cut_crops(flat, s, drawn[0].crop_px, FILL)
     for row, d in enumerate(drawn):
         assert d.taps > 1
@@ -122,24 +124,24 @@ def test_much_smaller_is_near_the_mean_of_the_area() -> None:
         assert np.abs(image[row].numpy().astype(int) - want).mean() < 4
 
 
-def test_blur_is_gaussian_and_only_where_drawn() -> None:
+def test_blur_is_gaussian_and_only_for_its_rows() -> None:
     image = torch.from_numpy(np.stack([frame(i)[0] for i in range(3)]))
     sigmas = np.array([0.3, 0.9, 1.5], np.float32)
     for got, before, sigma in zip(blurred(image, sigmas), image.numpy(), sigmas, strict=True):
         want = cv2.GaussianBlur(before, (0, 0), float(sigma), borderType=cv2.BORDER_REPLICATE)
         assert np.abs(got.numpy().astype(int) - want).max() <= 1
     drawn = [replace(d, blur_px=b) for d, b in zip(draws(FORMS["larger"], 3), (0.0, 1.2, 0.0), strict=True)]
-    flat, s = whole([frame()] * 3, drawn)
+    flat, s = flatten([frame()] * 3, drawn)
     got, _ = cut_crops(flat, s, drawn[0].crop_px, FILL)
     sharp, _ = cut_crops(flat, replace(s, blur_px=s.blur_px * 0), drawn[0].crop_px, FILL)
     assert [torch.equal(a, b) for a, b in zip(got, sharp, strict=True)] == [True, False, True]
     assert torch.equal(got[1:2], blurred(sharp[1:2], s.blur_px[1:2]))
 
 
-def both(kernel: ModuleType, form: str, device: str) -> None:
+def compare_with_plain(kernel: ModuleType, form: str, device: str) -> None:
     drawn = draws(FORMS[form], 4)
-    flat, s = whole([frame(i) for i in range(4)], drawn)
-    tensors = [t.to(device) for t in (flat, torch.from_numpy(s.places), torch.from_numpy(s.numbers))]
+    flat, s = flatten([frame(i) for i in range(4)], drawn)
+    tensors = [t.to(device) for t in (flat, torch.from_numpy(s.layout), torch.from_numpy(s.transforms))]
     image, label = kernel.cut_crops(*tensors, drawn[0].crop_px, FILL)
     want_image, want_label = cut_crops_plain(*tensors, drawn[0].crop_px, FILL)  # type: ignore[call-arg]
     far = (image.int() - want_image.int()).abs()
@@ -148,16 +150,16 @@ def both(kernel: ModuleType, form: str, device: str) -> None:
 
 
 INTERPRETED = """
-from test_gpu import FORMS, both
+from test_gpu import FORMS, compare_with_plain
 from roadseg.data.augment import gpu_kernel
 for form in FORMS:
-    both(gpu_kernel, form, "cpu")
+    compare_with_plain(gpu_kernel, form, "cpu")
     print(form)
 """
 
 
-def test_the_kernel_in_tritons_interpreter_is_the_plain_one() -> None:
-    """In a process of its own: Triton decides when it is imported whether it interprets."""
+def test_the_kernel_equals_plain_pytorch_in_tritons_interpreter() -> None:
+    """In a new process: Triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton")
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
@@ -167,7 +169,7 @@ def test_the_kernel_in_tritons_interpreter_is_the_plain_one() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
-def test_the_kernel_on_a_gpu_is_the_plain_one(form: str) -> None:
+def test_the_kernel_equals_plain_pytorch_on_a_gpu(form: str) -> None:
     from roadseg.data.augment import gpu_kernel
 
-    both(gpu_kernel, form, "cuda")
+    compare_with_plain(gpu_kernel, form, "cuda")

@@ -50,8 +50,8 @@ def test_every_epoch_holds_every_sample_once_and_a_resumed_stream_is_the_same(
         assert sorted(s.index for s in part) == list(range(samples))
 
 
-def test_the_order_of_a_seed_is_as_it_always_was() -> None:
-    """Written down from the first version: a run that was begun with it goes on with the same samples."""
+def test_the_order_of_a_seed_never_changes() -> None:
+    """Recorded from the first version: a run started with it continues with the same samples."""
     order = Order(plain(6), 3)
     expected = [1, 2, 0, 4, 5, 3, 4, 3, 0, 2, 5, 1]
     assert [order(p).index for p in range(12)] == expected
@@ -84,10 +84,10 @@ def test_ranks_share_every_step_disjointly_and_completely(
 
 @settings(max_examples=60, deadline=None)
 @given(frames=frames_of_classes, share=st.sampled_from([0.25, 0.5, 1.0]), seed=st.integers(0, 99))
-def test_a_share_goes_class_by_class_and_the_rest_frame_by_frame(frames: list[Frame], share: float, seed: int) -> None:
+def test_a_share_iterates_over_classes_and_the_rest_over_frames(frames: list[Frame], share: float, seed: int) -> None:
     present = {c for f in frames for c, _, _ in f.centroids}
     if not present:
-        with pytest.raises(ConfigError, match="class_uniform is .* say nowhere which classes lie where"):
+        with pytest.raises(ConfigError, match="training.class_uniform"):
             Order(frames, seed, share)
         return
     order, epochs = Order(frames, seed, share), 9
@@ -136,18 +136,19 @@ def test_parts_keep_their_share_and_are_used_up_before_they_repeat() -> None:
     }  # fmt: skip
 
 
-def test_a_part_with_a_small_share_is_not_forgotten() -> None:
+def test_a_part_with_a_small_share_gets_samples() -> None:
     order = Order([Frame("a")] * 3 + [Frame("b")], 0, part_weights={"a": 1000, "b": 1})
     assert Counter(order(p).index == 3 for p in range(8)) == {False: 6, True: 2}
     assert all(Order([Frame("a"), Frame("b")], 0, part_weights={"a": 1, "b": 0})(p).index == 0 for p in range(9))
 
 
 @pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1, "b": -1}, {"a": 0, "b": 0}, {"a": 1, "b": float("inf")}])
-def test_weights_that_do_not_fit_the_parts(weights: dict[str, float]) -> None:
+def test_weights_that_do_not_match_the_parts(weights: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="for each of a, b"):
         Order([Frame("a"), Frame("b")], 0, part_weights=weights)
 
 
-def test_a_batch_that_the_ranks_can_not_share() -> None:
-    with pytest.raises(ConfigError, match="training.batch_size: a batch of 8 for rank 0 of 3 .* a multiple of 3"):
+def test_a_batch_size_that_ranks_can_not_share() -> None:
+    with pytest.raises(ConfigError) as e:
         Batches(Order(plain(5), 0), 8, 0, 1, 0, 3)
+    assert e.value.where == "training.batch_size" and "multiple of 3" in e.value.expected

@@ -10,7 +10,7 @@ import pytest
 
 from roadseg.config.sections import Config
 from roadseg.config.training import Augment, Phase, Training
-from roadseg.data.augment.cpu import Augmentation, draw, generator
+from roadseg.data.augment.cpu import Augmentation, generator, sample_params
 from roadseg.data.shards.index import Shards
 from roadseg.errors import ConfigError
 from roadseg.model.deeplab import Architecture
@@ -125,7 +125,7 @@ def test_the_share_of_image_is_that_of_draws(crop_px: tuple[int, int]) -> None:
     shares = []
     for number in range(4000):
         height, width = list(sizes.elements())[number % 4]
-        inner = draw(Augmentation(crop_px, (0.5, 2.0)), generator(1, number), height, width).inner
+        inner = sample_params(Augmentation(crop_px, (0.5, 2.0)), generator(1, number), height, width).inner
         shares.append(inner[2] * inner[3] / (crop_px[0] * crop_px[1]))
     assert image_share(sizes, crop_px, (0.5, 2.0)) == pytest.approx(np.mean(shares), abs=0.01)
 
