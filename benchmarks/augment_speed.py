@@ -1,14 +1,13 @@
-"""Augmented 768x768 samples a second on one core: out of shards, from memory, and the usual way.
+"""Augmented 768x768 samples per second on one core: from shards, from memory, and the usual way.
 
     python benchmarks/augment_speed.py [--frames 12] [--samples 60] [--keep FOLDER | --shards FOLDER]
 
 The usual way: Pillow decodes the PNGs of image and label, both are resized whole, cropped and mirrored,
-torchvision's ColorJitter changes the colors, numpy normalises to float32. Ours: the box of the draw out
-of the shard, resized, mirrored, coloured, uint8 (the network normalises). All with the same ranges:
-scale 0.5 to 2, flip, brightness, contrast and saturation +-0.4. Frames are rendered at 2048x1024
-unless --shards names a folder that an earlier run with --keep left.
-Rounds of all forms are interleaved; medians are printed, a second is one of this process's CPU time,
-so that others don't count, and files are in the page cache.
+torchvision's ColorJitter changes the colors, numpy normalizes to float32. Ours: the crop's box is read from the
+shard, resized, mirrored, color-jittered, uint8 (the network normalizes). All with the same ranges: scale 0.5 to 2,
+flip, brightness, contrast and saturation +-0.4. Frames are rendered at 2048x1024 unless --shards names the folder of
+an earlier run with --keep. Rounds of all variants are interleaved and medians printed; seconds are CPU time of this
+process, so that other processes do not count; files are in the page cache.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224,
 
 
 def write(folder: Path, frames: int) -> None:
-    """PNGs, and shards of two forms, of rendered frames."""
+    """Render frames and write them as PNGs and as shards of two formats."""
     made = []
     for i in range(frames):
         frame = render(1, i, 2048, 1024)
@@ -81,7 +80,7 @@ def usual(pngs: list[Path], size: int) -> Callable[[int], object]:
         scaled = round(image.width * scale), round(image.height * scale)
         image, label = image.resize(scaled, Image.Resampling.BILINEAR), label.resize(scaled, Image.Resampling.NEAREST)
         left, top = (int(rng.integers(max(1, side - size + 1))) for side in scaled)
-        box = left, top, left + size, top + size  # Pillow fills what lies outside with 0
+        box = left, top, left + size, top + size  # Pillow fills the outside with 0
         image, label = image.crop(box), label.crop(box)
         if rng.random() < 0.5:
             image, label = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, label))
@@ -111,7 +110,7 @@ def from_memory(split: Split, a: Augmentation) -> Callable[[int], object]:
 def measure(forms: dict[str, Callable[[int], object]], samples: int, slow: str) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {name: [] for name in forms}
     for name, sample in forms.items():
-        for i in range(5 if name == slow else samples):  # every frame once: mapped, verified
+        for i in range(5 if name == slow else samples):  # every frame once, so that it is mapped and verified
             sample(i)
     for r in range(ROUNDS):
         for name, sample in forms.items():
@@ -126,14 +125,14 @@ def measure(forms: dict[str, Callable[[int], object]], samples: int, slow: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=12)
-    parser.add_argument("--samples", type=int, default=60, help="a form and round; a twentieth for the usual way")
+    parser.add_argument("--samples", type=int, default=60, help="per variant and round; a twentieth for the usual way")
     parser.add_argument("--size", type=int, default=768)
-    parser.add_argument("--shards", type=Path, help="folder with raw/ and jpeg/, as a run with --keep leaves it")
+    parser.add_argument("--shards", type=Path, help="folder with raw/ and jpeg/ from a run with --keep")
     parser.add_argument("--keep", type=Path, help="render into this folder and leave it there")
     a = parser.parse_args()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    keep_freed_memory()  # as in the loader's processes; here for all forms
+    keep_freed_memory()  # as in the loader's processes; here for all variants
     with tempfile.TemporaryDirectory() as temporary:
         folder = a.shards or a.keep or Path(temporary)
         if not a.shards:

@@ -1,11 +1,10 @@
-"""Random 768x768 crops with their labels a second on one core: from shards of each form, and from the PNG pairs.
+"""Random 768x768 crops with labels per second on one core: from shards of each format, and from PNG pairs.
 
 python benchmarks/shard_speed.py [--root CITYSCAPES] [--frames 8] [--crops 60] [--folder DIR]
 
-Without --root it renders town frames of 2048x1024. Every reader delivers the same crops as arrays of
-their own; from PNG that is the whole frame decoded by cv2, by torchvision, and by Pillow as the reference project's
-data set class does it. Cold: the files are dropped from the page cache before every crop. --folder:
-where shards and frames go, so that cold means that disk.
+Without --root it renders town frames of 2048x1024. Every reader returns the same crops as new arrays; from PNG the
+whole frame is decoded by cv2, by torchvision, and by Pillow as in the reference project's data set class.
+Cold: the files are dropped from the page cache before every crop. --folder: the disk to measure.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ Read = Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Reader:
-    """make: a reader that has opened nothing yet. files: what it reads."""
+    """make: returns a reader without open files. files: the files that it reads."""
 
     name: str
     make: Callable[[], Read]
@@ -74,7 +73,7 @@ def shard_reader(folder: Path, form: Format, frames: list[tuple[np.ndarray, np.n
 
         def read(frame: int, top: int, left: int) -> tuple[np.ndarray, np.ndarray]:
             image, label = split.read_box(frame, top, left, CROP_PX, CROP_PX)
-            np.copyto(out, image)  # raw is a view: its pixels are not read before they are used
+            np.copyto(out, image)  # raw returns a view, whose pixels are not read yet
             return out, label
 
         return read
@@ -135,7 +134,7 @@ def warm_rate(read: Read, crops: list[Crop]) -> float:
 def cold_ms(reader: Reader, crop: Crop) -> float:
     for path in reader.files:
         fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # pages that are mapped would stay
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # does not drop pages that are mapped
         os.close(fd)
     read = reader.make()
     start = time.perf_counter()

@@ -1,15 +1,15 @@
-"""Images a second of training fed from files, 768x768, beside what people would write instead.
+"""Images per second of training with data from files, 768x768, compared to common alternatives.
 
     PYTHONPATH=. python benchmarks/train_fed.py [--frames 208] [--steps 1200] [--batch 16] [--size 768] [--workers 8]
 
 One run on one machine, 19 classes, random weights, AdamW, bf16 on CUDA:
 1. roadseg's own training (the command's code, default model with its two auxiliary heads), fed by worker
-   processes from raw shards on disk; images/s and the share of time spent waiting for data are its own
-   log's over the second half of the steps, compilation and capture excluded and said apart.
+   processes from raw shards on disk; images/s and the share of time spent waiting for data are from its own
+   log, over the second half of the steps, without compilation and graph capture.
 2. The reference model in a plain loop over a torch DataLoader of the same frames as PNGs: decoded by OpenCV,
-   cropped, mirrored, normalised in float32.
+   cropped, mirrored, normalized in float32.
 3. segmentation_models.pytorch's DeepLabV3Plus with the same backbone, and the backbone alone (its coarsest map's
-   sum as loss): eager steps on one batch that lies on the device, nothing loaded.
+   sum as loss): eager steps on one batch on the device, without loading.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def write_pngs(folder: Path, size: tuple[int, int], index: int) -> None:
 
 
 class Pngs(Dataset[tuple[Tensor, Tensor]]):
-    """A random crop of a PNG pair, mirrored half the time, normalised: float32 [3, S, S] and int64 [S, S]."""
+    """A random crop of a PNG pair, mirrored half the time, normalized: float32 [3, S, S] and int64 [S, S]."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self._files, self._size = sorted(p for p in folder.glob("*.png") if not p.stem.endswith("_label")), size
@@ -162,7 +162,7 @@ def unloaded(network: nn.Module, a: argparse.Namespace, device: torch.device) ->
 def attempt(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except Exception as e:  # a peer that is missing must not cost the rest of a lent machine's time
+    except Exception as e:  # a missing peer must not end the whole measurement
         say(f"{name} failed: {type(e).__name__}: {str(e)[:300]}")
         return None
 

@@ -1,6 +1,6 @@
-"""How roadseg speaks to AWS: one way to connect, and every failure a sentence.
+"""Connect to AWS and turn its errors into plain messages.
 
-boto3 is an extra and is imported on first use.
+boto3 is an optional dependency and is imported on first use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOT_VALID = (
 
 
 def aws_session() -> Any:
-    """A boto3 session of its own: the shared default one is not safe between threads."""
+    """A new boto3 session: the shared default session is not thread-safe."""
     try:
         import boto3  # type: ignore[import-untyped]
     except ImportError:
@@ -35,7 +35,7 @@ def _not_installed() -> RoadsegError:
 
 
 def aws_client(service: str, *, region: str = "", endpoint_url: str = "") -> Any:
-    """A boto3 client that gives up within seconds where nobody answers."""
+    """A boto3 client that gives up within seconds if the server does not respond."""
     session = aws_session()
     from botocore.config import Config  # type: ignore[import-untyped]
 
@@ -48,13 +48,13 @@ def aws_client(service: str, *, region: str = "", endpoint_url: str = "") -> Any
     with aws_errors(f"AWS {service}"):
         try:
             return session.client(service, region_name=region or None, endpoint_url=endpoint_url or None, config=config)
-        except ValueError:  # a plain one is botocore's word for an address it can't parse
-            raise ConfigError("no address", expected="http(s)://host", where="aws.endpoint_url") from None
+        except ValueError:  # botocore raises it for an address that it can't parse
+            raise ConfigError("not an address", expected="http(s)://host", where="aws.endpoint_url") from None
 
 
 @contextmanager
 def aws_errors(where: str, error: type[RoadsegError] = StoreError) -> Iterator[None]:
-    """Turns botocore's errors into `error`, without secrets, signatures or request ids."""
+    """Turn botocore's errors into `error`, without secrets, signatures or request ids."""
     try:
         from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
     except ImportError:
@@ -62,35 +62,35 @@ def aws_errors(where: str, error: type[RoadsegError] = StoreError) -> Iterator[N
     try:
         yield
     except (BotoCoreError, ClientError) as e:
-        found, todo = _explained(e)
+        found, todo = _explain(e)
         raise error(found, where=where, todo=todo) from None
 
 
 def error_code(e: Any) -> str:
-    """S3's name of a ClientError; a HEAD has no body, so there it is the HTTP status."""
+    """The error code of a ClientError; for HEAD requests, which have no body, the HTTP status."""
     return str(e.response.get("Error", {}).get("Code", ""))
 
 
-def _explained(e: Exception) -> tuple[str, str]:
+def _explain(e: Exception) -> tuple[str, str]:
     from botocore import exceptions as b  # type: ignore[import-untyped]
 
     signing_in = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws sso login`"
     if isinstance(e, b.ClientError):
-        return _refused(e, signing_in)
+        return _explain_client_error(e, signing_in)
     if isinstance(e, b.NoCredentialsError | b.PartialCredentialsError):
         return "no AWS credentials were found", signing_in
     if isinstance(e, b.ProfileNotFound | b.CredentialRetrievalError):
-        return "the AWS credentials could not be had from the profile", "check AWS_PROFILE and ~/.aws/config"
+        return "the profile has no usable AWS credentials", "check AWS_PROFILE and ~/.aws/config"
     if isinstance(e, b.SSOError | b.TokenRetrievalError):
         return "the AWS sign-in has expired", "run `aws sso login`"
     if isinstance(e, b.NoRegionError):
         return "no AWS region is set", "set aws.region or AWS_REGION"
     if isinstance(e, b.ConnectionError | b.HTTPClientError | b.IncompleteReadError):
         return f"AWS could not be reached ({type(e).__name__})", "check the network, aws.region and aws.endpoint_url"
-    return f"the request could not be made ({type(e).__name__}: {e})", ""
+    return f"the request failed ({type(e).__name__}: {e})", ""
 
 
-def _refused(e: Any, signing_in: str) -> tuple[str, str]:
+def _explain_client_error(e: Any, signing_in: str) -> tuple[str, str]:
     code, operation = error_code(e), e.operation_name
     if "Expired" in code:
         return "the AWS credentials have expired", signing_in

@@ -1,4 +1,4 @@
-"""The exceptions of roadseg, and the exit code each ends a command with.
+"""The exceptions of roadseg and their exit codes.
 
 RoadsegError 1
 ├── UsageError 2          wrong command line
@@ -6,12 +6,12 @@ RoadsegError 1
 ├── DataError 3           refused by a data check
 ├── GateRefused 4         refused by the gate
 ├── Busy 5                another run holds what is needed
-├── ImageError 1          bytes that are no usable image or label
-├── ArchiveError 1        a model archive that can't be trusted
+├── ImageError 1          bytes that are not a usable image or label
+├── ArchiveError 1        an invalid model archive
 ├── StoreError 1          a model store that can't be read or written
 │   ├── ReleaseNotFound   no such release is in it
 │   └── PointerMoved      the champion changed since it was read
-├── ExportError 1         the exported graph is not the network at every size
+├── ExportError 1         the exported graph differs from the network
 ├── NonFiniteLoss 1       training diverged
 ├── PeerLost 1            another process of the training is gone
 │   └── PeerFailed        and reported why itself
@@ -22,10 +22,10 @@ from __future__ import annotations
 
 
 class RoadsegError(Exception):
-    """An error a user can act on, in four parts.
+    """An error that a user can act on, in four parts.
 
-    found: what was met. expected: what should have been there. where: file, key or address.
-    todo: what to do next. Only `found` is required; str() joins what is given.
+    found: the problem. expected: what should be there. where: file, config key or address. todo: what to do next.
+    Only `found` is required; str() joins the given parts.
     """
 
     exit_code = 1

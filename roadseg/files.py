@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, digests, locks."""
+"""Atomic writes, digests and file locks."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def sha256_file(path: Path) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The one JSON spelling that digests are taken of: sorted keys, no spaces, UTF-8."""
+    """Canonical JSON for digests: sorted keys, no spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds the old bytes or the new ones, also after a power cut."""
+    """Write `data` so that `path` has the old or the new bytes, even after a power cut."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(partial, "wb") as f:
@@ -43,7 +43,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException as e:
         partial.unlink(missing_ok=True)
         if isinstance(e, OSError) and not e.filename:
-            e.filename = str(path)  # a write that fails does not say of what
+            e.filename = str(path)  # a failed write does not name its file
         raise
     sync_folder(path.parent)
 
@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The rows of a JSON-lines file; a last line that a kill cut short is left out."""
+    """The rows of a JSON-lines file up to the first invalid line; a killed process may leave an incomplete one."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -76,7 +76,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def members(folder: Path, leave_out: tuple[str, ...] = ()) -> list[Path]:
-    """Every file below `folder`, as sorted relative paths, without the top-level names left out."""
+    """Every file below `folder`, as sorted relative paths, without the top-level names in `leave_out`."""
     found = []
     for root, folders, names in os.walk(folder):
         relative = Path(root).relative_to(folder)
@@ -95,17 +95,17 @@ def content_digest(folder: Path, leave_out: tuple[str, ...] = ()) -> str:
 
 @contextmanager
 def lock(path: Path, what: str, *, wait: bool, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Hold `path` as an exclusive flock; the kernel frees it with its owner, whatever processes that forked.
+    """Hold an exclusive flock on `path`; the kernel releases it when this process ends, even if it has forked.
 
-    Raises Busy, naming the owner, if another process holds it and `wait` is false.
+    what: the locked thing, for messages. Raises Busy, naming the owner, if another process holds it and not `wait`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with open(path, "a+") as f, _not_in_children(f):
             _acquire(f, what, wait, say)
             if not _is_file_at(path, f):
-                continue  # removed by its last owner while we waited: a lock on it keeps nobody out
-            with suppress(OSError):  # a full disk: it is held all the same, only nobody reads by whom
+                continue  # the previous owner removed the file while we waited: a lock on it excludes nobody
+            with suppress(OSError):  # a full disk: the lock is held, only the owner's name is missing
                 os.ftruncate(f.fileno(), 0)
                 os.write(f.fileno(), _owner().encode())
             yield
@@ -125,7 +125,7 @@ def _close_locks() -> None:
     _locks.clear()
 
 
-# A lock is of all processes that share its file: one that outlives the owner for a while would keep it.
+# A flock belongs to all processes that share the open file: a child that outlives its parent would keep it.
 os.register_at_fork(after_in_child=_close_locks)
 
 

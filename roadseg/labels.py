@@ -1,6 +1,6 @@
-"""Label sets: the ids a data set's masks hold, and the train ids a network learns.
+"""Label sets: the ids in a data set's masks, and the train ids that a network learns.
 
-Train ids are 0 .. num_classes - 1; `IGNORE` (255) is void: never learned, never scored.
+Train ids are 0 .. num_classes - 1; `IGNORE` (255) is void: ignored in training and in scores.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class LabelClass:
-    """One class as it stands in the masks. `train_id` is IGNORE for what is not learned.
+    """One class of a data set's masks. `train_id` is IGNORE for classes that are not learned.
 
-    cityscapes: the Cityscapes train class that it counts as where data sets are brought together; ""
-    for none, None for the one of the same name if there is one.
+    cityscapes: the Cityscapes train class that it maps to when data sets are mixed; "" for none, None for the class of
+    the same name, if any.
     """
 
     name: str
@@ -35,11 +35,11 @@ class LabelClass:
 
 @dataclass(frozen=True)
 class LabelSet:
-    """All classes of a data set. Several ids may share a train id; the first names it."""
+    """All classes of a data set. If several ids share a train id, the first one's name is used."""
 
     name: str
     classes: tuple[LabelClass, ...]
-    terms: str = ""  # licence terms of the data set, carried into LICENSE-DATA
+    terms: str = ""  # license terms of the data set, copied to LICENSE-DATA
 
     @cached_property
     def trained(self) -> tuple[LabelClass, ...]:
@@ -65,7 +65,7 @@ class LabelSet:
 
     @cached_property
     def id_to_train(self) -> np.ndarray:
-        """uint8 [256]: mask id to train id; ids that are void or unknown map to IGNORE."""
+        """uint8 [256]: mask id to train id; void and unknown ids become IGNORE."""
         table = np.full(256, IGNORE, np.uint8)
         for c in self.classes:
             if 0 <= c.id <= 255:
@@ -74,7 +74,7 @@ class LabelSet:
 
     @cached_property
     def train_to_id(self) -> np.ndarray:
-        """uint8 [256]: train id to mask id; IGNORE to the set's first void id, or 255."""
+        """uint8 [256]: train id to mask id; IGNORE becomes the set's first void id, or 255."""
         void = next((c.id for c in self.classes if c.train_id == IGNORE and 0 <= c.id <= 255), 255)
         table = np.full(256, void, np.uint8)
         for train_id, c in enumerate(self.trained):
@@ -83,7 +83,7 @@ class LabelSet:
 
     @cached_property
     def palette(self) -> np.ndarray:
-        """uint8 [256, 3] RGB by train id, black for everything else."""
+        """uint8 [256, 3] RGB by train id, black for all other values."""
         table = np.zeros((256, 3), np.uint8)
         for train_id, c in enumerate(self.trained):
             table[train_id] = c.color
@@ -91,7 +91,7 @@ class LabelSet:
 
     @property
     def categories(self) -> dict[str, list[int]]:
-        """Category name to its train ids, in order of appearance; empty when the set has none."""
+        """Category name to its train ids, in order of appearance; empty if the set has none."""
         groups: dict[str, list[int]] = {}
         for train_id, c in enumerate(self.trained):
             if c.category:
@@ -108,7 +108,7 @@ class LabelSet:
 
     @property
     def mapping_digest(self) -> str:
-        """SHA-256 over (id, train id, train name) of every class: what a mask's ids mean."""
+        """SHA-256 over (id, train id, train name) of every class: the meaning of a mask's ids."""
         rows = sorted((c.id, c.train_id, c.name if c.train_id != IGNORE else "") for c in self.classes)
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -122,8 +122,8 @@ def _cityscapes(rows: str) -> tuple[LabelClass, ...]:
     return tuple(classes)
 
 
-# The 35 labels of Cityscapes, ids as its masks hold them (the licence plate's -1 never occurs in
-# a labelIds image). Source: the data set's own label definition.
+# The labels of Cityscapes with the ids of its masks (the license plate's id, -1, never occurs in a labelIds image).
+# Source: the data set's own label definition.
 CITYSCAPES = LabelSet(
     "cityscapes",
     _cityscapes(
@@ -189,17 +189,17 @@ CAMVID = LabelSet(
     terms="CamVid: CC BY-NC 4.0, research use.",
 )
 
-# The town's masks use the Cityscapes ids, so a town model and a Cityscapes model are comparable.
+# The town's masks use the Cityscapes ids, so that models of the two can be compared.
 TOWN = LabelSet("cityscapes", CITYSCAPES.classes, terms="Rendered by roadseg; no third-party data, Apache-2.0.")
 
 _TRAIN_IDS = {c.name: c.train_id for c in CITYSCAPES.trained}
 
 
 def in_cityscapes(label_set: LabelSet) -> LabelSet:
-    """The same classes and ids, their train ids those of the 19 Cityscapes classes that they map to.
+    """The same classes and ids, with the train ids of the 19 Cityscapes classes they map to; void if they map to none.
 
-    What maps to none is void. The result has gaps, so its `trained` may fail: it says what masks mean,
-    while CITYSCAPES says what is learned.
+    Train ids of the result may have gaps, so that `trained` may fail: it describes masks, while CITYSCAPES has the
+    classes to learn.
     """
     return replace(label_set, classes=tuple(replace(c, train_id=_in_cityscapes(c)) for c in label_set.classes))
 

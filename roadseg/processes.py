@@ -1,4 +1,4 @@
-"""Worker processes: how many, and that none outlives the run it works for."""
+"""Worker processes: their number, their setup, and their end with the parent."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_worker() -> None:
-    """For the start of every worker process.
+    """Initializer of every worker process.
 
-    It must end with its parent, also if that is killed: it would go on writing where a new run writes.
+    A worker must end with its parent even if that is killed: it would keep writing to files of a new run.
     """
-    cv2.setNumThreads(0)  # there is a process a core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool, once,
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by this, which must not be answered as the parent answers it
+    cv2.setNumThreads(0)  # there is one process per core already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles it, and ends the pool with SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler inherited from the parent
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """Let this process, which multiprocessing forked or spawned, end within a second of its parent, however that ends.
+    """Make this multiprocessing child end within a second of its parent, however the parent ends.
 
-    Other ways fail now and then: PyTorch's loader processes remember who their parent is once they run, which is
-    too late if it was killed meanwhile, and the pipe that multiprocessing watches may be held by siblings.
+    Other mechanisms fail sometimes: PyTorch's loader processes read their parent's id only once they run, too late if
+    the parent was killed before, and siblings may hold the pipe that multiprocessing watches.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
@@ -48,10 +48,9 @@ def _watch(parent_pid: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process reuse arrays of a few MB at once. Elsewhere than on glibc nothing changes.
+    """Make malloc keep freed arrays of a few MB for reuse. Has an effect on glibc only.
 
-    glibc hands them back to the kernel when they are freed and has them faulted in again, page by
-    page: a third of the time of a 768x768 crop.
+    By default glibc returns them to the kernel and page-faults them in again: a third of the time of a 768x768 crop.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""What people are shown meanwhile: progress with rate and time left, a bar or for a pipe plain lines; not too much."""
+"""Progress with rate and time left: a bar on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 
 class _Lines:
-    """A stream on which each redraw of the bar becomes a line of its own."""
+    """A stream that writes each redraw of the bar as a new line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -28,7 +28,7 @@ class _Lines:
 
 
 def progress(total: int, what: str, unit: str, initial: int = 0) -> tqdm[Any]:
-    """A bar on stderr that shows itself only if it lasts over two seconds; of ranks that train together rank 0's."""
+    """A progress bar on stderr, shown after two seconds. Among training ranks only rank 0 shows it."""
     hidden = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
     if sys.stderr.isatty():
         return tqdm(
@@ -44,7 +44,7 @@ def progress(total: int, what: str, unit: str, initial: int = 0) -> tqdm[Any]:
 
 @contextmanager
 def quiet(*names: str, below: int = logging.ERROR) -> Iterator[None]:
-    """Inside, the loggers of these names say nothing below this level."""
+    """Suppress messages of these loggers below this level."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -10,7 +10,7 @@ from roadseg import files
 from roadseg.errors import Busy
 
 
-def test_content_digest_knows_names_and_bytes_but_not_places(tmp_path: Path) -> None:
+def test_content_digest_depends_on_names_and_bytes_only(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         (folder / "sub").mkdir(parents=True)
@@ -23,7 +23,7 @@ def test_content_digest_knows_names_and_bytes_but_not_places(tmp_path: Path) -> 
     assert files.content_digest(a) != files.content_digest(b, leave_out=("stage.json",))
 
 
-def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_bytes_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f"
     files.write_atomic(path, b"old")
 
@@ -37,7 +37,7 @@ def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_json_lines_cut_by_a_kill_are_read_up_to_the_cut(tmp_path: Path) -> None:
+def test_incomplete_json_lines_are_read_up_to_the_last_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
     assert files.read_json_lines(path) == [{"a": 1}, {"a": 2}]
@@ -54,7 +54,7 @@ with lock(Path(sys.argv[1]), "it", wait=True):
 """
 
 
-def test_a_held_lock_names_its_owner_and_a_dead_owner_frees_it(tmp_path: Path) -> None:
+def test_a_held_lock_names_its_owner_and_is_released_with_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None

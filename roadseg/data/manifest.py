@@ -1,8 +1,8 @@
-"""The manifest: what ingest found, one sample a line, and what the samples' bytes are.
+"""The manifest: the samples that ingest found, with their checksums.
 
-A folder holds `manifest.jsonl` (one sample a line, sorted by split and name) and `dataset.json`
-(source, label set, and by split: counts, class histogram, data fingerprint). Neither holds a time or
-an absolute path, so equal data gives equal bytes wherever it lies.
+Its folder has `manifest.jsonl` (one sample per line, sorted by split and name) and `dataset.json` (source, label set,
+and per split: counts, class histogram, data fingerprint). Neither has times or absolute paths, so equal data gives
+equal bytes on every machine.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ _HEX = frozenset("0123456789abcdef")
 class Sample:
     """One image with its label.
 
-    Paths are posix, relative to the data root; `instances` is "" where there are none. `name` is unique
-    in its split; `sequence` is "" where unknown. `width`, `height` in pixels, of the upright image.
-    `histogram`: pixels by train id, void last. `part`: which part of a mixed data set it is from, "" when
-    it is not mixed.
+    Paths are posix, relative to the data root; `instances` is "" if absent. `name` is unique in its split; `sequence`
+    is "" if unknown. `width`, `height`: pixels of the upright image. `histogram`: pixels by train id, void last.
+    `part`: its part of a mixed data set, else "".
     """
 
     split: str
@@ -53,9 +52,8 @@ class Sample:
 class Manifest:
     """All samples of a data set, sorted by (split, name).
 
-    label_set: what is learned and scored. forms: how the masks of each part are written; where none
-    are given, they hold the label set's own ids. part_weights: of a mixed data set, how often a sample
-    is drawn from each part.
+    label_set: the classes to learn and score. forms: {part: form of its masks}; by default masks hold the label set's
+    own ids. part_weights: for a mixed data set, {part: sampling weight}.
     """
 
     source: str
@@ -80,7 +78,7 @@ class Manifest:
         return tuple(self._by_split)
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """The samples of a split. Raises DataError that names the splits there are."""
+        """The samples of a split. Raises DataError, listing the existing splits, if there is no such split."""
         if name not in self._by_split:
             raise DataError(
                 f"the data has no split {name!r}",
@@ -90,9 +88,9 @@ class Manifest:
         return self._by_split[name]
 
     def fingerprint(self, split: str) -> str:
-        """SHA-256 of the split's sorted (image SHA-256, label SHA-256) and of what its ids mean.
+        """SHA-256 of the split's sorted (image SHA-256, label SHA-256) and of the meaning of its mask values.
 
-        Names and places of files don't matter; it changes with any byte of any image or label.
+        Independent of file names and locations; changes with any byte of any image or label.
         """
         pairs = sorted((s.image_sha256, s.label_sha256) for s in self.split(split))
         parts = {s.part for s in self.split(split)}
@@ -131,12 +129,12 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path) -> Manifest:
-        """Raises DataError with file and line for anything that `save` would not have written."""
+        """Raises DataError with file and line for anything that `save` does not write."""
         empty, splits = _read_dataset(folder / "dataset.json")
         samples = _read_samples(folder / "manifest.jsonl", empty.label_set.num_classes + 1, set(empty.forms))
         manifest = replace(empty, samples=samples)
         if json_bytes(manifest.summary()["splits"]) != json_bytes(splits):
-            raise _broken("its samples are not those that dataset.json sums up", folder / "manifest.jsonl")
+            raise _broken("its samples do not match the summary in dataset.json", folder / "manifest.jsonl")
         return manifest
 
 
@@ -150,23 +148,23 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise _broken("there is no such file", path) from None
+        raise _broken("no such file", path) from None
 
 
 def _read_dataset(path: Path) -> tuple[Manifest, Any]:
     try:
         data = json.loads(_read(path))
         if data["schema"] != SCHEMA:
-            raise _broken(f"is of schema {data['schema']!r}; this roadseg reads {SCHEMA}", path)
+            raise _broken(f"has schema {data['schema']!r}, not {SCHEMA}", path)
         label_set = LabelSet.from_json(data["label_set"])
         if not all(isinstance(c.id, int) and isinstance(c.train_id, int) for c in label_set.classes):
-            raise TypeError("class ids are no whole numbers")
-        label_set.mapping_digest, label_set.trained  # noqa: B018 (fails here on train ids that are not 0..n-1)
+            raise TypeError("class ids are not integers")
+        label_set.mapping_digest, label_set.trained  # noqa: B018 (raises here if train ids are not 0..n-1)
         forms = {str(part): MaskForm.from_json(form) for part, form in data["forms"].items()}
         weights = {str(part): float(weight) for part, weight in data["part_weights"].items()}
         return Manifest(str(data["source"]), label_set, (), forms, weights), data["splits"]
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError) as e:
-        raise _broken(f"is no dataset.json ({type(e).__name__}: {e})", path) from None
+        raise _broken(f"is not a valid dataset.json ({type(e).__name__}: {e})", path) from None
 
 
 def _read_samples(path: Path, bins: int, parts: set[str]) -> tuple[Sample, ...]:
@@ -177,9 +175,9 @@ def _read_samples(path: Path, bins: int, parts: set[str]) -> tuple[Sample, ...]:
         try:
             samples.append(_sample(json.loads(line), bins, parts))
         except (ValueError, TypeError, RecursionError) as e:
-            raise _broken(f"is no sample ({e})", path, number) from None
+            raise _broken(f"is not a valid sample ({e})", path, number) from None
         if len(samples) > 1 and (samples[-1].split, samples[-1].name) <= (samples[-2].split, samples[-2].name):
-            raise _broken("a sample that is doubled or out of order", path, number)
+            raise _broken("the sample is doubled or out of order", path, number)
     return tuple(samples)
 
 
@@ -190,18 +188,18 @@ def _sample(row: Any, bins: int, parts: set[str]) -> Sample:
     for name, kind in kinds.items():
         value = row[name]
         if kind == "str" and not isinstance(value, str):
-            raise ValueError(f"{name} is no text")
+            raise ValueError(f"{name} is not a string")
         if kind == "int" and (type(value) is not int or value < 0):
-            raise ValueError(f"{name} is no whole number from 0")
+            raise ValueError(f"{name} is not an integer of at least 0")
         if name.endswith("sha256") and (len(value) != 64 or not _HEX.issuperset(value)):
-            raise ValueError(f"{name} is no SHA-256")
+            raise ValueError(f"{name} is not a SHA-256")
         if name in ("image", "label", "instances") and (value.startswith("/") or ".." in value.split("/")):
-            raise ValueError(f"{name} points out of the data root")
+            raise ValueError(f"{name} is outside the data root")
     if row["part"] not in parts:
-        raise ValueError(f"part {row['part']!r} is none of the data set's")
+        raise ValueError(f"the data set has no part {row['part']!r}")
     histogram = row["histogram"]
     if not isinstance(histogram, list) or any(type(n) is not int or n < 0 for n in histogram):
-        raise ValueError("histogram is no list of whole numbers from 0")
+        raise ValueError("histogram is not a list of integers of at least 0")
     if len(histogram) != bins or sum(histogram) != row["width"] * row["height"]:
-        raise ValueError(f"histogram does not count width x height pixels in {bins} bins")
+        raise ValueError(f"histogram does not have width x height pixels in {bins} bins")
     return Sample(**{**row, "histogram": tuple(histogram)})

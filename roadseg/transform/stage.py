@@ -1,4 +1,4 @@
-"""Stage 2: the manifest's frames as checksummed shards of train ids, with statistics over train."""
+"""Stage 2: write the manifest's frames as shards with train ids and checksums, and statistics of train."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from roadseg.progress import progress
 from roadseg.transform.centroids import class_centroids
 
 VERSION = 3
-MADE = Path("log", "made")  # what finished shards are, for a run that goes on; content digests leave log/ out
+DONE = Path("log", "made")  # records of finished shards, for a resumed run; content digests ignore log/
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One shard to write, and what a worker process needs to write it. form, quality: of its images."""
+    """One shard to write, with everything that a worker process needs. form, quality: of its images."""
 
     split: str
     number: int
@@ -49,11 +49,11 @@ class _Job:
 
     @property
     def record(self) -> Path:
-        return self.file.parent / MADE / f"{self.file.stem}.json"
+        return self.file.parent / DONE / f"{self.file.stem}.json"
 
     @property
     def digest(self) -> str:
-        """Of all that the shard's bytes follow from, so that no shard of other settings is taken for it."""
+        """Digest of everything that determines the shard's bytes, so that shards of other settings are not reused."""
         forms = {part: self.forms[part].digest for part in {s.part for s in self.samples}}
         return sha256_bytes(json_bytes([VERSION, [asdict(s) for s in self.samples], forms, self.form, self.quality]))
 
@@ -63,19 +63,19 @@ def transform(
 ) -> Shards:
     """Write the shards of every split but test, and shards.json, into `work`.
 
-    Shards that an earlier run finished there are kept if their bytes still have their SHA-256.
-    root: where the manifest's paths start. workers: processes, 0 for one a core.
-    Raises DataError if a file is no longer what ingest saw, or if there is no split but test.
+    Shards that an interrupted run finished there are kept if their SHA-256 is still correct.
+    root: base of the manifest's paths. workers: processes, 0 for one per core.
+    Raises DataError if a file changed since ingest, or if there is no split besides test.
     """
     jobs = list(_jobs(settings, manifest, root, work, limits))
     if not jobs:
         raise DataError(
-            f"the data has no split but {', '.join(manifest.splits) or 'none'}",
-            expected="train, and best val",
-            todo="add one; a release is scored on test alone by `roadseg evaluate --release R --data.split test`",
+            f"the data has only the splits {', '.join(manifest.splits) or '(none)'}",
+            expected="train, and preferably val",
+            todo="add train; to score a release on test alone, use `roadseg evaluate --release R --data.split test`",
         )
-    (work / MADE).mkdir(parents=True, exist_ok=True)
-    for path in [*work.glob("*.tmp"), *(work / MADE).glob(".*.tmp")]:  # left by a run that was killed
+    (work / DONE).mkdir(parents=True, exist_ok=True)
+    for path in [*work.glob("*.tmp"), *(work / DONE).glob(".*.tmp")]:  # left by a killed run
         path.unlink()
     total = sum(len(job.samples) for job in jobs)
     results: dict[tuple[str, int], tuple[Shard, np.ndarray]] = {}
@@ -84,34 +84,34 @@ def transform(
         progress(total, "transform", "frame") as bar,
     ):
         try:
-            for done in as_completed([pool.submit(_made_or_found, job) for job in jobs]):
-                job, shard, colours = done.result()
-                results[job.split, job.number] = shard, colours
+            for done in as_completed([pool.submit(_reuse_or_write, job) for job in jobs]):
+                job, shard, colors = done.result()
+                results[job.split, job.number] = shard, colors
                 bar.update(len(job.samples))
         except BrokenProcessPool:
             raise RoadsegError(
-                "a process that writes shards died",
-                expected="memory for a few decoded frames a process",
+                "a worker process died while writing shards",
+                expected="memory for a few decoded frames per process",
                 todo='lower data.workers; a script that calls roadseg must do so below `if __name__ == "__main__":`',
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody wants the other shards
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error, skip the remaining shards
     return _index(settings, manifest, work, results)
 
 
 def rebuild(
     damaged: list[tuple[str, int]], settings: Transform, manifest: Manifest, root: Path, shards: Shards, limits: Limits
 ) -> None:
-    """Write these shards of a finished output again. Raises DataError if one comes out different."""
-    assert isinstance(shards.folder, Path), "made here, from the originals"
+    """Rebuild damaged shards of a finished output. Raises DataError if one differs from the original shard."""
+    assert isinstance(shards.folder, Path), "only local shards can be rebuilt"
     for job in _jobs(settings, manifest, root, shards.folder, limits):
         if (job.split, job.number) not in damaged:
             continue
-        log.warning("shard %s is damaged; making it again", job.file.name)
+        log.warning("shard %s is damaged; rebuilding it from the originals", job.file.name)
         shard, _ = _write_shard(job)
         if shard != shards.shards[job.split][job.number]:
             raise DataError(
-                "the originals no longer give this shard",
+                "the rebuilt shard differs from the original one",
                 where=str(job.file),
                 todo="the data set changed: run ingest again",
             )
@@ -120,70 +120,70 @@ def rebuild(
 def _jobs(settings: Transform, manifest: Manifest, root: Path, folder: Path, limits: Limits) -> Iterator[_Job]:
     for split in manifest.splits:
         if split == "test":
-            continue  # scored from its originals; never trained on
+            continue  # evaluate reads its originals; it is never used for training
         samples = manifest.split(split)
         for number, first in enumerate(range(0, len(samples), settings.shard_frames)):
-            some = samples[first : first + settings.shard_frames]
+            chunk = samples[first : first + settings.shard_frames]
             file = folder / f"{split}-{number:05d}.bin"
-            yield _Job(split, number, some, manifest.forms, root, file, limits, settings.format, settings.jpeg_quality)
+            yield _Job(split, number, chunk, manifest.forms, root, file, limits, settings.format, settings.jpeg_quality)
 
 
-def _made_or_found(job: _Job) -> tuple[_Job, Shard, np.ndarray]:
-    """Also returns the colours of the shard's pixels: int64 [3, 256] counts by channel and value."""
-    found = _found(job)
-    if found:
-        return job, *found
-    shard, colours = _write_shard(job)
-    with _room_for(job.file):
-        write_json(job.record, {"job": job.digest, "shard": asdict(shard), "colours": colours.tolist()})
-    return job, shard, colours
+def _reuse_or_write(job: _Job) -> tuple[_Job, Shard, np.ndarray]:
+    """Also returns the color histogram of the shard's pixels: int64 [3, 256] counts by channel and value."""
+    finished = _finished(job)
+    if finished:
+        return job, *finished
+    shard, colors = _write_shard(job)
+    with _disk_errors(job.file):
+        write_json(job.record, {"job": job.digest, "shard": asdict(shard), "colors": colors.tolist()})
+    return job, shard, colors
 
 
-def _found(job: _Job) -> tuple[Shard, np.ndarray] | None:
-    """The shard as an earlier run recorded it, if it is of this job and has its bytes."""
+def _finished(job: _Job) -> tuple[Shard, np.ndarray] | None:
+    """The shard and histogram recorded by an earlier run, if they belong to this job and the file is intact."""
     try:
         record = read_json(job.record)
-        shard, colours = shard_from_json(record["shard"]), np.array(record["colours"], np.int64).reshape(3, 256)
-        whole = record["job"] == job.digest and sha256_file(job.file) == shard.sha256
+        shard, colors = shard_from_json(record["shard"]), np.array(record["colors"], np.int64).reshape(3, 256)
+        intact = record["job"] == job.digest and sha256_file(job.file) == shard.sha256
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return (shard, colours) if whole else None
+    return (shard, colors) if intact else None
 
 
 def _write_shard(job: _Job) -> tuple[Shard, np.ndarray]:
-    frames, colours = [], np.zeros((3, 256), np.int64)
+    frames, colors = [], np.zeros((3, 256), np.int64)
     partial = job.file.with_suffix(".tmp")
     try:
-        with _room_for(job.file), open(partial, "wb") as f:
+        with _disk_errors(job.file), open(partial, "wb") as f:
             for sample in job.samples:
                 image, label = read_frame(job.root, sample, job.forms[sample.part], job.limits)
                 centroids = class_centroids(label)
-                about: dict[str, Any] = {"part": sample.part, "centroids": centroids}
-                about |= {"form": job.form, "quality": job.quality}
-                frames.append(write_frame(f, sample.name, sample.sequence, image, label, **about))
+                options: dict[str, Any] = {"part": sample.part, "centroids": centroids}
+                options |= {"form": job.form, "quality": job.quality}
+                frames.append(write_frame(f, sample.name, sample.sequence, image, label, **options))
                 for channel in range(3):
-                    colours[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
+                    colors[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
             f.flush()
-            os.fsync(f.fileno())  # its record must not outlive its bytes
+            os.fsync(f.fileno())  # the record must not survive a power cut that the bytes do not
         shard = Shard(job.file.name, sha256_file(partial), tuple(frames), partial.stat().st_size)
         os.replace(partial, job.file)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return shard, colours
+    return shard, colors
 
 
 @contextmanager
-def _room_for(file: Path) -> Iterator[None]:
-    """Says plainly what a full or failing disk means here."""
+def _disk_errors(file: Path) -> Iterator[None]:
+    """Turn an OSError (a full or failing disk) into a RoadsegError with advice."""
     try:
         yield
     except OSError as e:
         raise RoadsegError(
             f"can't be written ({e.strerror})",
-            expected="room for the shards, raw 3 bytes a pixel",
+            expected="disk space for the shards (raw: 3 bytes per pixel)",
             where=str(file),
-            todo="free some, or set transform.format to jpeg or lossless; finished shards are kept",
+            todo="free disk space, or set transform.format to jpeg or lossless; finished shards are kept",
         ) from None
 
 
@@ -194,8 +194,8 @@ def _index(
     for (split, _), (shard, _) in sorted(results.items()):
         by_split.setdefault(split, []).append(shard)
     statistics_split = "train" if "train" in by_split else next(iter(by_split))
-    colours = sum(c for (split, _), (_, c) in sorted(results.items()) if split == statistics_split)
-    mean, std = _moments(np.asarray(colours))
+    colors = sum(c for (split, _), (_, c) in sorted(results.items()) if split == statistics_split)
+    mean, std = _moments(np.asarray(colors))
     shards = Shards(
         folder=work,
         source=manifest.source,
@@ -212,13 +212,13 @@ def _index(
     return shards
 
 
-def _moments(colours: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _moments(colors: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Exact mean and standard deviation per channel from int64 [3, 256] counts."""
     values = np.arange(256)
-    counts = colours.sum(axis=1)
-    mean = (colours * values).sum(axis=1) / counts
-    variance = (colours * values**2).sum(axis=1) / counts - mean**2
-    std = np.sqrt(np.maximum(variance, 1.0))  # a constant channel must not divide by zero
+    counts = colors.sum(axis=1)
+    mean = (colors * values).sum(axis=1) / counts
+    variance = (colors * values**2).sum(axis=1) / counts - mean**2
+    std = np.sqrt(np.maximum(variance, 1.0))  # avoid a division by zero for a constant channel
     r, g, b = (float(m) for m in mean)
     sr, sg, sb = (float(s) for s in std)
     return (r, g, b), (sr, sg, sb)

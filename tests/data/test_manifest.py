@@ -54,13 +54,14 @@ def test_saved_and_loaded_is_the_same_and_deterministic(tmp_path):
     assert train["histogram"]["sky"] == 40 and train["histogram"]["void"] == 6
 
 
-def test_an_absent_split_names_those_there():
+def test_a_missing_split_lists_the_existing_ones():
     assert THREE.splits == ("train", "val")
-    with pytest.raises(DataError, match="'test'; expected one of train, val"):
+    with pytest.raises(DataError) as e:
         THREE.split("test")
+    assert "train, val" in e.value.expected and e.value.exit_code == 3
 
 
-def test_fingerprint_is_of_contents_alone():
+def test_fingerprint_depends_on_contents_alone():
     print_ = THREE.fingerprint("train")
     moved = [replace(s, name=f"z{s.name}", image=f"elsewhere/{s.image}", sequence="t") for s in THREE.split("train")]
     assert manifest(*reversed(moved)).fingerprint("train") == print_
@@ -80,40 +81,43 @@ def lines(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "message"),
     [
-        ("width", "7", "width is no whole number"),
-        ("width", 8, "does not count"),
-        ("image_sha256", "zz", "image_sha256 is no SHA-256"),
-        ("image", "../../etc/passwd", "points out of the data root"),
-        ("label", "/etc/passwd", "points out of the data root"),
-        ("histogram", [28], "does not count"),
-        ("histogram", "many", "no list"),
-        ("name", None, "name is no text"),
+        ("width", "7", "width is not an integer"),
+        ("width", 8, "does not have"),
+        ("image_sha256", "zz", "image_sha256 is not a SHA-256"),
+        ("image", "../../etc/passwd", "outside the data root"),
+        ("label", "/etc/passwd", "outside the data root"),
+        ("histogram", [28], "does not have"),
+        ("histogram", "many", "not a list"),
+        ("name", None, "name is not a string"),
         ("name", "a", "doubled or out of order"),
         ("colour", 1, "its keys are not"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, key, value, says):
+def test_a_broken_line_is_named(tmp_path, key, value, message):
     THREE.save(tmp_path)
     rows = lines(tmp_path)
     rows[1][key] = value
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(DataError, match=f"manifest.jsonl, line 2: .*{says}"):
+    with pytest.raises(DataError, match=f"manifest.jsonl, line 2: .*{message}"):
         Manifest.load(tmp_path)
 
 
 def test_a_changed_or_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="dataset.json: there is no such file"):
+    with pytest.raises(DataError) as e:
         Manifest.load(tmp_path)
+    assert e.value.where == str(tmp_path / "dataset.json")
     THREE.save(tmp_path)
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines(tmp_path)[:2]))
-    with pytest.raises(DataError, match="not those that dataset.json sums up"):
+    with pytest.raises(DataError) as e:
         Manifest.load(tmp_path)
+    assert e.value.where == str(tmp_path / "manifest.jsonl")
     for text in ("", "[]", "{}", '{"schema": 7}', '{"schema": 1, "source": 1, "label_set": {}, "splits": {}}'):
         (tmp_path / "dataset.json").write_text(text)
-        with pytest.raises(DataError, match="dataset.json: is "):
+        with pytest.raises(DataError) as e:
             Manifest.load(tmp_path)
+        assert e.value.where == str(tmp_path / "dataset.json")
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), lambda x: st.lists(x, max_size=3))
@@ -150,6 +154,6 @@ def test_any_damage_is_a_data_error(saved, name, junk, where):
         (saved / name).write_bytes(good[:at] + junk + good[at + len(junk) // 2 :])
         Manifest.load(saved)
     except DataError as e:
-        assert name in str(e) or "sums up" in str(e)
+        assert name in str(e) or "dataset.json" in str(e)
     finally:
         (saved / name).write_bytes(good)

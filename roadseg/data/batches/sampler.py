@@ -71,7 +71,7 @@ class Order:
         class_uniform: float = 0.0,
         part_weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Raises ConfigError if weights do not match the parts, or if class_uniform needs centroids and there are none."""
+        """Raises ConfigError if weights do not match the parts, or if class_uniform is set without any centroids."""
         if class_uniform > 0 and not any(frame.centroids for frame in frames):
             raise ConfigError(
                 f"{class_uniform:g}, but the shards have no class centroids",
