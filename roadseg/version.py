@@ -1,3 +1,3 @@
-"""The package's version: the one place that states it; pyproject.toml reads it from here."""
+"""The package's version; pyproject.toml reads it from here."""
 
 __version__ = "0.1.0"

@@ -1,3 +1,5 @@
+"""`python -m roadseg.cli`."""
+
 import sys
 
 from roadseg.cli.main import main

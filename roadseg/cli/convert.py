@@ -1,4 +1,4 @@
-"""`roadseg convert-checkpoint`: weights of other projects in a form that is safe to read."""
+"""`roadseg convert-checkpoint`: a torch checkpoint of another project as .safetensors, without running its pickle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`roadseg data ...`: what is said of data sets themselves."""
+"""`roadseg data diff` and `roadseg data errors`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags such as `--training.batch-size 4`, laid over a YAML config; tyro parses them, pydantic judges."""
+"""Config flags such as `--training.batch-size 4`: parsed by tyro, laid over the YAML, validated by pydantic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands; the one place that turns an error into a message and an exit code."""
+"""The commands of roadseg, and the one place that turns an error into a message and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`roadseg profile`: what the network of a config or a release costs, counted and measured."""
+"""`roadseg profile`: parameters, MACs, memory and latency of a config's or a release's network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`roadseg sweep`: the command."""
+"""`roadseg sweep`: its arguments and what it prints."""
 
 from __future__ import annotations
 

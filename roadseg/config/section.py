@@ -1,4 +1,4 @@
-"""What sections of the configuration are made of: frozen pydantic models, and the fields that name a result."""
+"""Base of the config sections: frozen pydantic models, and which fields are part of a stage's key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration: one pydantic section a concern, read from YAML; flags.py lays flags over it.
+"""The configuration: one pydantic section for each concern, read from YAML.
 
 Fields marked `OUT` change where or how fast something is made, never what: they stay out of keys.
 """

@@ -1,4 +1,4 @@
-"""The training section of the configuration: losses, draws, phases, optimisation, devices."""
+"""The training section of the configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML as people write it by hand: whatever is wrong with it is one error, and no key hides another."""
+"""Read YAML files; every error names file and line, and duplicate keys are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first deployment of a release to a SageMaker endpoint. Updates of a running one are refused.
+"""First deployment of a release to a SageMaker endpoint. Updating a running endpoint is refused.
 
 Every name is derived from the release and the settings, and every step first looks whether its thing
 is there already: after an error, running again goes on where it stopped.

@@ -1,4 +1,4 @@
-"""One offline HTML page from an Evaluation: figures, charts, scenes, the gate's decision."""
+"""report.html: one offline page with an Evaluation's figures, charts, scenes and the gate's decision."""
 
 from __future__ import annotations
 

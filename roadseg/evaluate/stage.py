@@ -1,4 +1,4 @@
-"""Stage 4: score a release archive on originals and their own labels, and show it."""
+"""Stage 4: score a release archive on original images and their own labels."""
 
 from __future__ import annotations
 

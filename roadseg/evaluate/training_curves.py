@@ -1,4 +1,4 @@
-"""How a training went, as charts over its steps."""
+"""Charts of loss, scores and speed over the steps of a training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label maps and overlays for files and folders of images."""
+"""Write label maps and overlays for image files and folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label maps from a release, by onnxruntime; needs neither torch nor a stage.
+"""Predict label maps with a release through onnxruntime. Needs neither torch nor a stage.
 
 Shapes: B images, K classes, h w the network's output, H W the image.
 """

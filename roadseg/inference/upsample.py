@@ -1,4 +1,4 @@
-"""From logits at the network's stride to full-resolution label maps.
+"""Upsample logits and take the argmax at full resolution, one class at a time.
 
 Shapes: K classes, h w the network's output, H W the image.
 """

@@ -1,4 +1,4 @@
-"""The confusion matrix of a label map and a prediction, in exact integers."""
+"""Confusion matrix of a label map and a prediction, in exact integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a confusion matrix: intersection over union and accuracy, by class, by category and averaged.
+"""IoU and accuracy from a confusion matrix: by class, by category and averaged.
 
 A class is *present* when at least one valid pixel of the truth holds it. The scores of an absent class are None and
 enter no mean, also when the network predicted it somewhere: so the classes that are averaged follow from the data

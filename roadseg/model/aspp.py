@@ -1,4 +1,4 @@
-"""Atrous spatial pyramid pooling: one map seen at several ranges.
+"""Atrous spatial pyramid pooling (Chen et al., 2017).
 
 Chen et al., "Encoder-Decoder with Atrous Separable Convolution" (ECCV 2018).
 """

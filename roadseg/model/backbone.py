@@ -1,4 +1,4 @@
-"""timm's feature extractors as backbones, and their initial weights.
+"""Backbones: timm's feature extractors and their initial weights.
 
 Weights come only as safetensors: a torch pickle can run code when it is read.
 """

@@ -1,4 +1,4 @@
-"""From the ASPP's coarse map to class scores, taking up finer maps of the backbone on the way."""
+"""The decoder: upsample the ASPP's map, fuse finer backbone maps, classify."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout of values and of whole branches, of which several processes together draw what one would.
+"""Dropout and drop path whose masks cover the whole batch, so that several ranks draw what one would.
 
 All processes draw from one seed the mask of `parts` times their images and take the `part`-th of it.
 Shapes: B images of this process; what follows B is any.

@@ -1,4 +1,4 @@
-"""Bilinear enlargement of maps (align_corners=False), with a gradient that is fast and the same in every run."""
+"""Bilinear upsampling (align_corners=False) as matrix products: a fast, deterministic gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several feature maps into one: selective kernel fusion, and the forms that it is compared with.
+"""Fuse several feature maps: selective kernel fusion (SKFusion), and the forms it is compared with.
 
 Shapes: B images, C channels, M maps to fuse, H x W pixels. Every fusion here is called with a list
 of M maps [B, C_m, H, W] and returns one [B, C, H, W]; a map may be [B, C_m, 1, 1] and then counts

@@ -1,4 +1,4 @@
-"""Changes to a network that stands: parts frozen, another output stride, activations computed twice.
+"""Change a built network in place: freeze parts, set the output stride, checkpoint activations.
 
 All work in place on the same parameters, so that an optimizer, an average and a checkpoint of the
 network stay true; names in the state dict stay as they are.

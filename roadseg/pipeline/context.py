@@ -1,4 +1,4 @@
-"""What every stage of a run shares."""
+"""Context of a run: config, workspace, run folder and cluster, shared by all stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that can be refused before any data is made: checked once, at the start of a run."""
+"""Preflight: everything that can be refused before data is made, checked once at the start of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of the stages: its order, its record and its report."""
+"""Run the stages in order, alone or with torchrun's other ranks; keep the record and write the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The five stages as functions: each computes its key, has its output made or found, and returns it.
+"""The five stages as functions: each computes its key, makes or finds its output, and returns it.
 
 Stages are imported where they run, so that a command that needs no torch does not load it.
 """

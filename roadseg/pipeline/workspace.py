@@ -1,4 +1,4 @@
-"""The workspace: immutable stage outputs by key, made once, whole or not at all.
+"""The workspace: immutable stage outputs named by key, made once, complete or not at all.
 
 stages/<stage>/<key>/          finished: stage.json says how it was made and what came out
 stages/<stage>/<key>.partial/  being made, or left by a run that was killed

@@ -1,4 +1,4 @@
-"""What a network costs, counted: parameters, multiply-adds and memory, by part.
+"""Count a network's parameters, multiply-adds and memory by part, without computing anything.
 
 Nothing is computed: the network runs on tensors that have shapes, types and storages but no data, so a
 2048x1024 batch of 64 is counted on a laptop, and the same for every machine that computes in that precision.

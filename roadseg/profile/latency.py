@@ -1,4 +1,4 @@
-"""How long an inference takes on this machine, and what machine that is."""
+"""Measure the latency of an inference on this machine, and describe the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate: which of two evaluated releases is to be champion. A pure function of its arguments."""
+"""The gate: a pure function that decides which of two evaluated releases should be champion."""
 
 from __future__ import annotations
 

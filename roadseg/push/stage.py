@@ -1,4 +1,4 @@
-"""Stage 5: put the candidate beside the champion, decide, and move the pointer."""
+"""Stage 5: compare the candidate with the champion and move the pointer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model.tar.gz: the one file a release is. Byte-reproducible, read in memory, verified member by member."""
+"""model.tar.gz, the archive of a release: byte-reproducible, read in memory, each member verified."""
 
 from __future__ import annotations
 

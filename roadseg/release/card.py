@@ -1,4 +1,4 @@
-"""The card of a release: what it is, what it was trained on, how good it is and where it is weak."""
+"""The model card of a release: training data, scores and weaknesses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network as an ONNX file, and the proof that it is the same function.
+"""Export the network to ONNX and check that the graph computes the same function.
 
 Shapes: B images, K classes, H x W pixels of the image, h x w at the decoder's stride.
 """

@@ -1,4 +1,4 @@
-"""The graph of an archive without its weights: they lie there once, in weights.safetensors, where the graph points to.
+"""Store the ONNX graph without weights, which the archive holds once, in weights.safetensors.
 
 Halves the archive, and graph and network can't differ in a weight. It is what ONNX calls external data
 (onnx.ai, "External Data"), so that the files of an unpacked archive are a model to all that reads ONNX.

@@ -1,4 +1,4 @@
-"""The torch network inside a release."""
+"""Load the torch network of a release."""
 
 from __future__ import annotations
 

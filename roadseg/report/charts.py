@@ -1,4 +1,4 @@
-"""Charts as inline SVG, without scripts and without fonts of their own.
+"""Line and bar charts as inline SVG, without scripts or embedded fonts.
 
 Colours come from the page: custom properties `--series-0` .. `--series-5`, `--heat`, `--grid`, ... of style.css, so
 that one drawing serves light, dark and paper. Lines differ in dash and marker as well as in colour (the colours are

@@ -1,4 +1,4 @@
-"""How values and places are spread, as inline SVG in the colours of style.css; all text is escaped."""
+"""Histograms and heat maps as inline SVG, in the colors of style.css; all text is escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The confusion matrix as inline SVG, in the colours of style.css; all text is escaped."""
+"""The confusion matrix as inline SVG, in the colors of style.css; all text is escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the reports share: templates in one look, figures as text, pictures as data.
+"""What all reports share: templates, number formatting and embedded pictures.
 
 A page holds everything it shows, runs no script and forbids itself to load anything (content security policy in
 base.html); names and reasons reach it escaped. The same input gives the same bytes: no clock, no host, no random ids.

@@ -1,4 +1,4 @@
-"""The same frames, predicted again and again while a network learns: how such pictures are laid out and shown.
+"""Predictions of the same frames at successive validations, side by side.
 
 A picture is a grid: a row a frame with frame, truth and prediction, cells of one size, GAP_PX between them.
 """

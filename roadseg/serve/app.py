@@ -1,4 +1,4 @@
-"""The server, as SageMaker calls it: GET /ping, POST /invocations. Imports neither torch nor a stage.
+"""The HTTP server: GET /ping and POST /invocations, as SageMaker calls them. Imports no torch and no stage.
 
 A JPEG or PNG comes in as the plain body, an indexed PNG of the photograph's upright size goes out.
 Every refusal is JSON, {"error": reason}, and names no path, address or line of code.

@@ -1,4 +1,4 @@
-"""The release that a server serves: loaded in the background, from a photograph's bytes to an answer."""
+"""The release that a server serves: loaded in the background, with a bounded pool of workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planning a sweep: settings and seeds from the command's arguments, and the config of every run."""
+"""Plan a sweep: settings and seeds from the command's arguments, and the config of every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which settings of a sweep can't be trained: told before its first run, not when their own comes."""
+"""Refuse the settings of a sweep that can't be trained, before its first run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep leaves in WORKSPACE/sweeps/NAME, and whether what lies there is of the same sweep."""
+"""Files of a sweep in WORKSPACE/sweeps/NAME, and the check that they belong to the same sweep."""
 
 from __future__ import annotations
 

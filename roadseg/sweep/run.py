@@ -1,4 +1,4 @@
-"""`roadseg sweep`: ordinary runs over a grid, or one factor at a time, with seeds, and one table of them.
+"""Run a sweep: ordinary runs over a grid or one factor at a time, with seeds, and one table of them.
 
 WORKSPACE/runs/NAME-001 ...        the runs; what is there already is not made again, so a stopped sweep goes on
 WORKSPACE/sweeps/NAME/             sweep.json, sweep.md, sweep.html, written anew after every run

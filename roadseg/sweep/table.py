@@ -1,4 +1,4 @@
-"""What the runs of a sweep say together: mean and spread over seeds, paired differences, verdicts, three forms of it.
+"""The table of a sweep: mean and spread over seeds, paired differences and verdicts, as text, HTML and JSON.
 
 Scores are in 0..1, differences too; texts give percent and points.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file with everything that training needs to go on, and a JSON beside it.
+"""Checkpoints: one safetensors file with the whole training state, and a JSON file beside it.
 
 The JSON is written last and holds the SHA-256 of the tensors: what has no matching JSON was never saved. It also
 says what the network is of, for a training that starts from it.

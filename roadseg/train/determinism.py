@@ -1,4 +1,4 @@
-"""Training that gives the same bits in every run on one GPU, and so also when it was killed and resumed.
+"""Deterministic training: the same bits in every run on one GPU, also after a resume.
 
 What would differ on CUDA between two runs of a training step, and what is done about it:
 

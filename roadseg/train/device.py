@@ -1,4 +1,4 @@
-"""Which device a training runs on, and how many processes of this machine train together."""
+"""Choose the training device, and how many processes of this machine train together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: what is validated, reported and shipped."""
+"""Exponential moving average of the weights: the network that is validated, reported and shipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward and backward of one step's batch: in micro-batches, compiled, and on CUDA replayed as one graph.
+"""Forward and backward of one step: micro-batches, compilation, CUDA graph.
 
 Run eagerly, a step is bound by the CPU that launches its many small kernels (docs/experiments.md); a
 graph launches them at once. Clipping, the optimizer and the average stay outside: they are few

@@ -1,4 +1,4 @@
-"""The network that a training starts from: its weights, where they are from, and what of it is new."""
+"""Initial weights of a training: random, a backbone's, a release's, a checkpoint's or another project's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training starts from besides its data: weights and releases, by content."""
+"""Releases and weight files that a training starts from, and their digests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers over groups of parameters: backbone or not, decayed or not."""
+"""Optimizers over parameter groups: backbone or not, decayed or not."""
 
 from __future__ import annotations
 

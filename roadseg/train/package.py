@@ -1,4 +1,4 @@
-"""The archive that a training ends with: exported, compared with the network, described."""
+"""Package a finished training: export, check, describe, write model.tar.gz."""
 
 from __future__ import annotations
 

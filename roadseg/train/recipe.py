@@ -1,4 +1,4 @@
-"""The recipe of a training: the config's model and training sections as plain values, every default resolved."""
+"""Recipe of a training: the config's model and training sections as plain values, all defaults resolved."""
 
 from __future__ import annotations
 

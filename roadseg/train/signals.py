@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted between steps, told at once where nothing is to be saved.
+"""SIGTERM and SIGINT: recorded between steps, raised at once where there is nothing to save.
 
 Python lets only the main thread handle signals; elsewhere they stay as they are.
 """

@@ -1,4 +1,4 @@
-"""A step that the device has been given, and its values once they arrive."""
+"""One training step that the device has been given, and its values once they arrive."""
 
 from __future__ import annotations
 

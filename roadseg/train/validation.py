@@ -1,4 +1,4 @@
-"""Scores of the averaged network on whole frames while it trains."""
+"""Score the averaged network on whole frames during training."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""VERSION of the train stage, apart from it: a key is made without loading torch."""
+"""VERSION of the train stage, in a module of its own so that keys are computed without torch."""
 
 VERSION = 7

@@ -1,4 +1,4 @@
-"""A torch checkpoint's tensors as .safetensors, so that training can start from them.
+"""Convert a torch checkpoint's tensors to .safetensors without running its pickle.
 
 The one place that reads a pickle, and by a reader that makes tensors, containers and numbers only:
 torch.load(weights_only=True). Nothing that a file names is imported or called.

@@ -1,4 +1,4 @@
-"""Starting weights from other projects' DeepLabv3+."""
+"""Load initial weights from other projects' DeepLabv3+."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of other projects' DeepLabv3+ under the names they have here.
+"""Names of other projects' DeepLabv3+ tensors, and their names here.
 
 What is renamed is exactly what computes the same in eval mode, on the same input; the rest is said.
 Names and forms are those of segmentation_models.pytorch 0.5.0, mmsegmentation 1.x (its commit 0c87f7a;

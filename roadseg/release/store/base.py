@@ -1,4 +1,4 @@
-"""Where releases live: immutable releases, one pointer to the champion, and what was champion.
+"""Model stores: immutable releases, a champion pointer changed by compare-and-swap, and its history.
 
 The pointer holds everything that must agree (digest, mIoU, data fingerprint, what it replaced) and
 changes only by compare-and-swap: whoever read an older pointer loses and decides again.

@@ -1,4 +1,4 @@
-"""Which release is meant, and where it is: the store of a config, what a reference names."""
+"""Resolve a release reference (champion, digest, path, s3://) to a local archive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store in an S3 bucket.
+"""A model store in an S3 bucket.
 
 S3 can't change two objects at once, so all that must agree stands in the pointer, and the pointer
 changes by one conditional write.

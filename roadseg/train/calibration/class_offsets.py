@@ -1,4 +1,4 @@
-"""What to add to each class's logit so that label maps score the best mean IoU, fitted after training.
+"""Fit an offset for each class's logit that maximizes mIoU, after training.
 
 A network's likeliest class gives the best pixel accuracy. Mean IoU counts a rare class as much as road, so its best
 decision is another one: the largest of the logits after an offset for each class (Koyejo et al., "Consistent Binary

@@ -1,4 +1,4 @@
-"""Logits and labels of pixels drawn from whole frames: what is fitted once a training is done is fitted to these."""
+"""Sample logits and labels of pixels from whole frames, for what is fitted after training."""
 
 from __future__ import annotations
 

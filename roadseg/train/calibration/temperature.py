@@ -1,4 +1,4 @@
-"""One number that makes a network's confidence honest (Guo et al. 2017)."""
+"""Fit the temperature that calibrates a network's probabilities (Guo et al., 2017)."""
 
 from __future__ import annotations
 

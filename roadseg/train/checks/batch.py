@@ -1,4 +1,4 @@
-"""Whether ranks can share a batch. Needs no torch."""
+"""Check that ranks can share a batch. Needs no torch."""
 
 from __future__ import annotations
 

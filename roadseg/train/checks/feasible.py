@@ -1,4 +1,4 @@
-"""Recipes that can't be trained on given data, reported before the first step."""
+"""Refuse recipes that can't be trained on the given data, before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, and what to change when it does not fit."""
+"""Estimate the memory of a training step, and advise when it does not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognizing errors that say that memory was not enough."""
+"""Recognize errors that say that memory was not enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings that are impossible whatever the data, reported before hours are spent on the data."""
+"""Refuse trainings that are impossible on any data, before the data is made."""
 
 from __future__ import annotations
 

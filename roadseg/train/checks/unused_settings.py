@@ -1,4 +1,4 @@
-"""Settings that were changed but have no effect beside the others: reported, as the user believes that they do."""
+"""Warn of settings that were changed but have no effect beside the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun says, and whether this is a host of a SageMaker cluster.
+"""Read this process's rank from torchrun's variables, and the hosts of a SageMaker cluster.
 
 Needs no torch.
 """

@@ -1,4 +1,4 @@
-"""Processes of this machine that train together, started by PyTorch's elastic launcher.
+"""Start several ranks on this machine with PyTorch's elastic launcher, and report what failed.
 
 The process that starts them computes nothing: elastic passes on signals and stops the others when one fails, and this
 module turns what they end with into one error. The processes end with it, however it ends.

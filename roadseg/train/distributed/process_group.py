@@ -1,4 +1,4 @@
-"""The processes that train together, and what they add up.
+"""The ranks of a training and their collectives: sums, broadcasts, gathers.
 
 Every message goes through `answered`, so that a peer that died is one kind of error everywhere.
 """

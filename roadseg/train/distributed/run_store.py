@@ -1,4 +1,4 @@
-"""What processes that torchrun started tell one another besides tensors: that data is ready, and why one failed.
+"""Messages between ranks besides tensors: that data is ready, and why a rank failed.
 
 It lies in the key-value store through which torchrun's processes meet, so that a rank can write and leave, and another
 can read without a collective.

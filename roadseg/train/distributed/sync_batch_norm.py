@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of the whole batch, also where several processes hold parts of it.
+"""Batch norm over the whole batch where several ranks hold parts of it.
 
 Conversion changes a module's class and nothing else: its parameters, buffers, mode and place stay, so
 that optimizer, average, checkpoints and frozen parts know no difference. The same arithmetic has three forms: on

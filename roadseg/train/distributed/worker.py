@@ -1,4 +1,4 @@
-"""One rank's part of the train stage, from nothing but paths and values: what each process opens for itself."""
+"""One rank's part of the train stage, from paths and plain values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of a batch: a weighted sum of terms for each head, computed in parts that add up to it.
+"""The loss of a batch: a weighted sum of terms for each head, computed in parts that add up.
 
 Shapes: B images of a part, K classes, H W the label, h w a head's logits.
 """

@@ -1,4 +1,4 @@
-"""Learning from another network's class scores (Hinton et al. 2015)."""
+"""Distillation from a teacher's class scores (Hinton et al., 2015)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which pixels a term of the loss counts: the hardest ones, those near another class.
+"""Select pixels for a loss term: the hardest ones (OHEM), or those near another class.
 
 No gradient comes from here, shapes never depend on values, and nothing waits for the device.
 

@@ -1,4 +1,4 @@
-"""What a step minimises: the labels' criterion, and beside it a teacher's opinion.
+"""What a step minimizes: the criterion on labels, plus distillation.
 
 Shapes: B samples, H W the crop.
 """

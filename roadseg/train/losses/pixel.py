@@ -1,4 +1,4 @@
-"""Losses of single pixels, over logits that are coarser than the labels; class weights.
+"""Per-pixel losses over logits that are coarser than the labels, and class weights.
 
 Sums, not means: what they are divided by is counted over a whole batch (criterion.py). All compute in
 float32 or finer, in a fixed order, without a look from the CPU, so that a CUDA graph can hold them.

@@ -1,4 +1,4 @@
-"""Cross-entropy of bilinearly upsampled logits without the upsampled map, as Triton kernels.
+"""Triton kernels for cross-entropy of bilinearly upsampled logits without the upsampled map.
 
 Shapes: B images, K classes, H W the label, h w the logits. The pixels between two neighbouring rows (or columns) of
 logits are a cell; pixels beyond the outermost logits belong to the outermost cells, so there are max(h - 1, 1).

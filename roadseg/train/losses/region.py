@@ -1,4 +1,4 @@
-"""Losses that are defined on regions or on a whole batch: Lovasz-softmax, soft Dice, region mutual information.
+"""Region losses: Lovasz-softmax, soft Dice, region mutual information.
 
 All three look at softmax probabilities on the logits' own grid (at stride 4 a sixteenth of the pixels),
 with the label of the pixel that lies at each cell's centre: sorted or unfolded, full-resolution maps

@@ -1,4 +1,4 @@
-"""history.jsonl: a row a step and a row a validation; no times, so that it is the same for every run."""
+"""history.jsonl: one row a step and one a validation; without times, so that every run writes the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the network makes of the same few frames at every validation.
+"""Draw the label maps of the same few frames at every validation.
 
 Shapes: H W the frame, h w its panel in the picture, K classes.
 """

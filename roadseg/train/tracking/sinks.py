@@ -1,4 +1,4 @@
-"""TensorBoard's event files and MLflow's runs, behind the one interface of mirrors.py."""
+"""Write rows to TensorBoard and MLflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast steps were, and whether data or compute held them up; kept in log/, apart from what is trained."""
+"""Measure images/s and the share of time spent waiting for data; kept in log/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and scores written to TensorBoard and MLflow too, by threads that training never waits for.
+"""Send losses and scores to TensorBoard and MLflow in threads that training never waits for.
 
 What a run says of itself lies in history.jsonl and log/; a mirror is a copy for people who look at many
 runs in one place. So it may fail: that is said once, its rows are dropped and counted, it is tried again
