@@ -98,7 +98,7 @@ class Data(Section):
     )
 
     @model_validator(mode="after")
-    def _root_given(self) -> Data:
+    def _require_root(self) -> Data:
         if (self.source == "folder") != (self.labels is not None):
             raise ValueError("data.labels, a YAML of classes and folders, is for source 'folder', which needs it")
         if (self.source == "mix") != bool(self.mix):

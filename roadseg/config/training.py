@@ -12,7 +12,7 @@ from roadseg.config.section import OUT, Fraction, Positive, Section
 Weight = Annotated[float, Field(ge=0)]
 
 
-def _known_device(name: str) -> str:
+def _valid_device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
     return name
@@ -144,7 +144,7 @@ class Training(Section):
     mirrors: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
         (), description="where losses and scores are written too", json_schema_extra=OUT
     )
-    device: Annotated[str, AfterValidator(_known_device)] = Field(
+    device: Annotated[str, AfterValidator(_valid_device)] = Field(
         "auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=OUT
     )
     gpus: Annotated[int, Field(ge=0)] = Field(

@@ -31,7 +31,7 @@ def training_curves(history: Rows, timing: Rows) -> list[tuple[str, Markup]]:
         ("Training loss", _loss(steps)),
         (
             "Validation during training",
-            charts.lines(scores, label=_spoken("Validation", scores), x_label="step", percent=True),
+            charts.lines(scores, label=_alt_text("Validation", scores), x_label="step", percent=True),
         ),
         ("Learning rate", _one_line("Learning rate", _binned(_pairs(steps, "learning_rate")))),
         ("Images a second", _one_line("Images a second", _binned(_pairs(speed, "images_per_s")))),
@@ -48,7 +48,7 @@ def _loss(steps: Rows) -> Markup:
     size = math.ceil(len(pairs) / _POINTS)
     raw = f"means of up to {size} steps" if size > 1 else "each step"
     shown = [charts.Line("smoothed", _binned(_smoothed(pairs))), charts.Line(raw, _binned(pairs), thin=True)]
-    return charts.lines(shown, label=_spoken("Training loss", shown[:1]), x_label="step")
+    return charts.lines(shown, label=_alt_text("Training loss", shown[:1]), x_label="step")
 
 
 def _smoothed(pairs: Points) -> Points:
@@ -82,10 +82,10 @@ def _gone_on(timing: Rows) -> list[Mapping[str, Any]]:
 
 def _one_line(name: str, rows: Points, percent: bool = False) -> Markup:
     line = charts.Line(name, rows)
-    return charts.lines([line], label=_spoken(name, [line]), x_label="step", percent=percent)
+    return charts.lines([line], label=_alt_text(name, [line]), x_label="step", percent=percent)
 
 
-def _spoken(what: str, series: Sequence[charts.Line]) -> str:
+def _alt_text(what: str, series: Sequence[charts.Line]) -> str:
     """A chart in words: where each line begins and ends."""
     ends = [
         f"{s.name} goes from {s.points[0][1]:.3g} at step {s.points[0][0]:,.0f}"

@@ -72,11 +72,11 @@ def create_backbone(
             where="model.backbone",
         )
     try:
-        backbone = _made(name, output_stride, arguments or {}, early_strides)
+        backbone = _create(name, output_stride, arguments or {}, early_strides)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError) as e:
         if arguments:
             raise ConfigError(
-                f"timm's {name} can't be made with {_spoken(arguments)} at output stride {output_stride} "
+                f"timm's {name} can't be made with {_describe(arguments)} at output stride {output_stride} "
                 f"({type(e).__name__}: {e})".replace(": )", ")"),
                 expected=f"arguments of timm's {name}",
                 where="model.backbone_options",
@@ -99,7 +99,7 @@ def create_backbone(
     return backbone
 
 
-def _made(name: str, output_stride: int, arguments: Mapping[str, Any], early_strides: tuple[int, int]) -> nn.Module:
+def _create(name: str, output_stride: int, arguments: Mapping[str, Any], early_strides: tuple[int, int]) -> nn.Module:
     finer = math.prod(EARLY_STRIDES) // math.prod(early_strides)
     wanted = output_stride * finer  # in timm's count
     if wanted > 32:
@@ -162,7 +162,7 @@ def _leave_out_halvings(backbone: nn.Module, name: str, early_strides: tuple[int
 def _takes_any_size(name: str, output_stride: int, arguments: str, early_strides: tuple[int, int]) -> bool:
     """Tried without computing anything: branches of some models round sizes differently and don't meet again."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        backbone = _made(name, output_stride, json.loads(arguments), early_strides).eval()
+        backbone = _create(name, output_stride, json.loads(arguments), early_strides).eval()
         side = max(backbone.feature_info.reduction()) + 1  # type: ignore[union-attr,operator]
         try:
             backbone(torch.empty(1, 3, side, side))
@@ -177,7 +177,7 @@ def _spaced(values: Sequence[int]) -> str:
     return " ".join(map(str, values))
 
 
-def _spoken(arguments: Mapping[str, Any]) -> str:
+def _describe(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 

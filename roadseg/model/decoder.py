@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from roadseg.model.resize import enlarge
+from roadseg.model.resize import upsample_bilinear
 from roadseg.model.sk_fusion import UNPROJECTED, conv3x3, conv_bn_relu, make_fusion
 
 # What DeepLabv3+ gives the low level where maps are concatenated, so that it does not outweigh the
@@ -35,6 +35,6 @@ class Decoder(nn.Module):
 
     def forward(self, high: Tensor, lows: Sequence[Tensor]) -> Tensor:
         for low, lateral, fusion, refine in zip(lows, self.laterals, self.fusions, self.refinements, strict=True):
-            high = enlarge(high, low.shape[-2], low.shape[-1])
+            high = upsample_bilinear(high, low.shape[-2], low.shape[-1])
             high = refine(fusion([lateral(low), high]))
         return self.classifier(high)

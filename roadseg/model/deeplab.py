@@ -63,6 +63,7 @@ class Architecture:
         Rates are scaled by old / new stride, so that they span the same pixels of the image (Chen et al., ECCV 2018,
         use 6/12/18 at 16 and twice that at 8). Raises ConfigError if a rate would not be a whole number.
         """
+        changed = replace(self, output_stride=output_stride)
         scaled = [rate * self.output_stride for rate in self.atrous_rates]
         if any(rate % output_stride for rate in scaled):
             old, new = (
@@ -74,7 +75,7 @@ class Architecture:
                 where="model.atrous_rates",
                 todo="choose other rates, or keep the output stride",
             )
-        return replace(self, output_stride=output_stride, atrous_rates=tuple(r // output_stride for r in scaled))
+        return replace(changed, atrous_rates=tuple(rate // output_stride for rate in scaled))
 
     def __post_init__(self) -> None:
         _require(1 <= self.num_classes <= 255, "num_classes", self.num_classes, "1 to 255 (255 is void)")

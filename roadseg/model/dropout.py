@@ -57,7 +57,7 @@ def share_draws(module: nn.Module) -> None:
             m.__class__ = SharedDropPath
 
 
-def refuse_own_draws(network: nn.Module) -> None:
+def refuse_unshared_draws(network: nn.Module) -> None:
     """Raises ConfigError for what draws for the images of one process alone, such as timm's DropBlock2d."""
     for name, m in network.named_modules():
         share = getattr(m, "p", 0) or getattr(m, "drop_prob", 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def enlarge(map_BChw: Tensor, height: int, width: int) -> Tensor:
+def upsample_bilinear(map_BChw: Tensor, height: int, width: int) -> Tensor:
     """[B, C, height, width]; in training on CUDA as two matrix products.
 
     The gradient of F.interpolate adds atomically: on an H100 (768x768, batch 16) it took 5 of a

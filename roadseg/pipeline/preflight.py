@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from roadseg.errors import ConfigError, RoadsegError
 from roadseg.pipeline.context import Context
-from roadseg.pipeline.stages import find_trained, given_shards, ingested, transformed
+from roadseg.pipeline.stages import external_shards, find_trained, ingested, transformed
 from roadseg.pipeline.workspace import Output, Workspace
 from roadseg.release.store.resolve import find_release
 
@@ -74,7 +74,7 @@ def is_trained(context: Context, inputs: Inputs) -> bool:
     context = replace(context, workspace=_FindOnly(context.workspace.path), folder=None)
     try:
         if context.config.transform.shards:
-            data = given_shards(context)
+            data = external_shards(context)
         else:
             root = locate(context.config.data, context.cache)
             data = transformed(context, ingested(context, root))

@@ -112,7 +112,7 @@ def _run(context: Context, until: Stage) -> RunResult:
         return result()
     if data and until in ("evaluate", "push"):
         stages.scored_splits(context, data.manifest.splits)  # refused now, not after hours of training
-    shards = stages.given_shards(context) if given or not data else stages.transformed(context, data)
+    shards = stages.external_shards(context) if given or not data else stages.transformed(context, data)
     if shards.output:
         outputs["transform"] = shards.output
     if until == "transform":
@@ -171,7 +171,7 @@ def _follow(context: Context, until: Stage, store: RunStore) -> None:
     if not key:  # it was trained before
         return
     if context.config.transform.shards:
-        shards = stages.given_shards(context)
+        shards = stages.external_shards(context)
     else:
         root = prepare(context.config.data, context.cache)
         shards = stages.transformed(context, stages.ingested(context, root))
@@ -260,7 +260,7 @@ def _report(context: Context, candidate: Trained, evaluation: Evaluated, decisio
     from roadseg.evaluate.report import render
     from roadseg.evaluate.stage import read_scenes
     from roadseg.files import read_json_lines
-    from roadseg.report.progress_strip import film
+    from roadseg.report.progress_strip import progress_strip
 
     assert context.folder is not None
     metrics, train = evaluation.metrics, candidate.output.folder
@@ -272,7 +272,7 @@ def _report(context: Context, candidate: Trained, evaluation: Evaluated, decisio
         history=read_json_lines(train / "history.jsonl"),
         contact_sheet=(train / "contact_sheet.jpg").read_bytes(),
         timing=read_json_lines(train / "log" / "timing.jsonl"),
-        pictures=film(train / "log" / "pictures"),
+        pictures=progress_strip(train / "log" / "pictures"),
         decision=_decision_document(context, decision) if decision else None,
         title=f"roadseg run on {metrics['source']}",
     )

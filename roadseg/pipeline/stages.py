@@ -132,7 +132,7 @@ def _repaired(context: Context, data: Ingested, output: Output) -> Shards:
     return shards
 
 
-def given_shards(context: Context) -> Transformed:
+def external_shards(context: Context) -> Transformed:
     """The shards at transform.shards, a folder or an s3:// address. Raises ConfigError, or DataError for damage."""
     from roadseg.data.shards.index import INDEX, Shards
 

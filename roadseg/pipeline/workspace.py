@@ -61,7 +61,7 @@ class Workspace:
         """
         if found := self.find(stage, version, fields, inputs):
             return found
-        named, key, folder = self._place(stage, version, fields, inputs)
+        named, key, folder = self._named_folder(stage, version, fields, inputs)
         with lock(folder.with_suffix(".lock"), f"{stage} {key}", wait=self.wait, say=log.warning):
             if (folder / RECORD).exists():
                 return self._found(stage, key, folder)
@@ -99,13 +99,13 @@ class Workspace:
 
     def find(self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]) -> Output | None:
         """The output of this key if it is there."""
-        _, key, folder = self._place(stage, version, fields, inputs)
+        _, key, folder = self._named_folder(stage, version, fields, inputs)
         return self._found(stage, key, folder) if (folder / RECORD).exists() else None
 
     def key(self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]) -> str:
-        return self._place(stage, version, fields, inputs)[1]
+        return self._named_folder(stage, version, fields, inputs)[1]
 
-    def _place(
+    def _named_folder(
         self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]
     ) -> tuple[dict[str, Any], str, Path]:
         named = {"stage": stage, "version": version, "fields": fields, "inputs": inputs}

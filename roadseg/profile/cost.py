@@ -116,7 +116,7 @@ def macs_by_part(network: nn.Module, image_BHW: tuple[int, int, int]) -> dict[st
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(network).__name__
     return {
-        name: sum(flops.get(f"{root}.{path}", 0) for path in _called(name, child)) // 2
+        name: sum(flops.get(f"{root}.{path}", 0) for path in _called_paths(name, child)) // 2
         for name, child in network.named_children()
     }
 
@@ -147,7 +147,7 @@ def saved_by_part(network: nn.Module, crops_BHW: tuple[int, int, int], bf16: boo
         return tensor
 
     for name, child in network.named_children():
-        for path in _called(name, child):
+        for path in _called_paths(name, child):
             module = network.get_submodule(path)
             module.register_forward_pre_hook(enter(name))
             module.register_forward_hook(enter(LOSS))
@@ -201,7 +201,7 @@ class _Live(TorchDispatchMode):
         self._now -= size
 
 
-def _called(name: str, child: nn.Module) -> Iterator[str]:
+def _called_paths(name: str, child: nn.Module) -> Iterator[str]:
     """A list of modules is never called itself; its members are."""
     if isinstance(child, nn.ModuleList):
         yield from (f"{name}.{i}" for i in range(len(child)))

@@ -120,14 +120,14 @@ def promote_by_hand(store: Store, reference: str | None, cache: Path) -> Champio
     if now and digest == now.digest:
         return now  # a second entry would make it its own predecessor, and a rollback would lead nowhere
     past = next((c for c in reversed(store.history()) if c.digest == digest), None)
-    champion = _successor(digest, _known_evaluation(store, digest, past), now)
+    champion = _successor(digest, _stored_evaluation(store, digest, past), now)
     if going_back and past:
         champion = replace(champion, previous=past.previous)
     store.promote(champion, now)
     return champion
 
 
-def _known_evaluation(store: Store, digest: str, past: Champion | None) -> dict[str, Any]:
+def _stored_evaluation(store: Store, digest: str, past: Champion | None) -> dict[str, Any]:
     if past:
         return {"miou": past.miou, "data_fingerprint": past.data_fingerprint}
     evaluation = read_document(store, digest, EVALUATION)

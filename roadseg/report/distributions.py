@@ -86,7 +86,7 @@ def _histogram(index: int, name: str, values: Sequence[float], axis: _Axis, bins
     ).format(bottom - axis.ROW - 6, name, index % SERIES, steps, bottom, axis.RIGHT, left=axis.LEFT)
 
 
-def place_map(shares: np.ndarray, label: str, aspect: float) -> Markup:
+def location_map(shares: np.ndarray, label: str, aspect: float) -> Markup:
     """Where in the frame something lies: float [H, W] >= 0, shaded in steps of its own highest value.
 
     aspect: width / height of the frame, whatever the grid's.

@@ -40,7 +40,7 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def film(folder: Path, limit_bytes: int = 1_100_000) -> list[tuple[str, bytes]]:
+def progress_strip(folder: Path, limit_bytes: int = 1_100_000) -> list[tuple[str, bytes]]:
     """(caption, JPEG) of the frames, their truth and the prediction at each step; [] without pictures.
 
     Frames and truth are those of the last picture, as they are the same in all. At most `limit_bytes` in all

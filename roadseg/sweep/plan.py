@@ -87,12 +87,15 @@ def parse_seeds(text: str, first: int) -> tuple[int, ...]:
 def settings_of(varied: Mapping[str, list[Any]], one_factor: bool) -> list[Setting]:
     """The full grid, or the base and each value alone."""
     if one_factor:
-        return [Setting(BASE), *(Setting(f"{k}={_said(v)}", {k: v}) for k, values in varied.items() for v in values)]
+        return [
+            Setting(BASE),
+            *(Setting(f"{k}={_format_value(v)}", {k: v}) for k, values in varied.items() for v in values),
+        ]
     made = [dict(zip(varied, chosen, strict=True)) for chosen in itertools.product(*varied.values())]
-    return [Setting(", ".join(f"{k}={_said(v)}" for k, v in values.items()) or BASE, values) for values in made]
+    return [Setting(", ".join(f"{k}={_format_value(v)}" for k, v in values.items()) or BASE, values) for values in made]
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -29,7 +29,7 @@ def refuse_untrainable(plan: Plan, workspace: Path, wait: bool) -> None:
     labels: dict[str, list[str]] = {}
     with progress(len(configs), "settings looked at", "setting") as bar:
         for label, seeds in configs.items():
-            sections = _looked_at(seeds[0])
+            sections = _checked_sections(seeds[0])
             if sections not in refusals:
                 refusals[sections] = _refusal(seeds[0], workspace, wait)
             if (refusal := refusals[sections]) and not all(_is_trained(config, workspace) for config in seeds):
@@ -49,7 +49,7 @@ def _is_trained(config: Config, workspace: Path) -> bool:
         return False
 
 
-def _looked_at(config: Config) -> str:
+def _checked_sections(config: Config) -> str:
     """Equal for configs that are refused for the same."""
     sections = config.model_dump(mode="json", include=SECTIONS)
     del sections["training"]["seed"]

@@ -38,7 +38,7 @@ def refuse_other(plan: Plan, base: Config, until: Until, folder: Path) -> None:
     """Raise UsageError when `folder` holds another sweep; the same one, sorted by another split too, goes on."""
     if not (folder / RECORD).exists():
         return
-    there, ours = read_json(folder / RECORD), json.loads(json.dumps(_asked(plan, base, until), default=str))
+    there, ours = read_json(folder / RECORD), json.loads(json.dumps(_request(plan, base, until), default=str))
     differing = [name for name in ours if there.get(name) != ours[name]]
     if "config" in differing:
         differing.remove("config")
@@ -54,7 +54,7 @@ def refuse_other(plan: Plan, base: Config, until: Until, folder: Path) -> None:
         )
 
 
-def _asked(plan: Plan, base: Config, until: Until) -> dict[str, Any]:
+def _request(plan: Plan, base: Config, until: Until) -> dict[str, Any]:
     return {
         "settings": [asdict(setting) for setting in plan.settings],
         "seeds": plan.seeds,
@@ -85,7 +85,7 @@ def write_tables(plan: Plan, base: Config, results: Sequence[Result], by: str, u
         "base_is_config": plan.base_is_config,
         "runs_to_come": left,
         "rows": [asdict(row) for row in table],
-        **_asked(plan, base, until),
+        **_request(plan, base, until),
     }
     write_json(folder / RECORD, json.loads(json.dumps(content, default=str)))
     scored = described(plan, until)

@@ -53,7 +53,7 @@ def run_sweep(
             folder.mkdir(parents=True, exist_ok=True)
             for i, point in enumerate(plan.points, 1):
                 results.append(run_point(point, until, workspace, wait, data_shared=shared))
-                say(f"[{i}/{len(plan.points)}] {_told(point, results[-1], by)}")
+                say(f"[{i}/{len(plan.points)}] {_result_line(point, results[-1], by)}")
                 write_tables(plan, base, results, by, until, folder)
                 _require_scored(results[-1], by)
         except Interrupted as e:
@@ -131,7 +131,7 @@ def _result(point: Point, done: RunResult) -> Result:
     )
 
 
-def _told(point: Point, result: Result, by: str) -> str:
+def _result_line(point: Point, result: Result, by: str) -> str:
     miou = result.miou.get(by)
     scored = "failed" if result.error else "not scored" if miou is None else f"{100 * miou:.2f} %"
     return f"{point.name} {point.setting}, seed {point.seed}: {by} mIoU {scored}"

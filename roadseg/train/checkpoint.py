@@ -33,7 +33,7 @@ NAMED = 5  # tensors that an error names
 
 
 @dataclass(frozen=True)
-class Of:
+class Origin:
     """What a checkpoint's network is of. architecture: in its JSON form. terms: of all data behind its weights."""
 
     classes: tuple[str, ...]
@@ -42,7 +42,7 @@ class Of:
 
 
 def save(
-    folder: Path, step: int, network: nn.Module, average: nn.Module, optimizer: Optimizer, of: Of | None = None
+    folder: Path, step: int, network: nn.Module, average: nn.Module, optimizer: Optimizer, of: Origin | None = None
 ) -> None:
     """Save the state after `step` steps, then remove all but the newest checkpoints.
 
@@ -93,7 +93,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     return None
 
 
-def averaged(path: Path) -> tuple[dict[str, Tensor], Of] | None:
+def averaged(path: Path) -> tuple[dict[str, Tensor], Origin] | None:
     """The averaged network's tensors of a checkpoint, by that network's names; None if `path` is no checkpoint.
 
     path: its .safetensors, under any name, with the .json beside it. Raises ConfigError if it is not as it was saved.
@@ -107,7 +107,7 @@ def averaged(path: Path) -> tuple[dict[str, Tensor], Of] | None:
             return None
     try:
         about, tensors = _read(path.with_suffix(".json"))
-        of = Of(tuple(o["classes"]), dict(o["architecture"]), str(o["terms"])) if (o := about.get("of")) else None
+        of = Origin(tuple(o["classes"]), dict(o["architecture"]), str(o["terms"])) if (o := about.get("of")) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
         raise ConfigError(
             f"the checkpoint {path} is damaged or lacks its .json ({e})",

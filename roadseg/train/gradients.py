@@ -116,7 +116,7 @@ class Gradients:
         except NOT_COMPILED as e:
             if isinstance(e, torch.OutOfMemoryError):
                 raise
-            log.warning("the network is not compiled (%s)", _said(e))
+            log.warning("the network is not compiled (%s)", _first_line(e))
             self._forward = self._network
             draws.set_state(state)
             for buffer, before in buffers:
@@ -174,7 +174,7 @@ def _all_compile(ranks: Ranks, device: torch.device) -> bool:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(_trial, dynamic=False)(x).backward()
     except NOT_COMPILED as e:
-        said = _said(e)
+        said = _first_line(e)
     told = [(rank, words) for rank, words in enumerate(ranks.gathered(said)) if words is not None]
     if told and ranks.main:
         log.warning("the network is not compiled (rank %d: %s)", *told[0])
@@ -185,5 +185,5 @@ def _trial(x: Tensor) -> Tensor:
     return (x * x + 1).sum()
 
 
-def _said(e: BaseException) -> str:
+def _first_line(e: BaseException) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split()):.200}"

@@ -16,7 +16,7 @@ _CHECK = "check the name; a path counts from the folder that roadseg is started 
 
 
 @dataclass(frozen=True)
-class Given:
+class ReleaseInput:
     """A release and the archive it was read from."""
 
     archive: Path
@@ -27,8 +27,8 @@ class Given:
 class Inputs:
     """init: what is trained further; teacher: what is learnt from. digests: of all, for the stage's key."""
 
-    init: Given | None
-    teacher: Given | None
+    init: ReleaseInput | None
+    teacher: ReleaseInput | None
     digests: dict[str, str]
 
 
@@ -40,8 +40,8 @@ def training_inputs(
     Raises ConfigError, with the config's key, for what is not there; StoreError when the store can't be
     read, ArchiveError when an archive that is there can't be trusted.
     """
-    init = _given(init_from, find, "training.init_from")
-    teacher = _given(distill_from, find, "training.distill_from")
+    init = _read_release(init_from, find, "training.init_from")
+    teacher = _read_release(distill_from, find, "training.distill_from")
     key = "model.backbone_weights"
     by_name = backbone_weights in ("none", "imagenet")
     return Inputs(
@@ -56,7 +56,7 @@ def training_inputs(
     )
 
 
-def _given(reference: str, find: Callable[[str], Path], where: str) -> Given | None:
+def _read_release(reference: str, find: Callable[[str], Path], where: str) -> ReleaseInput | None:
     if not reference:
         return None
     try:
@@ -74,7 +74,7 @@ def _given(reference: str, find: Callable[[str], Path], where: str) -> Given | N
             f"{reference!r} is no archive of a release", expected=_RELEASE, where=where,
             todo=convert if where == "training.init_from" and head in _PICKLE else "name a model.tar.gz",
         )  # fmt: skip
-    return Given(archive, load_release(archive))
+    return ReleaseInput(archive, load_release(archive))
 
 
 def _digest(path: str, where: str, others: str = "") -> str:

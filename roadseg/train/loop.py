@@ -38,7 +38,7 @@ from roadseg.train.schedule import lr_factor
 from roadseg.train.signals import stop_signals, stopped_at_once
 from roadseg.train.step import Step, non_finite, record_event, send_to_host
 from roadseg.train.tracking.history import History
-from roadseg.train.tracking.timing import Timing, spared
+from roadseg.train.tracking.timing import Timing, warn_if_disk_full
 from roadseg.train.tracking.trackers import Mirrors
 from roadseg.train.validation import score_splits
 
@@ -285,7 +285,7 @@ class _Run:
     def save(self, step: int) -> None:
         if self.ranks.main:
             self.history.flush()
-            of = checkpoint.Of(self.label_set.names, self.average.architecture.to_json(), self.terms)
+            of = checkpoint.Origin(self.label_set.names, self.average.architecture.to_json(), self.terms)
             checkpoint.save(self.folder, step, self.network, self.average, self.optimizer, of)
 
     def settle(self, step: Step, tracker: Mirrors, bar: Any) -> bool:
@@ -333,7 +333,7 @@ class _Validator:
             tracker.scalars(step, {f"{split}/miou": result["miou"]})
             log.info("step %d: %s mIoU %.4f", step, split, result["miou"] or 0.0)
         if self.draw and self.ranks.main:
-            with spared("a picture in log/pictures"):
+            with warn_if_disk_full("a picture in log/pictures"):
                 self.draw(self.average, step)
         return True
 

@@ -133,7 +133,7 @@ def _read(source: Path) -> Any:
     except (pickle.UnpicklingError, *UNREADABLE) as e:
         if isinstance(e, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", str(e))):
             raise ArchiveError(
-                f"it holds {_shown(named[1])} beside tensors, which could run code: it was not read",
+                f"it holds {_printable(named[1])} beside tensors, which could run code: it was not read",
                 expected="tensors, numbers and text",
                 where=str(source),
                 todo=WANTED,
@@ -150,7 +150,7 @@ def _network_of(content: Any, source: Path) -> tuple[dict[Any, Tensor], tuple[st
     """The dictionary with the network's tensors, and what lies beside it."""
     path = _path_to_tensors(content, DEPTH)
     if path is None:
-        shown = ", ".join(map(_shown, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+        shown = ", ".join(map(_printable, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
         raise ArchiveError(
             f"no network's tensors in it ({shown or 'nothing'})",
             expected=f"a state dict, alone or under {', '.join(STATES)}",
@@ -159,9 +159,9 @@ def _network_of(content: Any, source: Path) -> tuple[dict[Any, Tensor], tuple[st
         )
     beside: set[str] = set()
     for inner in path:
-        beside |= {_shown(name) for name in content if name != inner}
+        beside |= {_printable(name) for name in content if name != inner}
         content = content[inner]
-    beside |= {_shown(name) for name, value in content.items() if not isinstance(value, Tensor)}
+    beside |= {_printable(name) for name, value in content.items() if not isinstance(value, Tensor)}
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}, tuple(sorted(beside))
 
 
@@ -176,7 +176,7 @@ def _path_to_tensors(content: Any, depth: int) -> tuple[str, ...] | None:
     return () if any(isinstance(value, Tensor) for value in content.values()) else None
 
 
-def _shown(name: object) -> str:
+def _printable(name: object) -> str:
     """A name from the file as it may be printed: no control codes, no lone surrogates, of a bounded length."""
     if not isinstance(name, str | int | float):
         return f"a {type(name).__name__}"
@@ -188,9 +188,9 @@ def _plain(state: dict[Any, Tensor], source: Path) -> dict[str, Tensor]:
     """Contiguous copies, none sharing memory; a view may claim more than its storage has."""
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_quantized:
-            found = f"tensor {_shown(name)} is {tensor.dtype}, {tensor.layout}"
+            found = f"tensor {_printable(name)} is {tensor.dtype}, {tensor.layout}"
         elif tensor.device.type != "cpu":
-            found = f"tensor {_shown(name)} is on {tensor.device.type}: a shape without numbers"
+            found = f"tensor {_printable(name)} is on {tensor.device.type}: a shape without numbers"
         else:
             continue
         raise ArchiveError(found, expected="dense numbers", where=str(source), todo=WANTED)
@@ -208,7 +208,7 @@ def _plain_names(state: dict[Any, Tensor], source: Path) -> list[str]:
     for given in state:
         name = str(given).removeprefix("module.") if isinstance(given, str | int) else ""
         if not name.isprintable() or name in ("", HEADER):
-            found, expected = f"a tensor's name is {_shown(given)}", "printable text"
+            found, expected = f"a tensor's name is {_printable(given)}", "printable text"
         elif name in names:
             both = " and ".join(sorted(repr(n) for n in (given, names[name])))
             found, expected = f"two tensors would be named {name}: {both}", "each name once"

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Taken:
+class LoadedWeights:
     """made_anew: parts that are not from the file, sorted. identity: those of them that hand on their input."""
 
     project: str
@@ -44,7 +44,7 @@ class Taken:
     identity: tuple[str, ...] = ()
 
 
-def load_foreign(network: DeepLabV3Plus, path: Path) -> Taken:
+def load_foreign(network: DeepLabV3Plus, path: Path) -> LoadedWeights:
     """Fill `network` in place with what of the file computes the same here; mean and std are ImageNet's.
 
     The backbone must fit as a whole. Parts that the other project has in another form, and a
@@ -67,7 +67,7 @@ def load_foreign(network: DeepLabV3Plus, path: Path) -> Taken:
         ", ".join(f"{part} ({unlike[part]})" for part in made_anew) or "nothing",
         "; ".join((*found.remarks, *_untold(network.architecture, parts))),
     )
-    return Taken(found.project, parts, made_anew, tuple(sorted({part_of(key) for key in identity})))
+    return LoadedWeights(found.project, parts, made_anew, tuple(sorted({part_of(key) for key in identity})))
 
 
 def _untold(a: Architecture, parts: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from torch import nn
 from roadseg.errors import ConfigError
 from roadseg.model.backbone import create_backbone
 from roadseg.model.deeplab import Architecture, build
-from roadseg.model.dropout import Dropout, SharedDropPath, draw_part, refuse_own_draws, share_draws
+from roadseg.model.dropout import Dropout, SharedDropPath, draw_part, refuse_unshared_draws, share_draws
 from roadseg.model.surgery import set_output_stride
 
 
@@ -54,15 +54,15 @@ def test_what_each_process_would_draw_for_itself_is_refused() -> None:
     shared = Architecture(
         num_classes=3, backbone="resnet18", output_stride=16, channels=8, backbone_options={"drop_path_rate": 0.2}
     )
-    refuse_own_draws(build(shared, seed=0))
+    refuse_unshared_draws(build(shared, seed=0))
     own = Architecture(
         num_classes=3, backbone="resnet18", output_stride=16, channels=8, backbone_options={"drop_block_rate": 0.2}
     )
     with pytest.raises(ConfigError, match=r"model.backbone_options: DropBlock2d \(backbone.*drop_path_rate.*one GPU"):
-        refuse_own_draws(build(own, seed=0))
+        refuse_unshared_draws(build(own, seed=0))
     with pytest.raises(ConfigError, match=r"Dropout \(0, 0.1\)"):
-        refuse_own_draws(nn.Sequential(nn.Dropout(0.1)))
-    refuse_own_draws(nn.Sequential(nn.Dropout(0.0)))
+        refuse_unshared_draws(nn.Sequential(nn.Dropout(0.1)))
+    refuse_unshared_draws(nn.Sequential(nn.Dropout(0.0)))
 
 
 def test_a_backbones_paths_are_shared_also_at_another_stride() -> None:

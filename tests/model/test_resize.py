@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from roadseg.model.resize import as_products, enlarge
+from roadseg.model.resize import as_products, upsample_bilinear
 
 
 @pytest.mark.parametrize(
@@ -23,4 +23,6 @@ def test_it_is_bilinear_interpolation(size: tuple[int, int], to: tuple[int, int]
 
 def test_exported_and_evaluated_maps_are_those_of_interpolate() -> None:
     x = torch.randn(1, 4, 5, 6)
-    assert torch.equal(enlarge(x, 10, 12), F.interpolate(x, size=(10, 12), mode="bilinear", align_corners=False))
+    assert torch.equal(
+        upsample_bilinear(x, 10, 12), F.interpolate(x, size=(10, 12), mode="bilinear", align_corners=False)
+    )

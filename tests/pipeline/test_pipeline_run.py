@@ -39,7 +39,7 @@ from roadseg.train.checks.preflight import ANY_CLASSES, refuse_impossible_traini
 from roadseg.train.distributed.environment import ALONE, Cluster
 from roadseg.train.inputs import Inputs
 from roadseg.train.recipe import Recipe, recipe_of
-from roadseg.weights.foreign import Taken
+from roadseg.weights.foreign import LoadedWeights
 from tests.conftest import MICRO, Micro
 
 LATER = {"push": {"min_gain": 0.9}, "training": {"seed": 5}}  # no six steps gain 0.9
@@ -182,7 +182,7 @@ def test_parts_of_another_project_that_are_new_may_not_be_frozen(
 ) -> None:
     """Their number of classes is of the data: a classifier that would be made anew for two may yet be taken."""
     new = ("decoder.classifier", "decoder.refinements.0")
-    monkeypatch.setattr("roadseg.train.initial_weights.load_foreign", lambda *_: Taken("smp", (), new))
+    monkeypatch.setattr("roadseg.train.initial_weights.load_foreign", lambda *_: LoadedWeights("smp", (), new))
     save_file({"encoder.weight": torch.zeros(1)}, weights := tmp_path / "smp.safetensors")
     training = {"weights_from": str(weights), "freeze": ["decoder"]}
     with pytest.raises(ConfigError, match=r"decoder, in which decoder\.refinements\.0 is new and random"):

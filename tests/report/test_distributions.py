@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from roadseg.report.distributions import histograms, place_map
+from roadseg.report.distributions import histograms, location_map
 
 
 def rectangles(path):
@@ -55,7 +55,7 @@ def test_a_place_map_covers_exactly_where_something_lies(seed):
     rng = np.random.default_rng(seed)
     shares = rng.random((16, 32)) * (rng.random((16, 32)) < 0.4) * 0.01
     drawn = np.zeros((16, 32))
-    for opacity, path in re.findall(r'fill-opacity="([\d.]+)" d="([^"]*)"', place_map(shares, "road", 2.0)):
+    for opacity, path in re.findall(r'fill-opacity="([\d.]+)" d="([^"]*)"', location_map(shares, "road", 2.0)):
         for x, y, n in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", path):
             assert not drawn[int(y), int(x) : int(x) + int(n)].any()
             drawn[int(y), int(x) : int(x) + int(n)] = float(opacity)
@@ -64,5 +64,5 @@ def test_a_place_map_covers_exactly_where_something_lies(seed):
 
 
 def test_a_place_map_of_nothing_is_blank():
-    chart = place_map(np.zeros((16, 32)), "road", 1.5)
+    chart = location_map(np.zeros((16, 32)), "road", 1.5)
     assert "<path" not in chart and "aspect-ratio: 1.500" in chart

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from roadseg.images.decode import encode_jpeg, read_image
-from roadseg.report.progress_strip import film, grid, name_of
+from roadseg.report.progress_strip import grid, name_of, progress_strip
 
 
 def panel(color: tuple[int, int, int], noise: int = 0, size: tuple[int, int] = (40, 80)) -> np.ndarray:
@@ -24,7 +24,7 @@ def save(folder: Path, step: int, color: tuple[int, int, int], **how: object) ->
 def test_frames_and_truth_once_and_a_prediction_a_step(tmp_path: Path) -> None:
     save(tmp_path, 10, (200, 0, 0))
     save(tmp_path, 1200, (0, 0, 200))
-    shown = film(tmp_path)
+    shown = progress_strip(tmp_path)
     assert [caption for caption, _ in shown] == ["Frame", "Truth", "Step 10", "Step 1,200"]
     for (_, data), color in zip(shown, ((90, 90, 90), (0, 200, 0), (200, 0, 0), (0, 0, 200)), strict=True):
         image = read_image(data)
@@ -34,21 +34,21 @@ def test_frames_and_truth_once_and_a_prediction_a_step(tmp_path: Path) -> None:
 
 
 def test_no_pictures_no_strip(tmp_path: Path) -> None:
-    assert film(tmp_path / "none") == [] and film(tmp_path) == []
+    assert progress_strip(tmp_path / "none") == [] and progress_strip(tmp_path) == []
 
 
 def test_a_damaged_picture_is_left_out(tmp_path: Path) -> None:
     save(tmp_path, 1, (9, 9, 9))
     save(tmp_path, 2, (9, 9, 9))
     (tmp_path / name_of(2)).write_bytes((tmp_path / name_of(2)).read_bytes()[:200])
-    assert [caption for caption, _ in film(tmp_path)] == ["Frame", "Truth", "Step 1"]
+    assert [caption for caption, _ in progress_strip(tmp_path)] == ["Frame", "Truth", "Step 1"]
 
 
 def test_a_smaller_limit_means_narrower_columns_then_fewer_steps(tmp_path: Path) -> None:
     for step in range(1, 10):
         save(tmp_path, step, (step, 100, 100), noise=60, size=(100, 400))
     limit, seen = 10**9, []
-    while shown := film(tmp_path, limit):
+    while shown := progress_strip(tmp_path, limit):
         size = sum(len(data) for _, data in shown)
         assert size <= limit
         seen.append((read_image(shown[0][1]).shape[1], [caption.removeprefix("Step ") for caption, _ in shown[2:]]))

@@ -194,7 +194,7 @@ def checkpointed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DeepLa
     """A checkpoint of a training with auxiliary heads, and its averaged network."""
     folder = tmp_path_factory.mktemp("checkpoints")
     net, average = (build(replace(A, auxiliary=True), seed=s, mean=(7, 8, 9)) for s in (1, 2))
-    of = checkpoint.Of(THREE.names, average.architecture.to_json(), "Some data: research use.")
+    of = checkpoint.Origin(THREE.names, average.architecture.to_json(), "Some data: research use.")
     checkpoint.save(folder, 12, net, average, torch.optim.AdamW(net.parameters()), of)
     return folder / "step-00000012.safetensors", average
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from roadseg.errors import ConfigError
 from roadseg.model import Architecture, DeepLabV3Plus, build
-from roadseg.weights.foreign import Taken, load_foreign
+from roadseg.weights.foreign import LoadedWeights, load_foreign
 from tests.weights.foreign_forms import RATES, SMP, WIDTH, ForeignASPP, MMSeg, VainF, conv_bn
 
 RESNET = Architecture(
@@ -60,7 +60,7 @@ def saved(net: nn.Module, folder: Path) -> Path:
     return path
 
 
-def loaded(net: nn.Module, a: Architecture, folder: Path) -> tuple[DeepLabV3Plus, Taken]:
+def loaded(net: nn.Module, a: Architecture, folder: Path) -> tuple[DeepLabV3Plus, LoadedWeights]:
     ours = build(a, seed=3, mean=(1, 2, 3), std=(4, 5, 6))
     taken = load_foreign(ours, saved(net, folder))
     return ours.eval(), taken

@@ -287,7 +287,7 @@ def _places(measured: Sequence[MeasuredPair], label_set: LabelSet) -> list[dict[
     for k, c in enumerate(label_set.trained):
         shares = (stack == k).mean(axis=0).reshape(GRID_ROWS, GRID_COLUMNS)
         peak = percent(float(shares.max()), 0 if shares.max() >= 0.1 else 1) if shares.any() else ""
-        chart = distributions.place_map(shares, f"Where {c.name} lies in the frame", aspect)
+        chart = distributions.location_map(shares, f"Where {c.name} lies in the frame", aspect)
         maps.append({"name": c.name, "color": css_color(c.color), "chart": chart, "peak": peak})
     return maps
 

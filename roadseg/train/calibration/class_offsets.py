@@ -31,7 +31,7 @@ from roadseg.metrics.confusion import confusion
 from roadseg.metrics.iou import scores
 from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.progress import progress
-from roadseg.train.calibration.sampled_pixels import drawn_pixels
+from roadseg.train.calibration.sampled_pixels import sampled_pixels
 from roadseg.train.checks.memory_errors import first_line, is_out_of_memory
 from roadseg.train.distributed.process_group import ALONE
 from roadseg.train.validation import validate
@@ -118,7 +118,7 @@ def _fitted(
     pixels = max(1, min(PIXELS_A_FRAME, MOST_LOGITS // (label_set.num_classes * len(chosen))))
 
     def drawn(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logits_NK, labels_N = drawn_pixels(network, frames, some, pixels, device, bf16, bar.update)
+        logits_NK, labels_N = sampled_pixels(network, frames, some, pixels, device, bf16, bar.update)
         return logits_NK.numpy(), labels_N.numpy()
 
     with progress(len(chosen), "class offsets", "frame") as bar:

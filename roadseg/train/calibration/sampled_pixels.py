@@ -15,7 +15,7 @@ from roadseg.labels import IGNORE
 
 
 @torch.inference_mode()
-def drawn_pixels(
+def sampled_pixels(
     network: nn.Module,
     split: Split,
     frames: Sequence[int] | np.ndarray,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from roadseg.data.shards.index import Split
-from roadseg.train.calibration.sampled_pixels import drawn_pixels
+from roadseg.train.calibration.sampled_pixels import sampled_pixels
 
 PIXELS_A_FRAME = 4000
 
@@ -23,7 +23,7 @@ def fit_temperature(
     network: in eval mode on the CPU. offsets: in its logits, for its decisions alone (class_offsets.py). 1.0 where the
     frames hold no valid pixel.
     """
-    logits_NK, labels_N = drawn_pixels(network, split, frames, PIXELS_A_FRAME)
+    logits_NK, labels_N = sampled_pixels(network, split, frames, PIXELS_A_FRAME)
     if not len(labels_N):
         return 1.0
     logits_NK = logits_NK.double() - torch.from_numpy(offsets_K)

@@ -14,7 +14,7 @@ import torch
 from roadseg.data.batches.plan import check_devices
 from roadseg.errors import ConfigError, ExportError
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, build
-from roadseg.model.dropout import refuse_own_draws
+from roadseg.model.dropout import refuse_unshared_draws
 from roadseg.progress import quiet
 from roadseg.release.archive import Release
 from roadseg.release.export import check_sizes, export_onnx
@@ -60,7 +60,7 @@ def refuse_impossible_training(
     refuse_untrainable_on_any_data(recipe, world)
     refuse_strides(start.network, recipe.phases)
     if world > 1:
-        refuse_own_draws(start.network)
+        refuse_unshared_draws(start.network)
         if recipe.sync_batch_norm:
             refuse_unknown_norms(start.network)
     prepared(start.network, recipe, ONE_RANK)  # synchronized batch norms would need connected ranks

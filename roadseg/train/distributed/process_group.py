@@ -77,7 +77,7 @@ class Ranks:
         """This rank's share of a loss that every rank computes: they add up to it; the gradient is that of it all."""
         return whole if self.world == 1 else whole.detach() / self.world + (whole - whole.detach())
 
-    def whole_rows(self, own_KN: Tensor) -> Tensor:
+    def gather_rows(self, own_KN: Tensor) -> Tensor:
         """[ceil(K / ranks), ranks x N]: some of the rows for this rank, with all ranks' columns in their order.
 
         Every rank gives as many rows, padded with zeros to a multiple of the ranks, and as many columns.
@@ -87,8 +87,8 @@ class Ranks:
         padded = F.pad(own_KN, (0, 0, 0, -len(own_KN) % self.world))
         return self._exchanged(padded.unflatten(0, (self.world, -1))).transpose(0, 1).flatten(1)
 
-    def own_columns(self, whole_SM: Tensor, rows: int) -> Tensor:
-        """[rows, N]: the way back from `whole_rows`."""
+    def scatter_columns(self, whole_SM: Tensor, rows: int) -> Tensor:
+        """[rows, N]: the way back from `gather_rows`."""
         if self.world == 1:
             return whole_SM
         return self._exchanged(whole_SM.unflatten(1, (self.world, -1)).transpose(0, 1)).flatten(0, 1)[:rows]

@@ -67,7 +67,7 @@ def _wide(value_C: Tensor) -> Tensor:
     return value_C[:, None, None]
 
 
-def whole_statistics(x_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
+def batch_statistics(x_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
     """(mean, biased variance: [C], float32, or float64 of that; values a channel) over all ranks.
 
     Each may hold another number of samples.
@@ -175,7 +175,7 @@ def _gathered(own_N: Tensor, ranks: int) -> Tensor:
 
 
 @torch.library.custom_op("roadseg::own_of_sum", mutates_args=())
-def _own_of_sum(parts_RN: Tensor) -> Tensor:
+def _own_share(parts_RN: Tensor) -> Tensor:
     """[N]: this rank's row of the sum over all ranks, as the gradient of `_gathered` is."""
     sum_RN = parts_RN.clone(memory_format=torch.contiguous_format)
     with answered():
@@ -184,8 +184,8 @@ def _own_of_sum(parts_RN: Tensor) -> Tensor:
 
 
 _gathered.register_fake(lambda own_N, ranks: own_N.new_empty(ranks, len(own_N)))
-_own_of_sum.register_fake(lambda parts_RN: torch.empty_like(parts_RN[0]))
-_gathered.register_autograd(lambda _, grad_RN: (_own_of_sum(grad_RN), None))
+_own_share.register_fake(lambda parts_RN: torch.empty_like(parts_RN[0]))
+_gathered.register_autograd(lambda _, grad_RN: (_own_share(grad_RN), None))
 
 
 class _OverRanks(nn.BatchNorm2d):
@@ -258,7 +258,7 @@ class GlooBatchNorm2d(_OverRanks):
     """On the CPU; not compiled, each rank may hold another number of samples."""
 
     def _normalised(self, x_BCHW: Tensor) -> Tensor:
-        mean_C, var_C, count = whole_statistics(x_BCHW.detach())
+        mean_C, var_C, count = batch_statistics(x_BCHW.detach())
         if count < 2:
             raise ValueError(f"Expected more than 1 value per channel when training, got {count} over all ranks")
         self._follow(mean_C, var_C, count)

@@ -47,9 +47,9 @@ def lovasz_softmax(p_BKhw: Tensor, truth_BKhw: Tensor, ranks: Ranks = ALONE) -> 
     errors_KN = ((truth_BKhw - p_BKhw).abs() * valid).transpose(0, 1).flatten(1)
     truth_KN = truth_BKhw.transpose(0, 1).flatten(1)
     with torch.no_grad():
-        keys_SM = ranks.whole_rows(torch.where(valid.flatten() > 0, errors_KN, -1.0))
-        truth_SM = ranks.whole_rows(truth_KN.to(torch.uint8))
-        slopes_KN = ranks.own_columns(_jaccard_slopes(keys_SM, truth_SM), len(errors_KN))
+        keys_SM = ranks.gather_rows(torch.where(valid.flatten() > 0, errors_KN, -1.0))
+        truth_SM = ranks.gather_rows(truth_KN.to(torch.uint8))
+        slopes_KN = ranks.scatter_columns(_jaccard_slopes(keys_SM, truth_SM), len(errors_KN))
     return _mean_of_present((errors_KN * slopes_KN).sum(1), ranks.sum_(truth_KN.sum(1)))
 
 

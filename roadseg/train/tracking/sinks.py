@@ -101,7 +101,7 @@ def mlflow(folder: Path, run_name: str, fields: Mapping[str, str]) -> Callable[[
     return lambda: _Mlflow(client, _run(client, folder / RUN, uri, run_name, fields))
 
 
-def how_to_open(name: str, folder: Path, until_done: Path) -> str:
+def open_command(name: str, folder: Path, until_done: Path) -> str:
     """The command, or the server's address without its password.
 
     folder: the run's log folder when its stage is done; until_done: the one that it has before.

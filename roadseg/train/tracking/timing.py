@@ -60,12 +60,12 @@ class Timing:
             return None
         used, total_gb = memory_gb(self._device)
         row = {"step": step, **self._row.mean_loss(), **self._row.rates(), "memory_gb": round(used, 3)}
-        bar.set_postfix_str(_spoken(row, total_gb), refresh=False)
+        bar.set_postfix_str(_status(row, total_gb), refresh=False)
         self._shown_s = self._row.took_s
         if not due:
             return None
         self._row, self._shown_s = _Sum(), 0.0
-        with spared("log/timing.jsonl"), open(self._folder / "timing.jsonl", "a", encoding="utf-8") as f:
+        with warn_if_disk_full("log/timing.jsonl"), open(self._folder / "timing.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         return row
 
@@ -76,7 +76,7 @@ class Timing:
         rates = self._all.rates()
         share, data = rates["waiting_share"], rates["waiting_share"] >= DATA_BOUND
         said = {"bottleneck": "data" if data else "compute", "steps": self._all.steps, **rates}
-        with spared("log/bottleneck.json"):
+        with warn_if_disk_full("log/bottleneck.json"):
             write_json(self._folder / "bottleneck.json", said)
         text = f"{'data' if data else 'compute'} was the bottleneck: {share:.0%} of the time was spent waiting for data"
         if data:
@@ -86,16 +86,16 @@ class Timing:
 
 
 @contextmanager
-def spared(what: str) -> Iterator[None]:
+def warn_if_disk_full(what: str) -> Iterator[None]:
     """Around writing what a training can do without: a disk that is full is told, once, and no reason to end."""
     try:
         yield
     except OSError as e:
-        _tell_once(f"{what} is not written ({e.strerror or e}); training goes on without it")
+        _warn_once(f"{what} is not written ({e.strerror or e}); training goes on without it")
 
 
 @cache
-def _tell_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
@@ -115,7 +115,7 @@ def memory_gb(device: torch.device) -> tuple[float, float]:
         return 0.0, 0.0
 
 
-def _spoken(row: dict[str, float], total_gb: float) -> str:
+def _status(row: dict[str, float], total_gb: float) -> str:
     parts = [f"loss {row['loss']:.4g}"] if "loss" in row else []
     parts += [f"{row['images_per_s']} images/s", f"{row['waiting_share']:.0%} waiting for data"]
     if row["memory_gb"]:

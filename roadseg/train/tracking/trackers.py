@@ -150,7 +150,7 @@ def mirrors(
     running = [_Mirror(name, open_sink) for name, open_sink in opens.items()]
     for mirror in running:
         mirror.start()
-        how = mirror_sinks.how_to_open(mirror.what, _finished(folder), folder)
+        how = mirror_sinks.open_command(mirror.what, _finished(folder), folder)
         log.info("%s: to look at this run: %s", mirror.what, how)
     told, status = Mirrors(running), "FAILED"
     try:

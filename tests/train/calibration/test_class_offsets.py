@@ -160,13 +160,13 @@ def test_they_are_fitted_to_one_half_of_train_and_judged_by_the_other(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at: list[tuple[object, list[int], int, bool]] = []
-    original = class_offsets.drawn_pixels  # type: ignore[attr-defined]
+    original = class_offsets.sampled_pixels  # type: ignore[attr-defined]
 
     def spy(network: nn.Module, split: Split, frames: np.ndarray, pixels: int, *rest: Any) -> tuple[Tensor, Tensor]:
         looked_at.append((split, frames.tolist(), pixels, rest[1]))
         return original(network, split, frames, pixels, *rest)
 
-    monkeypatch.setattr(class_offsets, "drawn_pixels", spy)
+    monkeypatch.setattr(class_offsets, "sampled_pixels", spy)
     train = shards.split("train")
     validation = {"val": shards.split("val"), "holdout": shards.split("val")}
     add_class_offsets(Colours(0, 0, -30).eval(), train, validation, THREE, True, tmp_path / "offsets.json")
@@ -184,7 +184,7 @@ def test_they_are_fitted_to_one_half_of_train_and_judged_by_the_other(
 def test_a_gpu_without_memory_left_hands_over_to_the_cpu(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original, calls = class_offsets.drawn_pixels, []  # type: ignore[attr-defined]
+    original, calls = class_offsets.sampled_pixels, []  # type: ignore[attr-defined]
 
     def full(*arguments: Any) -> tuple[Tensor, Tensor]:
         calls.append(arguments[5])
@@ -192,7 +192,7 @@ def test_a_gpu_without_memory_left_hands_over_to_the_cpu(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(*arguments)
 
-    monkeypatch.setattr(class_offsets, "drawn_pixels", full)
+    monkeypatch.setattr(class_offsets, "sampled_pixels", full)
     network, scored, validate = Colours(0, 0, -30).eval(), [], class_offsets.validate  # type: ignore[attr-defined]
 
     def kept(run: Colours, *arguments: Any) -> Any:
@@ -214,7 +214,7 @@ def test_no_memory_on_the_cpu_is_told_with_what_to_do(
     def full(*_: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(class_offsets, "drawn_pixels", full)
+    monkeypatch.setattr(class_offsets, "sampled_pixels", full)
     with pytest.raises(RoadsegError, match=r"training.class_offsets: no memory for class offsets \(Def.*run it again"):
         add_class_offsets(Colours(0, 0, -30).eval(), shards.split("train"), {}, THREE, False, tmp_path / "offsets.json")
 

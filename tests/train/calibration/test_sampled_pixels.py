@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roadseg.labels import IGNORE
-from roadseg.train.calibration.sampled_pixels import drawn_pixels
+from roadseg.train.calibration.sampled_pixels import sampled_pixels
 
 
 class Frames:
@@ -33,7 +33,7 @@ class Coarse(nn.Module):
 
 @pytest.mark.parametrize("most", [50, 10_000])
 def test_they_are_those_of_the_enlarged_map(most: int) -> None:
-    logits_NK, labels_N = drawn_pixels(Coarse(), Frames(), [0, 1], most)  # type: ignore[arg-type]
+    logits_NK, labels_N = sampled_pixels(Coarse(), Frames(), [0, 1], most)  # type: ignore[arg-type]
     assert len(labels_N) == len(logits_NK) == min(most, 27 * 48) and (labels_N != IGNORE).all()
     image, label = Frames().read(0)
     full_3HW = F.interpolate(Coarse()(torch.from_numpy(image).permute(2, 0, 1)[None]), label.shape, mode="bilinear")[0]
@@ -42,14 +42,14 @@ def test_they_are_those_of_the_enlarged_map(most: int) -> None:
         everywhere.setdefault(int(label[y, x]), []).append(full_3HW[:, y, x])
     for logits_K, label_ in zip(logits_NK, labels_N.tolist(), strict=True):
         assert min((logits_K - there).abs().max() for there in everywhere[label_]) < 1e-3
-    both, labels_both_N = drawn_pixels(Coarse(), Frames(), [0, 2], most)  # type: ignore[arg-type]
+    both, labels_both_N = sampled_pixels(Coarse(), Frames(), [0, 2], most)  # type: ignore[arg-type]
     assert torch.equal(both[: len(logits_NK)], logits_NK) and (labels_both_N == 201).sum() == min(most, 16 * 64)
-    again = drawn_pixels(Coarse(), Frames(), [0, 1], most)  # type: ignore[arg-type]
+    again = sampled_pixels(Coarse(), Frames(), [0, 1], most)  # type: ignore[arg-type]
     assert torch.equal(again[0], logits_NK) and torch.equal(again[1], labels_N)
 
 
 def test_frames_without_a_valid_pixel_give_none() -> None:
-    logits_NK, labels_N = drawn_pixels(Coarse(), Frames(), [1], 10)  # type: ignore[arg-type]
+    logits_NK, labels_N = sampled_pixels(Coarse(), Frames(), [1], 10)  # type: ignore[arg-type]
     assert logits_NK.shape == (0, 3) and labels_N.shape == (0,)
 
 
@@ -61,7 +61,7 @@ def test_they_are_computed_as_asked() -> None:
 
     counted: list[int] = []
     exact, rounded = (
-        drawn_pixels(Rounded(), Frames(), [2], 500, None, bf16, lambda: counted.append(1))[0]  # type: ignore[arg-type]
+        sampled_pixels(Rounded(), Frames(), [2], 500, None, bf16, lambda: counted.append(1))[0]  # type: ignore[arg-type]
         for bf16 in (False, True)
     )
     assert exact.dtype == rounded.dtype == torch.float32 and len(counted) == 2

@@ -66,8 +66,8 @@ def task(ranks: Ranks, folder: str) -> None:
         found["whole"] = ranks.sum_(torch.tensor([2**40 + ranks.rank]))
         found["given"] = ranks.from_main({"step": 3} if ranks.main else None)
         found["losses"] = {name: loss_of_part(name, ranks) for name in TERMS}
-        found["rows"] = ranks.whole_rows(10 * torch.arange(3)[:, None] + torch.arange(2) + 2 * ranks.rank)
-        found["columns"] = ranks.own_columns(found["rows"], 3)
+        found["rows"] = ranks.gather_rows(10 * torch.arange(3)[:, None] + torch.arange(2) + 2 * ranks.rank)
+        found["columns"] = ranks.scatter_columns(found["rows"], 3)
         network = layers(seed=ranks.rank)
         ranks.same_weights(network)
         found["weights"] = {k: v.clone() for k, v in network.state_dict().items()}
@@ -153,8 +153,8 @@ def test_rows_are_shared_out_and_come_back(found: tuple[list[dict[str, Any]], li
 def exchange_task(ranks: Ranks, folder: str) -> None:
     with joined(ranks, CPU):
         own = 10 * torch.arange(5)[:, None] + ranks.rank
-        rows = ranks.whole_rows(own)
-        assert torch.equal(ranks.own_columns(rows, 5), own)
+        rows = ranks.gather_rows(own)
+        assert torch.equal(ranks.scatter_columns(rows, 5), own)
     Path(folder, f"{ranks.rank}.json").write_text(json.dumps(rows.tolist()))
 
 

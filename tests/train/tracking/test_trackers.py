@@ -90,17 +90,17 @@ def test_it_is_said_how_to_look_at_it(
     store = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri '{tmp_path}/a b/mlruns'"
     monkeypatch.setattr(mirror_sinks, "find_spec", lambda name: name)
     done, before = tmp_path / "a b", tmp_path / "a b.partial"
-    assert mirror_sinks.how_to_open("mlflow", done, done) == store
-    both = mirror_sinks.how_to_open("mlflow", done, before)
+    assert mirror_sinks.open_command("mlflow", done, done) == store
+    both = mirror_sinks.open_command("mlflow", done, before)
     assert both == f"{store} (until training is done: '{before}/mlruns')"
     monkeypatch.setattr(mirror_sinks, "find_spec", lambda name: None)  # of mlflow-skinny, which has no pages
-    needs = mirror_sinks.how_to_open("mlflow", done, done)
+    needs = mirror_sinks.open_command("mlflow", done, done)
     assert needs.startswith(f"{store}; the page needs the whole mlflow") and "pip install mlflow" in needs
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p@ss@server:5000/x")
-    assert mirror_sinks.how_to_open("mlflow", done, before) == "https://server:5000/x"
+    assert mirror_sinks.open_command("mlflow", done, before) == "https://server:5000/x"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///shared/runs")  # it stays where it is
-    assert "--backend-store-uri file:///shared/runs; the page" in mirror_sinks.how_to_open("mlflow", done, before)
-    assert "shared" not in mirror_sinks.how_to_open("tensorboard", done, before)
+    assert "--backend-store-uri file:///shared/runs; the page" in mirror_sinks.open_command("mlflow", done, before)
+    assert "shared" not in mirror_sinks.open_command("tensorboard", done, before)
 
 
 def test_the_config_is_told_once_not_by_a_run_that_goes_on(tmp_path: Path, into: Any) -> None:
