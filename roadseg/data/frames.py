@@ -13,7 +13,7 @@ from roadseg.data.masks.form import MaskForm
 from roadseg.data.masks.read import mask_bytes, read_ids, train_ids
 from roadseg.errors import DataError
 from roadseg.files import sha256_bytes
-from roadseg.images.decode import Limits, naming, read_bytes, read_image
+from roadseg.images.decode import Limits, errors_with_path, read_bytes, read_image
 
 
 def read_frame(root: Path, sample: Sample, form: MaskForm, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +23,7 @@ def read_frame(root: Path, sample: Sample, form: MaskForm, limits: Limits) -> tu
     manifest's: the data fingerprint would be wrong.
     """
     image = read_picture(root, sample, limits)
-    with naming(sample.label), _readable(sample.label):
+    with errors_with_path(sample.label), _readable(sample.label):
         data = mask_bytes(root, sample.label, form, limits)
         _unchanged(sample.label, data, sample.label_sha256)
         ids = read_ids(data, form, limits)
@@ -32,7 +32,7 @@ def read_frame(root: Path, sample: Sample, form: MaskForm, limits: Limits) -> tu
 
 def read_picture(root: Path, sample: Sample, limits: Limits) -> np.ndarray:
     """The image alone, uint8 [H, W, 3] RGB. Raises like `read_frame`."""
-    with naming(sample.image), _readable(sample.image):
+    with errors_with_path(sample.image), _readable(sample.image):
         data = read_bytes(root / sample.image, limits)
         _unchanged(sample.image, data, sample.image_sha256)
         return read_image(data, limits)

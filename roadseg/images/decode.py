@@ -33,7 +33,7 @@ from PIL import Image
 
 from roadseg.errors import ImageError
 from roadseg.images import formats as image_formats
-from roadseg.images.formats import Clean
+from roadseg.images.formats import CleanFile
 
 MAX_SIDE_PX = 1_000_000  # libpng's limit
 
@@ -81,33 +81,33 @@ def read_image(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
 
 def read_photograph(source: Path | bytes, limits: Limits = Limits()) -> Photograph:
     """`read_image` with the file's format and orientation. Raises ImageError, or OSError for a path."""
-    with naming(source):
-        whole = _open(source, limits)
-        if whole.color_type in (0, 2) and whole.depth == 8:
-            pixels = _decode_png(whole, 1 if whole.color_type == 0 else 3)
+    with errors_with_path(source):
+        file = _open(source, limits)
+        if file.color_type in (0, 2) and file.depth == 8:
+            pixels = _decode_png(file, 1 if file.color_type == 0 else 3)
             if pixels.ndim == 2:
                 pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
-        elif whole.format == "jpeg" and image_formats.mode(whole.data) in ("grey", "rgb"):
-            pixels = _decode_jpeg(whole)
+        elif file.format == "jpeg" and image_formats.mode(file.data) in ("grey", "rgb"):
+            pixels = _decode_jpeg(file)
         else:
-            pixels = _decode_pillow(whole, as_label=False)
-        return Photograph(_upright(pixels, whole.orientation), whole.format, whole.orientation)
+            pixels = _decode_pillow(file, as_label=False)
+        return Photograph(_upright(pixels, file.orientation), file.format, file.orientation)
 
 
 def read_label(source: Path | bytes, limits: Limits = Limits()) -> np.ndarray:
     """uint8 or uint16 [H, W] of ids as stored. Raises ImageError, or OSError for a path."""
-    with naming(source):
-        whole = _open(source, limits)
-        if whole.format == "jpeg":
+    with errors_with_path(source):
+        file = _open(source, limits)
+        if file.format == "jpeg":
             raise ImageError("a mask saved as jpeg", expected="a lossless format", todo="export as PNG")
-        plain = whole.color_type == 0 and whole.depth in (8, 16)
-        if plain or (whole.color_type == 3 and whole.depth == 8 and _on_main_thread()):
-            return _decode_png(whole, 1)
-        return _decode_pillow(whole, as_label=True)
+        plain = file.color_type == 0 and file.depth in (8, 16)
+        if plain or (file.color_type == 3 and file.depth == 8 and _on_main_thread()):
+            return _decode_png(file, 1)
+        return _decode_pillow(file, as_label=True)
 
 
 @contextmanager
-def naming(source: Path | str | bytes) -> Iterator[None]:
+def errors_with_path(source: Path | str | bytes) -> Iterator[None]:
     """Add the path of a failing file to its ImageError; bytes have none."""
     try:
         yield
@@ -117,7 +117,7 @@ def naming(source: Path | str | bytes) -> Iterator[None]:
         raise ImageError(e.found, expected=e.expected, where=str(source), todo=e.todo) from None
 
 
-def _open(source: Path | bytes, limits: Limits) -> Clean:
+def _open(source: Path | bytes, limits: Limits) -> CleanFile:
     data = read_bytes(source, limits) if isinstance(source, Path) else source
     if len(data) > limits.max_bytes:
         raise ImageError(f"the file has over {limits.max_bytes:,} bytes", expected=f"at most {limits.max_bytes:,}")
@@ -138,66 +138,68 @@ def _on_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _decode_png(whole: Clean, channels: int) -> np.ndarray:
+def _decode_png(file: CleanFile, channels: int) -> np.ndarray:
     """uint8 or uint16 [H, W] of grey values or palette indexes, or uint8 [H, W, 3]."""
     if not _on_main_thread():
-        return _decode_png_cv2(whole)
-    decode = kornia_rs.io.decode_image_png_u16 if whole.depth == 16 else kornia_rs.io.decode_image_png_u8
+        return _decode_png_cv2(file)
+    decode = kornia_rs.io.decode_image_png_u16 if file.depth == 16 else kornia_rs.io.decode_image_png_u8
     try:
-        pixels = decode(whole.data, (whole.height, whole.width), "mono" if channels == 1 else "rgb")
+        pixels = decode(file.data, (file.height, file.width), "mono" if channels == 1 else "rgb")
     except BaseException as e:
         # A Rust panic derives from BaseException and would end a server's thread or a worker pool.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        image_formats.check_idat(whole.data)  # raises a more precise error
-        raise _malformed() from None
+        image_formats.check_idat(file.data)  # raises a more precise error
+        raise _malformed_png() from None
     return pixels[:, :, 0] if channels == 1 else pixels
 
 
-def _decode_png_cv2(whole: Clean) -> np.ndarray:
+def _decode_png_cv2(file: CleanFile) -> np.ndarray:
     """Checksums are verified first because libpng reports damage on stderr."""
-    image_formats.check_idat(whole.data)
-    flags = cv2.IMREAD_UNCHANGED if whole.color_type == 0 else cv2.IMREAD_COLOR_RGB
+    image_formats.check_idat(file.data)
+    flags = cv2.IMREAD_UNCHANGED if file.color_type == 0 else cv2.IMREAD_COLOR_RGB
     try:
-        pixels = cv2.imdecode(np.frombuffer(whole.data, np.uint8), flags)
+        pixels = cv2.imdecode(np.frombuffer(file.data, np.uint8), flags)
     except cv2.error:
         pixels = None
     if pixels is None:
-        raise _malformed()
+        raise _malformed_png()
     return pixels
 
 
-def _malformed() -> ImageError:
+def _malformed_png() -> ImageError:
     return ImageError("the png can't be decoded: its compressed pixels are malformed")
 
 
-def _decode_jpeg(whole: Clean) -> np.ndarray:
+def _decode_jpeg(file: CleanFile) -> np.ndarray:
     """Grey or YCbCr. Strict: where libjpeg only warns, it has invented pixels."""
     try:
-        if simplejpeg.decode_jpeg_header(whole.data)[:2] != (whole.height, whole.width):
-            raise _two_sizes(whole)
-        return simplejpeg.decode_jpeg(whole.data, "RGB", strict=True)
+        if simplejpeg.decode_jpeg_header(file.data)[:2] != (file.height, file.width):
+            raise _size_mismatch(file)
+        return simplejpeg.decode_jpeg(file.data, "RGB", strict=True)
     except ValueError as e:
         raise image_formats.undecodable("jpeg", str(e)) from None
 
 
-def _two_sizes(whole: Clean) -> ImageError:
+def _size_mismatch(file: CleanFile) -> ImageError:
     """For a file crafted to pass the limits with one size and to decode with another."""
-    return ImageError(f"the {whole.format} says {whole.width} x {whole.height} pixels, and elsewhere another size")
+    return ImageError(
+        f"the {file.format} says {file.width} x {file.height} pixels in one place and another size elsewhere"
+    )
 
 
-def _decode_pillow(whole: Clean, *, as_label: bool) -> np.ndarray:
-    if whole.format == "png":
-        image_formats.check_idat(whole.data)
-    with image_formats.pillow_errors(whole.format), _opened(whole) as image:
-        return _ids(image, whole) if as_label else _rgb(image, whole)
+def _decode_pillow(file: CleanFile, *, as_label: bool) -> np.ndarray:
+    if file.format == "png":
+        image_formats.check_idat(file.data)
+    with image_formats.pillow_errors(file.format), _opened(file) as image:
+        return _ids(image, file) if as_label else _rgb(image, file)
 
 
-def _opened(whole: Clean) -> Image.Image:
-    image = image_formats.open_with_pillow(whole.data, whole.format)
-    if image.size != (whole.width, whole.height):
-        raise _two_sizes(whole)
-    if whole.format == "tiff":  # reads its tags late, and libtiff writes to stderr
+def _opened(file: CleanFile) -> Image.Image:
+    image = image_formats.open_with_pillow(file.data, file.format)
+    if image.size != (file.width, file.height):
+        raise _size_mismatch(file)
+    if file.format == "tiff":  # reads its tags late, and libtiff writes to stderr
         with image_formats.quiet_pillow(), _stderr_closed():
             image.load()
     return image
@@ -220,15 +222,15 @@ def _stderr_closed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _rgb(image: Image.Image, whole: Clean) -> np.ndarray:
+def _rgb(image: Image.Image, file: CleanFile) -> np.ndarray:
     mode = image.mode
     if mode.startswith("I;16"):
         high = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat((255 - high if whole.white_is_zero else high)[:, :, None], 3, axis=2)
+        return np.repeat((255 - high if file.white_is_zero else high)[:, :, None], 3, axis=2)
     if mode in ("I", "F", "LAB"):
         kind = {"I": "32-bit integers", "F": "floating point", "LAB": "Lab colors"}[mode]
         raise ImageError(f"the pixels are {kind}", expected="8 or 16 bits of grey or RGB")
-    if mode == "CMYK" and image.format == "JPEG" and not whole.adobe:
+    if mode == "CMYK" and image.format == "JPEG" and not file.adobe:
         # Pillow inverts every CMYK JPEG, as only Adobe's need.
         return np.array(Image.frombytes("CMYK", image.size, image.tobytes().translate(_INVERT)).convert("RGB"))
     if mode == "RGBa":
@@ -239,13 +241,13 @@ def _rgb(image: Image.Image, whole: Clean) -> np.ndarray:
 _INVERT = bytes(range(255, -1, -1))
 
 
-def _ids(image: Image.Image, whole: Clean) -> np.ndarray:
-    if whole.white_is_zero:
+def _ids(image: Image.Image, file: CleanFile) -> np.ndarray:
+    if file.white_is_zero:
         raise ImageError("a mask whose white is 0", expected="one whose black is 0", todo="export as PNG")
     if image.mode == "1":
         return np.array(image).astype(np.uint8)
-    if image.mode == "L" and whole.depth in (2, 4):
-        return np.array(image) // np.uint8({2: 85, 4: 17}[whole.depth])  # Pillow stretches them to 0..255
+    if image.mode == "L" and file.depth in (2, 4):
+        return np.array(image) // np.uint8({2: 85, 4: 17}[file.depth])  # Pillow stretches them to 0..255
     if image.mode in ("L", "P"):
         return np.array(image)
     if image.mode.startswith("I;16"):

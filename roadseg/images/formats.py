@@ -57,7 +57,7 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION, _TIFF_TILE_WIDTH, _TIFF_TILE_H
 
 
 @dataclass(frozen=True)
-class Clean:
+class CleanFile:
     """A file that passed the checks, stripped to its pixels.
 
     orientation: EXIF 1..8. depth: bits per sample. color_type: of a PNG, else -1. adobe: the JPEG has Adobe's
@@ -171,8 +171,8 @@ def mode(data: bytes) -> str:
         return ""
 
 
-def clean(data: bytes, format_: str, width: int, height: int) -> Clean:
-    """Check the whole structure of a PNG (except `check_idat`) or JPEG and strip it; read a TIFF's or WebP's tags.
+def clean(data: bytes, format_: str, width: int, height: int) -> CleanFile:
+    """Check the file structure of a PNG (except `check_idat`) or JPEG and strip it; read a TIFF's or WebP's tags.
 
     Raises ImageError for truncated and malformed files, and for what costs far more to decode than its size says.
     """
@@ -194,13 +194,13 @@ def _png_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def _clean_png(data: bytes) -> Clean:
+def _clean_png(data: bytes) -> CleanFile:
     """Keeps IHDR, PLTE, IDAT and IEND; in an APNG that is the default image."""
     length, depth, color_type, compression, filtering, interlace = struct.unpack_from(">8xI12xBBBBB", data)
     if length != 13 or (compression, filtering) != (0, 0) or interlace > 1:
         raise ImageError("the png header is malformed")
     if depth not in _PNG_DEPTHS.get(color_type, ()):
-        raise ImageError(f"the png header says colour type {color_type} with {depth} bits, which does not exist")
+        raise ImageError(f"the png header says color type {color_type} with {depth} bits, which does not exist")
     view, at, orientation = memoryview(data), 8, 1
     kept: list[bytes | memoryview] = [data[:8]]
     needed = [b"IHDR", b"PLTE", b"IDAT"] if color_type == 3 else [b"IHDR", b"IDAT"]
@@ -232,7 +232,7 @@ def _clean_png(data: bytes) -> Clean:
         raise ImageError("the png's chunks are missing, doubled or out of order")
     kept.append(view[at:end])
     stripped = sum(map(len, kept)) < len(data)
-    return Clean(b"".join(kept) if stripped else data, orientation, depth, color_type)
+    return CleanFile(b"".join(kept) if stripped else data, orientation, depth, color_type)
 
 
 def _equal_chunks(data: bytes, start: int, end: int) -> int:
@@ -309,7 +309,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
     raise ImageError("the jpeg has no frame header before its pixels")
 
 
-def _clean_jpeg(data: bytes) -> Clean:
+def _clean_jpeg(data: bytes) -> CleanFile:
     orientation, adobe, scans, kept = 1, False, 0, [data[:2]]
     for marker, start, end in _jpeg_segments(data):
         scans += marker == 0xDA
@@ -321,26 +321,26 @@ def _clean_jpeg(data: bytes) -> Clean:
             kept.append(data[start:end])
     if not 1 <= scans <= MAX_SCANS:
         raise ImageError(f"the jpeg has {scans} scans", expected=f"1 to {MAX_SCANS}")
-    return Clean(b"".join(kept), orientation, adobe=adobe)
+    return CleanFile(b"".join(kept), orientation, adobe=adobe)
 
 
 def _open_other(data: bytes, format_: str) -> Image.Image:
     return open_with_pillow(_upright_tiff(data)[0] if format_ == "tiff" else data, format_)
 
 
-def _clean_webp(data: bytes) -> Clean:
+def _clean_webp(data: bytes) -> CleanFile:
     exif = open_with_pillow(data, "webp").info.get("exif", b"")
-    return Clean(data, _exif_orientation(exif.removeprefix(b"Exif\0\0")))
+    return CleanFile(data, _exif_orientation(exif.removeprefix(b"Exif\0\0")))
 
 
-def _clean_bmp(data: bytes) -> Clean:
+def _clean_bmp(data: bytes) -> CleanFile:
     if open_with_pillow(data, "bmp").info.get("compression", 0) not in (0, 3):  # 3: uncompressed, with bit masks
         # Pillow fills up truncated run lengths with zeros instead of raising.
         raise ImageError("the bmp is compressed", expected="an uncompressed bmp", todo="save it as PNG")
-    return Clean(data)
+    return CleanFile(data)
 
 
-def _clean_tiff(data: bytes) -> Clean:
+def _clean_tiff(data: bytes) -> CleanFile:
     data, orientation = _upright_tiff(data)
     image = open_with_pillow(data, "tiff")
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
@@ -349,7 +349,7 @@ def _clean_tiff(data: bytes) -> Clean:
         if tile_px > max(16 * image.width * image.height, 1 << 20):
             raise ImageError("the tiff has tiles that are much larger than the image")
         depth, white_is_zero = image.tag_v2.get(_TIFF_BITS, (8,))[0], image.tag_v2.get(_TIFF_PHOTOMETRIC, 0) == 0
-    return Clean(data, orientation, depth, white_is_zero=white_is_zero)
+    return CleanFile(data, orientation, depth, white_is_zero=white_is_zero)
 
 
 def _upright_tiff(data: bytes) -> tuple[bytes, int]:

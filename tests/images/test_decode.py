@@ -650,7 +650,7 @@ SEEDS = [*LOSSLESS.values(), *LOSSY.values(), photo("PNG", "P"), photo("PNG", "L
     st.floats(0, 1),
     st.booleans(),
 )
-def test_mutated_files_raise_nothing_but_image_errors(seed, changes, keep, in_header):
+def test_mutated_files_raise_only_image_errors(seed, changes, keep, in_header):
     data = bytearray(seed)
     for where, value in changes:
         data[int(where * min(len(data), 300 if in_header else len(data)))] = value
@@ -662,11 +662,11 @@ def test_mutated_files_raise_nothing_but_image_errors(seed, changes, keep, in_he
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBPVP8X", b"BM", b"II*\0\x08\0\0\0"]),
     st.binary(max_size=400),
 )
-def test_random_bytes_raise_nothing_but_image_errors(magic, data):
+def test_random_bytes_raise_only_image_errors(magic, data):
     only_image_errors(magic + data)
 
 
-def test_crafted_png_whose_checksums_are_right_raises_nothing_but_image_errors():
+def test_crafted_png_with_valid_checksums_raises_only_image_errors():
     choose = random.Random(0)
     raw = b"".join(b"\0" + row.tobytes() for row in PHOTO)
     for _ in range(100):

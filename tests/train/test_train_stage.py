@@ -304,8 +304,8 @@ def test_class_uniform_needs_shards_that_know_where_classes_lie(made: tuple[Shar
         train_candidate(config(class_uniform=0.5), placed(()), tmp_path)
     batches = start(config(class_uniform=0.5, steps=9), placed(((1, 3, 4), (2, 30, 50))), tmp_path / "w").batches(0)
     samples = [sample for batch in batches for sample in batch.samples]
-    assert sum(sample.centre is not None for sample in samples) == len(samples) / 2 == 9
-    assert {sample.centre for sample in samples if sample.centre} == {(3, 4), (30, 50)}
+    assert sum(sample.center is not None for sample in samples) == len(samples) / 2 == 9
+    assert {sample.center for sample in samples if sample.center} == {(3, 4), (30, 50)}
 
 
 def test_mixed_sources_keep_their_weights(made: tuple[Shards, Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def blobs(seed: int, height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 128), (100, 100), (128, 64), (37, 300)])
-def test_each_is_the_nearest_pixel_of_its_class_to_the_mean(height: int, width: int) -> None:
+def test_a_centroid_is_the_pixel_of_its_class_nearest_to_the_mean(height: int, width: int) -> None:
     for seed in range(5):
         label = blobs(seed, height, width)
         found = class_centroids(label)
@@ -52,7 +52,7 @@ def test_a_ring_s_centroid_lies_on_the_ring() -> None:
     assert all(label[y, x] == c for c, y, x in class_centroids(label))
 
 
-def test_specks_and_void_have_none() -> None:
+def test_small_areas_and_void_have_no_centroid() -> None:
     label = np.full((1024, 2048), IGNORE, np.uint8)
     label[0:7, 0:9] = 2  # 63 pixels in a tile of 512x512
     assert class_centroids(label) == ()

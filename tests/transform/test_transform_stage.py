@@ -65,7 +65,7 @@ def test_shards_hold_the_originals_with_train_ids(tmp_path: Path) -> None:
     assert set(np.unique(split.read(0)[1])) == {0, 1, 2, IGNORE}
 
 
-def test_statistics_are_numpy_s_over_train_alone(tmp_path: Path) -> None:
+def test_statistics_equal_numpys_over_train(tmp_path: Path) -> None:
     manifest, shards = made(tmp_path, train=3, val=2)
     split = shards.split("train")
     pixels = np.concatenate([split.read(i)[0].reshape(-1, 3) for i in range(3)]).astype(np.float64)

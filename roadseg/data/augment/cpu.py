@@ -80,15 +80,15 @@ class CropParams:
 
 
 def sample_params(
-    a: Augmentation, rng: np.random.Generator, height: int, width: int, centre: tuple[int, int] | None = None
+    a: Augmentation, rng: np.random.Generator, height: int, width: int, center: tuple[int, int] | None = None
 ) -> CropParams:
-    """Parameters for a frame of this size. The crop covers the pixel `centre` (y, x), if given, somewhere."""
+    """Parameters for a frame of this size. The crop covers the pixel `center` (y, x), if given, somewhere."""
     by_scale, at_y, at_x, flip_draw, blur_draw, by_sigma, by_angle = rng.random(7).tolist()
     scale, sigma = _between(*a.scale, by_scale), _between(0.1, 1.5, by_sigma)
     angle, flip = _between(-a.rotate_deg, a.rotate_deg, by_angle), flip_draw < a.flip
     color = color_matrix(rng, a)
     geometry = _rotated_geometry if a.rotate_deg else _upright_geometry
-    box, affine, inner = geometry(a.crop_px, (height, width), scale, radians(angle), flip, (at_y, at_x), centre)
+    box, affine, inner = geometry(a.crop_px, (height, width), scale, radians(angle), flip, (at_y, at_x), center)
     taps = max(1, ceil(0.5 / scale - 1e-9))
     blur_px = sigma if blur_draw < a.blur else 0.0
     return CropParams(a.crop_px, box, affine, inner, a.rotate_deg > 0, flip, taps, color, blur_px)
@@ -104,15 +104,15 @@ def _upright_geometry(
     _angle: float,
     flip: bool,
     at: tuple[float, float],
-    centre: tuple[int, int] | None,
+    center: tuple[int, int] | None,
 ) -> Geometry:
     """Scale, flip and crop. at: relative position (y, x) of the crop in the frame, each 0..1."""
     starts, sides, inner_starts, inner_sides = [], [], [], []
     for axis, (crop, frame) in enumerate(zip(crop_px, frame_px, strict=True)):
         side = max(1, min(frame, round(crop / scale)))
         low, high = 0, frame - side
-        if centre:
-            low, high = max(low, centre[axis] - side + 1), min(high, centre[axis])
+        if center:
+            low, high = max(low, center[axis] - side + 1), min(high, center[axis])
         inner = min(crop, max(1, round(side * scale)))
         starts.append(low + int(at[axis] * (high - low + 1)))
         sides.append(side)
@@ -133,23 +133,23 @@ def _rotated_geometry(
     angle: float,
     flip: bool,
     at: tuple[float, float],
-    centre: tuple[int, int] | None,
+    center: tuple[int, int] | None,
 ) -> Geometry:
-    """Scale, rotation (radians), flip and crop as one affine map; void outside the frame."""
-    size, frame, across = np.array(crop_px[::-1], float), np.array(frame_px[::-1]), np.array(at[::-1])
+    """Scale, rotation (radians), flip and crop as one affine map; void outside the frame. Arrays here are (x, y)."""
+    size, frame, relative_xy = np.array(crop_px[::-1], float), np.array(frame_px[::-1]), np.array(at[::-1])
     reach = size / (2 * scale)  # from the crop's center to its edges, in frame pixels
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
-    turn[:, 0] *= -1 if flip else 1
-    if centre is None:
-        middle = reach + across * (frame - 2 * reach)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
+    rotation[:, 0] *= -1 if flip else 1
+    if center is None:
+        crop_center = reach + relative_xy * (frame - 2 * reach)
     else:
-        point = np.array(centre[::-1]) + 0.5
-        free = point - turn @ ((across - 0.5) * (size - 1))
-        middle = np.clip(free, np.minimum(reach, frame - reach), np.maximum(reach, frame - reach))
-        if (np.abs(np.linalg.solve(turn, point - middle)) > (size - 1) / 2 + 1e-6).any():
-            middle = free  # accept void pixels in order to cover the center
+        point = np.array(center[::-1]) + 0.5
+        covering = point - rotation @ ((relative_xy - 0.5) * (size - 1))
+        crop_center = np.clip(covering, np.minimum(reach, frame - reach), np.maximum(reach, frame - reach))
+        if (np.abs(np.linalg.solve(rotation, point - crop_center)) > (size - 1) / 2 + 1e-6).any():
+            crop_center = covering  # accept void pixels in order to cover the center
     # The center of pixel i is at i + 0.5, in crop and frame.
-    affine = np.column_stack([turn, middle - 0.5 - turn @ (size / 2 - 0.5)])
+    affine = np.column_stack([rotation, crop_center - 0.5 - rotation @ (size / 2 - 0.5)])
     corners = affine @ [[-0.5, size[0] - 0.5] * 2, [-0.5, -0.5, size[1] - 0.5, size[1] - 0.5], [1, 1, 1, 1]]
     (left, top), (right, bottom) = (f(corners, axis=1) for f in (np.min, np.max))
     top, left = min(max(0, floor(top) - 1), frame_px[0] - 1), min(max(0, floor(left) - 1), frame_px[1] - 1)

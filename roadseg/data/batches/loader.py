@@ -56,7 +56,7 @@ class Crops:
 
     def params(self, sample: Sample) -> CropParams:
         frame = self.split.frames[sample.index]
-        return sample_params(self.augmentation, sample.generator(self.seed), frame.height, frame.width, sample.centre)
+        return sample_params(self.augmentation, sample.generator(self.seed), frame.height, frame.width, sample.center)
 
     def crop(self, sample: Sample, out: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(image uint8 [H, W, 3], label uint8 [H, W]), written to `out` if given."""

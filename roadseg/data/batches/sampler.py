@@ -21,14 +21,14 @@ from roadseg.errors import ConfigError
 class Sample:
     """One crop to make. epoch: in its part's stream. index: of the frame in its split.
 
-    turn: for a crop around a class, its number among such crops of its part, from 1; else 0. centre: the frame
+    turn: for a crop around a class, its number among such crops of its part, from 1; else 0. center: the frame
     pixel (y, x) that such a crop covers.
     """
 
     epoch: int
     index: int
     turn: int = 0
-    centre: tuple[int, int] | None = None
+    center: tuple[int, int] | None = None
 
     def generator(self, seed: int) -> np.random.Generator:
         """Random generator for the crop's parameters."""

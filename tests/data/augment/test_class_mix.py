@@ -32,7 +32,7 @@ def test_whole_classes_of_the_neighbor_are_pasted_with_their_labels() -> None:
             assert share in (0, 1) and not (train_id == IGNORE and share)
 
 
-def test_the_share_is_of_crops_and_nothing_is_changed_in_place() -> None:
+def test_a_share_of_the_crops_is_mixed_and_the_input_is_unchanged() -> None:
     before = batch(200)
     image = before.image_BHWC.clone()
     after = class_mix(before, 0.3, 0, 0, 0, 200)

@@ -131,14 +131,14 @@ def test_rotation_turns_about_the_crops_centre() -> None:
 def test_a_crop_covers_the_requested_center(
     height: int, width: int, crop_h: int, crop_w: int, seed: int, rotate: float, data: st.DataObject
 ) -> None:
-    centre = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
-    d = sample_params(Augmentation((crop_h, crop_w), rotate_deg=rotate), generator(seed), height, width, centre)
+    center = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    d = sample_params(Augmentation((crop_h, crop_w), rotate_deg=rotate), generator(seed), height, width, center)
     top, left, box_h, box_w = d.box
-    assert 0 <= top <= centre[0] < top + box_h <= height and 0 <= left <= centre[1] < left + box_w <= width
+    assert 0 <= top <= center[0] < top + box_h <= height and 0 <= left <= center[1] < left + box_w <= width
     # Where the pixel comes to lie: within the crop, to half a pixel of the coarser of the two.
-    there = np.linalg.solve(d.affine[:, :2], [centre[1] - left, centre[0] - top] - d.affine[:, 2])
+    position = np.linalg.solve(d.affine[:, :2], [center[1] - left, center[0] - top] - d.affine[:, 2])
     slack = 0.5 + 0.5 / np.abs(np.linalg.det(d.affine[:, :2])) ** 0.5
-    assert -slack <= there[0] <= crop_w - 1 + slack and -slack <= there[1] <= crop_h - 1 + slack
+    assert -slack <= position[0] <= crop_w - 1 + slack and -slack <= position[1] <= crop_h - 1 + slack
 
 
 def test_a_centre_lies_anywhere_in_its_crops() -> None:
@@ -180,7 +180,7 @@ def test_half_the_size_and_more_is_bilinear_and_less_is_the_areas_mean() -> None
         np.testing.assert_array_equal(got, want)
 
 
-def test_a_crop_is_written_where_it_is_wanted() -> None:
+def test_a_crop_is_written_to_given_arrays() -> None:
     """In the middle of other memory, padded and not, turned and not."""
     image, label = scene(0)
     for seed in range(12):
@@ -190,6 +190,6 @@ def test_a_crop_is_written_where_it_is_wanted() -> None:
         memory, ids = np.full((3, 40, 70, 3), 77, np.uint8), np.full((3, 40, 70), 77, np.uint8)
         got = apply(d, image[box], label[box], FILL, (memory[1], ids[1]))
         want = apply(d, image[box], label[box], FILL)
-        for there, made, wanted in zip((memory, ids), got, want, strict=True):
-            assert np.shares_memory(there, made) and (there[[0, 2]] == 77).all()
-            np.testing.assert_array_equal(there[1], wanted)
+        for written, made, wanted in zip((memory, ids), got, want, strict=True):
+            assert np.shares_memory(written, made) and (written[[0, 2]] == 77).all()
+            np.testing.assert_array_equal(written[1], wanted)

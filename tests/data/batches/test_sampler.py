@@ -99,7 +99,7 @@ def test_a_share_iterates_over_classes_and_the_rest_over_frames(frames: list[Fra
     whole_frames.update(s.index for s in stream if not s.turn)
     assert max(whole_frames.values()) - min(whole_frames.values()) <= 1  # each once before any twice
     for sample in around:
-        assert sample.centre in [(y, x) for _, y, x in frames[sample.index].centroids]
+        assert sample.center in [(y, x) for _, y, x in frames[sample.index].centroids]
 
 
 def test_classes_are_drawn_evenly_however_rare_they_are() -> None:
@@ -107,12 +107,12 @@ def test_classes_are_drawn_evenly_however_rare_they_are() -> None:
     frames[7] = Frame(centroids=((2, 5, 5),))
     order = Order(frames, 1, 0.5)
     around = [s for s in map(order, range(40 * 30)) if s.turn]
-    classes = Counter(c for s in around for c, y, x in frames[s.index].centroids if (y, x) == s.centre)
+    classes = Counter(c for s in around for c, y, x in frames[s.index].centroids if (y, x) == s.center)
     assert len(around) == 600 and set(classes.values()) == {200}
-    rare = Counter(s.index for s in around if s.centre and s.centre[1] == 3)
+    rare = Counter(s.index for s in around if s.center and s.center[1] == 3)
     assert set(rare) == {0, 10, 20, 30} and set(rare.values()) == {50}
-    assert {s.index for s in around if s.centre == (5, 5)} == {7}
-    assert {s.centre[1] for s in around if s.centre} == {1, 2, 3, 5}  # every centroid of a class has its turn
+    assert {s.index for s in around if s.center == (5, 5)} == {7}
+    assert {s.center[1] for s in around if s.center} == {1, 2, 3, 5}  # every centroid of a class has its turn
     # Unlike its neighbours, a frame that comes again has other draws.
     again = [s for s in around if s.index == 7]
     states = {str(s.generator(0).bit_generator.state) for s in again}
