@@ -1,4 +1,4 @@
-"""What a picture looks like, in 1.2 kB: exposure, sharpness, colour, and a small picture to compare it by."""
+"""Statistics of one image in 1.2 kB: exposure, sharpness, color, and a thumbnail descriptor for comparisons."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-SMALL_PX = (256, 128)  # width, height that means, shares and the descriptor are measured at
+SMALL_PX = (256, 128)  # width, height of the reduced image that everything but sharpness is measured on
 DESCRIPTOR_PX = (48, 24)
 DESCRIPTOR_ZERO, DESCRIPTOR_STEP = 128, 40  # stored value = 128 + 40 x local contrast
-_CONTRAST_SIGMA_PX = 3.0  # of the descriptor: a 16th of its width
-_FLAT_LUMA = 6.0  # contrasts well below this (of 255) are noise and stay small
+_CONTRAST_SIGMA_PX = 3.0  # a 16th of the descriptor's width
+_FLAT_LUMA = 6.0  # contrast (of 255) well below this is noise and is not amplified
 _BLACK_LUMA, _WHITE_LUMA = 8, 247
 _SHARPNESS_ROWS = 64
 
@@ -20,10 +20,10 @@ _SHARPNESS_ROWS = 64
 class ImageStats:
     """Measured on uint8 [H, W, 3] RGB, reduced by area averaging to 256 x 128.
 
-    mean_rgb, std_rgb: by channel, 0..255. dark, bright: shares of pixels (0..1) whose luma is at most 8,
-    at least 247. sharpness: how much of the contrast of the picture is fine, about 0.06 (blurred) to 1
-    (noise), 0 for a flat picture; see `sharpness`. descriptor: 48 x 24 bytes, row-major, luma with its
-    local mean taken off and its local contrast made even, in steps of 1/40 around 128.
+    mean_rgb, std_rgb: per channel, 0..255. dark, bright: shares of pixels (0..1) with luma <= 8 and >= 247.
+    sharpness: share of fine contrast, about 0.06 (blurred) to 1 (noise), 0 for a flat image; see `sharpness`.
+    descriptor: 48 x 24 bytes, row-major: luma minus its local mean, divided by local contrast, in steps of
+    1/40 around 128.
     """
 
     mean_rgb: tuple[float, float, float]
@@ -41,7 +41,7 @@ class ImageStats:
 
 
 def image_stats(image: np.ndarray) -> ImageStats:
-    """The look of uint8 [H, W, 3] RGB; 0.9 ms for 2048 x 1024 on one core."""
+    """Measure uint8 [H, W, 3] RGB; 0.9 ms for 2048 x 1024 on one core."""
     small = _reduced(image)
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     mean, std = cv2.meanStdDev(small)
@@ -56,9 +56,10 @@ def image_stats(image: np.ndarray) -> ImageStats:
 
 
 def _reduced(image: np.ndarray) -> np.ndarray:
-    """uint8 [128, 256, 3]. Halving first, as cv2 averages 2 x 2 pixels three times as fast as any other area.
+    """Reduce to uint8 [128, 256, 3]. Halves first: cv2 averages 2 x 2 pixels three times as fast as other areas.
 
-    Of a large picture every other row: to read them all takes twice the time and changes a result by 0.7 of 255.
+    Large images are sampled at every other row: reading all rows takes twice the time and changes results by at
+    most 0.7 of 255.
     """
     width, height = SMALL_PX
     if image.shape[0] >= 8 * height:
@@ -66,15 +67,15 @@ def _reduced(image: np.ndarray) -> np.ndarray:
     while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
         h, w = image.shape[0] // 2, image.shape[1] // 2
         image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
-    # What is left is a factor below 2 but for odd aspects; to interpolate takes a tenth of averaging's time.
+    # The remaining factor is below 2 except for unusual aspect ratios; interpolation takes a tenth of averaging's time.
     far = image.shape[0] > 3 * height or image.shape[1] > 3 * width
     return cv2.resize(image, SMALL_PX, interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
 
 
 def _descriptor(luma: np.ndarray) -> np.ndarray:
-    """uint8 [24, 48] of uint8 luma: each pixel's difference from its surroundings over their contrast.
+    """uint8 [24, 48] of uint8 luma: each pixel's difference from its local mean, divided by local contrast.
 
-    Without the division a bright sky's outline is all that counts, and any two dusky streets are alike.
+    Without the division the outline of a bright sky dominates, and any two dark streets look alike.
     """
     cells = cv2.resize(luma, DESCRIPTOR_PX, interpolation=cv2.INTER_AREA).astype(np.float32)
     difference = cells - _local_mean(cells)
@@ -87,11 +88,11 @@ def _local_mean(values: np.ndarray) -> np.ndarray:
 
 
 def sharpness(image: np.ndarray) -> float:
-    """Mean squared difference of neighbours along a row over that of pixels four times as far apart.
+    """Mean squared difference of neighbors along a row, divided by that of pixels four times as far apart.
 
-    Neighbours are width / 512 px apart (at least 1), so that blur counts by its share of the picture.
-    Unlike the energy of a Laplacian the ratio hardly depends on what is in the picture and on its exposure.
-    Taken from the green channel of 64 rows of uint8 [H, W, 3].
+    Neighbors are width / 512 px apart (at least 1), so blur is measured relative to the image's width.
+    Unlike the energy of a Laplacian, the ratio hardly depends on the scene and on the exposure.
+    Uses the green channel of 64 rows of uint8 [H, W, 3].
     """
     near = max(1, round(image.shape[1] / 512))
     if image.shape[1] <= 4 * near:

@@ -1,8 +1,8 @@
-"""Every file decoded once, on all cores: what of it matters is small, the pixels stay in the worker.
+"""Decode every file once, on all cores, and measure it. Workers return small results, never pixels.
 
-All checks together are to take less than a fifth of what the decoding takes (benchmarks/ingest_speed.py).
-So pixels are hashed in copies.py where there may be a copy, ids are counted by changes, pairs go to the workers
-by handfuls, and workers keep their memory. Most of what is left is SHA-256 of the files.
+All checks together may take at most a fifth of the decoding time (benchmarks/ingest_speed.py). Therefore
+exact_copies.py hashes pixels only where a copy is possible, ids are counted from changes between rows, pairs
+are sent to workers in chunks, and workers keep freed memory. Most of the remaining time is SHA-256 of the files.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import IGNORE
 from roadseg.processes import cores, keep_freed_memory, start_worker
 
-INLINE_PAIRS = 16  # below this, starting processes takes longer than the work
-CHUNK_PAIRS = 4  # pairs that go to a worker at once; one by one, sending them costs 1 % more
+INLINE_PAIRS = 16  # for fewer pairs, starting processes takes longer than the work
+CHUNK_PAIRS = 4  # pairs sent to a worker at once; sending them one by one costs 1 % more
 GRID_ROWS, GRID_COLUMNS = 16, 32
-MAX_IDS = 512  # that are kept of one label; a label of class ids has some dozens
+MAX_IDS = 512  # kept per label; a mask of class ids has some dozens
 _MAX_LISTED = 8
 _EXACT_IN_FLOAT32 = 1 << 24
 
@@ -48,16 +48,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MeasuredPair:
-    """One pair after its files were decoded.
+    """What was measured on one pair of image and label.
 
-    problems: (code, file, what). width, height: of the upright image, 0 if unreadable. image_format:
-    "png", "jpeg", "webp", "bmp" or "tiff". orientation: EXIF 1..8 as stored, 1 when none. label_bytes,
-    label_sha256: of the label's file, or of what a COCO file says of the image. pixels_digest: equal for
-    equal files, and after copies.with_copies_told for equal pixels in whatever files; "" if unreadable.
-    histogram: pixels by train id, void and unknown last. id_pixels: (id as stored, pixels), known or
-    not, the most common first, `MOST_IDS` at most. mask_mode: of the label's file, as image_formats.mode
-    says. places: uint8 [16, 32] train ids of the label, sampled at the centres of a grid. blends: see
-    blends.blended.
+    problems: (code, file, description). width, height: of the upright image, 0 if unreadable. image_format:
+    "png", "jpeg", "webp", "bmp" or "tiff". orientation: EXIF 1..8 as stored, 1 if absent. label_bytes,
+    label_sha256: of the label file, or of the image's annotations in a COCO file. pixels_digest: equal for equal
+    files and, after exact_copies.with_pixel_digests, for equal pixels in different files; "" if unreadable.
+    histogram: pixels by train id; the last entry counts void and unknown. id_pixels: (stored id, pixels), known
+    or not, the most common first, at most `MAX_IDS`. mask_mode: of the label file, see image_formats.mode.
+    places: uint8 [16, 32], train ids of the label at the centers of a grid. interpolated: see
+    interpolated_masks.interpolated_share.
     """
 
     pair: Pair
@@ -81,7 +81,7 @@ class MeasuredPair:
 
 @dataclass(frozen=True)
 class Task:
-    """What looking at any pair needs to know. classes: train ids are below it."""
+    """What a worker needs to measure any pair. classes: the number of learned classes."""
 
     root: Path
     forms: Mapping[str, MaskForm]
@@ -92,10 +92,10 @@ class Task:
 def measure_pairs(
     root: Path, pairs: Sequence[Pair], forms: Mapping[str, MaskForm], limits: Limits, workers: int, classes: int = 0
 ) -> list[MeasuredPair]:
-    """What `look_at` says of every pair, in their order. workers 0: one a core.
+    """Measure all pairs, in their order. workers: 0 for one per core.
 
-    forms: by `Pair.part`. classes: how many the manifest learns; 0 for as many as the forms have. Raises
-    RoadsegError if a worker dies.
+    forms: by `Pair.part`. classes: the number of learned classes; 0 takes it from the forms. Raises RoadsegError
+    if a worker dies.
     """
     task = Task(root, forms, limits, classes or _classes(forms))
     with worker_pool(task, len(pairs), workers) as pool:
@@ -104,9 +104,9 @@ def measure_pairs(
 
 @contextmanager
 def worker_pool(task: Task, pairs: int, workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes for `look_at_all` of that task and for what is decoded after it; None where they don't pay.
+    """Yield worker processes for `measure_all` and for later decoding; None if starting them takes too long.
 
-    workers 0: one a core. Raises RoadsegError if one dies, whatever it was given to do.
+    workers: 0 for one per core. Raises RoadsegError if a worker dies, whatever its task was.
     """
     workers = workers or cores()
     if workers == 1 or pairs < INLINE_PAIRS:
@@ -128,10 +128,12 @@ def worker_pool(task: Task, pairs: int, workers: int) -> Iterator[ProcessPoolExe
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """For processes that are started meanwhile: those that NumPy and OpenCV start at import and that nobody needs
-    here spin for a while, which doubles what starting a process takes (0.17 s of a core)."""
+    """Limit OpenBLAS to one thread in processes started inside the block.
+
+    Its idle threads spin after import, which doubles the cost of starting a process (0.17 s of a core).
+    """
     before = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read where the library is loaded, so this process keeps its own
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when the library is loaded, so this process is not affected
     try:
         yield
     finally:
@@ -141,12 +143,11 @@ def _one_blas_thread() -> Iterator[None]:
 
 
 def measure_all(task: Task, pairs: Sequence[Pair], pool: ProcessPoolExecutor | None) -> list[MeasuredPair]:
-    """What `look_at` says of every pair, in their order. pool: of `readers` for this task.
+    """Measure all pairs, in their order. pool: from `worker_pool` for this task, or None.
 
-    Work in flight is bounded, so memory does not grow with the number of images but for the results' two
-    kilobytes each.
+    The number of pending chunks is bounded, so memory grows only by the results, two kilobytes each.
     """
-    from roadseg.progress import progress  # workers have no bar, and tqdm is half of what they import besides OpenCV
+    from roadseg.progress import progress  # here, because workers need no tqdm and it doubles their import time
 
     measured = []
     with progress(len(pairs), "check", "images") as bar:
@@ -171,7 +172,7 @@ def _in_processes(pairs: Sequence[Pair], pool: ProcessPoolExecutor) -> Iterator[
         yield from pending.popleft().result()
 
 
-_worker_task: list[Task] = []  # sent once: its tables would be made anew for each handful
+_worker_task: list[Task] = []  # set once per worker: its lookup tables are costly to rebuild for each chunk
 
 
 def _init_worker(task: Task) -> None:
@@ -185,7 +186,7 @@ def _measure_chunk(pairs: Sequence[Pair]) -> list[MeasuredPair]:
 
 
 def measure_pair(task: Task, pair: Pair) -> MeasuredPair:
-    """Reads the pair's files and measures them; what is wrong with a file is told, not raised."""
+    """Read and measure the files of one pair. Never raises for a bad file: it is recorded in `problems`."""
     form, limits, problems = task.forms[pair.part], task.limits, list[Problem]()
     image_data, photo = _decoded(
         lambda: read_bytes(task.root / pair.image, limits), lambda d: read_photograph(d, limits),
@@ -193,7 +194,7 @@ def measure_pair(task: Task, pair: Pair) -> MeasuredPair:
     )  # fmt: skip
     of_image = (
         _image_fields(photo, image_data) if photo else {}
-    )  # before the label takes the pixels' place in the cache
+    )  # before reading the label evicts the pixels from the CPU cache
     label_data, ids = _decoded(
         lambda: mask_bytes(task.root, pair.label, form, limits), lambda d: read_ids(d, form, limits),
         problems, "unreadable-label", pair.label,
@@ -218,7 +219,7 @@ def measure_pair(task: Task, pair: Pair) -> MeasuredPair:
 def _decoded(
     read: Callable[[], bytes], decode: Callable[[bytes], T], problems: list[Problem], code: str, path: str
 ) -> tuple[bytes, T | None]:
-    """(the file's bytes, what they hold), or, where there is none, a problem more."""
+    """(the file's bytes, the decoded value); on failure the value is None and `problems` gets an entry."""
     data = b""
     try:
         data = read()
@@ -266,17 +267,17 @@ def _label_fields(
 
 @lru_cache(maxsize=16)
 def _places(high: int, wide: int) -> np.ndarray:
-    """int64 [16, 32]: where in [high, wide], counted row by row, the centres of a grid lie."""
+    """int64 [16, 32]: flat positions in [high, wide] of the centers of a grid."""
     rows = (2 * np.arange(GRID_ROWS) + 1) * high // (2 * GRID_ROWS)
     columns = (2 * np.arange(GRID_COLUMNS) + 1) * wide // (2 * GRID_COLUMNS)
     return rows[:, None] * wide + columns
 
 
 def count_ids(ids: np.ndarray) -> list[tuple[int, int]]:
-    """(id, pixels) of every id in uint8 or uint16 [H, W], the most common first, equal ones by id.
+    """(id, pixels) of every id in uint8 or uint16 [H, W], sorted by falling count, then by id.
 
-    By what changes from a row to the next where that is little: 0.4 ms for two megapixels of a Cityscapes
-    label, where np.bincount takes 7 and cv2.calcHist 4.
+    Counts changes between rows where they are few: 0.4 ms for two megapixels of a Cityscapes label; np.bincount
+    takes 7 ms and cv2.calcHist 4 ms.
     """
     flat = np.ascontiguousarray(ids).reshape(-1)
     counts = _counts_by_changes(flat, ids.shape[1])
@@ -296,10 +297,11 @@ def _counts_of_noise(flat: np.ndarray) -> np.ndarray:
 
 
 def _counts_by_changes(flat: np.ndarray, width: int) -> np.ndarray | None:
-    """int64 [256 or 65536] of pixels by id, None where over an eighth of the words of 8 bytes differ from those above.
+    """int64 [256 or 65536], pixels by id; None if more than 1/8 of the 8-byte words differ from the word above.
 
-    As if each row were as the first; then a pixel that differs from the one above it moves a column's rest, from
-    there to the bottom, to its id. Rows are taken as whole words, so that they slant where the width is odd.
+    Counts as if all rows equaled the first one. Then each pixel that differs from the one above moves the rest of
+    its column, down to the bottom, from the old id to the new one. Rows are cut into whole words; where the width
+    is not a multiple, columns are slanted, which does not change the counts.
     """
     each = 8 // flat.itemsize
     across = -(-width // each)
@@ -346,7 +348,7 @@ def _listed(entries: list[str], what: str, count: int = 0) -> str:
 
 
 def _swapped(task: Task, form: MaskForm, image_data: bytes, photo: Photograph, counted: list[tuple[int, int]]) -> bool:
-    """Whether the label holds hardly any class, and the image nothing else."""
+    """True if most of the label is unknown ids, while the image consists of class ids only."""
     if 2 * sum(n for _, n in _unknown_ids(form, counted)) < sum(n for _, n in counted):
         return False
     if form.kind == "colors":

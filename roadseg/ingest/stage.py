@@ -1,4 +1,4 @@
-"""The stage: a source and its root in, a checked manifest out."""
+"""The ingest stage: reads a source below its root, checks all files, writes a manifest."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 def ingest(
     data: Data, root: Path, work: Path, only_splits: tuple[str, ...] = (), report_in: Path | None = None
 ) -> Manifest:
-    """Pairs, decodes and checks the data, and writes manifest.jsonl, dataset.json and findings.json into `work`.
+    """Pair, decode and check the data; write manifest.jsonl, dataset.json and findings.json into `work`.
 
-    root: of the data; the town's is work/"tree", into which it is rendered first. only_splits: look at
-    no others, so that a root with only these is enough; () means all. log/data_report.html shows all
-    that was found; a copy lies in `report_in`, which is there also when the data is refused. Warnings
-    are logged. Raises DataError with every error found, after writing findings.json and the report only.
+    root: the data's folder; ignored for the town, which is rendered into work/"tree". only_splits: read only
+    these, so that a root with only these suffices; () means all. All findings are shown in log/data_report.html
+    and in a copy below `report_in`, which survives when the data is refused. Warnings are logged. Raises DataError
+    that lists all errors; then only findings.json and the report have been written.
     """
     require_codes(data.allow, data.forbid)
     if data.source == "town":
@@ -87,9 +87,9 @@ def locate(data: Data, cache: Path) -> Path:
 
 
 def prepare(data: Data, cache: Path, *, wait: bool = True) -> Path:
-    """As `locate`, after downloading what the config asks to download, under a lock.
+    """Download the data under a lock if the config says so, and return the root as `locate` does.
 
-    The town is not made here: it is rendered into ingest's output, whose content it is part of.
+    The town is not rendered here: its frames are part of ingest's output.
     """
     root = locate(data, cache)
     if data.download:
@@ -100,10 +100,10 @@ def prepare(data: Data, cache: Path, *, wait: bool = True) -> Path:
 
 
 def source_digest(data: Data, root: Path) -> str:
-    """SHA-256 that changes when the files that the source would read change, without reading them.
+    """SHA-256 that changes when the source's files change, computed without reading them.
 
-    It covers path, size and modification time of every paired file, the pairing's findings, and what
-    masks mean. A constant for the town. Raises what `ingest` would for a wrong root.
+    Covers path, size and modification time of every paired file, the findings of pairing, and the meaning of mask
+    values. Constant for the town. Raises DataError for a wrong root, like `ingest`.
     """
     if data.source == "town":
         return sha256_bytes(b"town")
@@ -120,22 +120,22 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError:
-        return -1, -1  # a dangling link, say: reading it will say so, with everything else that is wrong
+        return -1, -1  # such as a dangling link: measuring it reports the problem, together with all others
     return status.st_size, status.st_mtime_ns
 
 
 def _sources(data: Data) -> dict[str, str]:
-    """By part; the one of a set that is not mixed is ""."""
+    """Source by part name; data that is not mixed has the single part ""."""
     return {name: part.source for name, part in data.mix.items()} or {"": data.source}
 
 
 def _where(data: Data, root: Path) -> Path | str:
-    """What people call the place of the data; a mix's root is a folder of links that nobody knows."""
+    """The data's location for messages: for a mix the parts' folders, as its root is a folder of links."""
     return ", ".join(f"{name} in {part.root or Path()}" for name, part in data.mix.items()) or root
 
 
 def _select_splits(data: Data, found: Found, wanted: set[str], root: Path) -> Found:
-    """Without the splits that nobody asked for, and with the held-out sequences in a split of their own."""
+    """Drop the splits that are not wanted, and move the held-out sequences into the split `holdout`."""
     pairs, findings = found.pairs, found.findings
     if data.holdout_sequences and (not wanted or wanted & {"train", HOLDOUT}):
         pairs = _hold_out(pairs, data.holdout_sequences)
@@ -181,7 +181,7 @@ def _download(data: Data, root: Path) -> None:
 
 
 def _render(data: Data, tree: Path) -> None:
-    """Every split, also when only one is asked for: which scenes a split has depends on those before it."""
+    """Render every split, also if only one is wanted: a split's scenes depend on the splits before it."""
     from roadseg import town  # only the town needs its renderer
 
     splits = {split: n for split in ("train", "val", "test") if (n := getattr(data.town, split))}
@@ -212,7 +212,7 @@ def _hold_out(pairs: Sequence[Pair], sequences: Sequence[str]) -> list[Pair]:
 
 
 def _closest_names(names: Sequence[str], near: str) -> str:
-    """The few nearest to what was asked for, or the first, with a count of the rest."""
+    """All names if few, else those closest to `near` (or the first eight) and the number of the others."""
     if len(names) <= 12:
         return ", ".join(names)
     listing = difflib.get_close_matches(near, names, n=4, cutoff=0.3) or list(names[:8])

@@ -1,7 +1,6 @@
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from roadseg.config.sections import Data, Town
 from roadseg.data.manifest import Manifest
 from roadseg.errors import ConfigError, DataError
 from roadseg.images.decode import encode_label_png
-from roadseg.ingest.stage import ingest, source_digest
+from roadseg.ingest.stage import ingest, prepare, source_digest
 
 
 def picture(seed: int) -> bytes:
@@ -72,10 +71,12 @@ def test_held_out_sequences_become_a_split(root, work):
     manifest = ingest(camvid(holdout_sequences=("A",)), root, work)
     assert [s.name for s in manifest.split("holdout")] == ["A_1", "A_2"]
     assert [s.name for s in manifest.split("train")] == ["B_1"]
-    with pytest.raises(DataError, match="train has no sequence E; expected some of A, B"):
+    with pytest.raises(DataError) as e:
         ingest(camvid(holdout_sequences=("A", "E")), root, work)
-    with pytest.raises(DataError, match="holds out every sequence of train"):
+    assert e.value.where == "data.holdout_sequences" and "A, B" in e.value.expected
+    with pytest.raises(DataError) as e:
         ingest(camvid(holdout_sequences=("A", "B")), root, work)
+    assert e.value.where == "data.holdout_sequences"
 
 
 def test_only_splits_looks_at_no_others(root, work):
@@ -83,8 +84,9 @@ def test_only_splits_looks_at_no_others(root, work):
     assert ingest(camvid(), root, work, ("val",)).splits == ("val",)
     shutil.rmtree(root / "train")
     assert ingest(camvid(holdout_sequences=("A",)), root, work, ("test", "val")).splits == ("test", "val")
-    with pytest.raises(DataError, match="no split train; expected one of test, val"):
+    with pytest.raises(DataError) as e:
         ingest(camvid(), root, work, ("train",))
+    assert e.value.where == str(root) and "test, val" in e.value.expected
 
 
 def test_only_the_held_out_split(root, work):
@@ -94,8 +96,9 @@ def test_only_the_held_out_split(root, work):
 def test_errors_refuse_and_leave_only_the_findings(root, work):
     write(root / "train/A_1.png", b"")
     write(root / "valannot/C_1.png", mask(20))
-    with pytest.raises(DataError, match="2 errors in the data") as caught:
+    with pytest.raises(DataError) as caught:
         ingest(camvid(), root, work)
+    assert "2 errors" in caught.value.found
     assert caught.value.exit_code == 3
     assert sorted(p.name for p in work.iterdir()) == ["findings.json", "log"]
     found = json.loads((work / "findings.json").read_text())
@@ -110,8 +113,9 @@ def test_the_report_lies_in_the_run_also_when_the_data_is_refused(root, work, tm
     report = tmp_path / "data_report.html"
     assert report.read_bytes() == (work / "log" / "data_report.html").read_bytes()
     write(root / "train/A_1.png", b"")
-    with pytest.raises(DataError, match=re.escape(str(report))):
+    with pytest.raises(DataError) as e:
         ingest(camvid(), root, work, report_in=tmp_path)
+    assert str(report) in e.value.found
     assert "unreadable-image" in report.read_text()
 
 
@@ -119,15 +123,18 @@ def test_codes_are_allowed_and_forbidden(root, work):
     write(root / "train/A_1.png", b"")
     assert len(ingest(camvid(allow=("unreadable-image",)), root, work).split("train")) == 2
     write(root / "train/A_1.png", (root / "train/A_2.png").read_bytes())
-    with pytest.raises(DataError, match="duplicate-in-split"):
+    with pytest.raises(DataError) as e:
         ingest(camvid(forbid=("duplicate-in-split",)), root, work)
-    with pytest.raises(ConfigError, match="no code 'duplicate', perhaps you meant"):
+    assert "duplicate-in-split" in e.value.found
+    with pytest.raises(ConfigError) as e:
         ingest(camvid(allow=("duplicate",)), root, work)
+    assert "'duplicate'" in e.value.found
 
 
 def test_download_is_for_cityscapes_alone(root, work):
-    with pytest.raises(ConfigError, match="data.download with source camvid"):
-        ingest(camvid(download=True), root, work)
+    with pytest.raises(ConfigError) as e:
+        prepare(camvid(download=True, root=root), work)
+    assert "camvid" in e.value.found
 
 
 def test_warnings_are_logged_once_each_and_go_on(root, work, caplog):
@@ -157,8 +164,9 @@ def test_source_digest_sees_every_change_and_no_place(root, tmp_path):
     assert len(measured) == 5
     write(root / "train.txt", b"not read")
     assert source_digest(data, root) in measured
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError) as e:
         source_digest(data, root / "nowhere")
+    assert e.value.where == str(root / "nowhere")
 
 
 def test_folder_source(root, work, tmp_path):
@@ -173,8 +181,9 @@ def test_folder_source(root, work, tmp_path):
     description.write_text(description.read_text() + "sequence: '^.'\n")
     assert source_digest(data, root) != first
     description.write_text("classes: 3")
-    with pytest.raises(ConfigError, match="labels.yaml"):
+    with pytest.raises(ConfigError) as e:
         ingest(data, root, work)
+    assert e.value.where == str(description)
 
 
 @pytest.fixture
@@ -248,14 +257,16 @@ def test_dangling_links_and_all_images_broken_are_listed_with_a_report(root, wor
     for path in [*(root / "val").iterdir(), *(root / "test").iterdir()]:
         write(path, b"")
     assert source_digest(camvid(), root)
-    with pytest.raises(DataError, match="unreadable-image"):
+    with pytest.raises(DataError) as e:
         ingest(camvid(), root, work, report_in=tmp_path)
+    assert "unreadable-image" in e.value.found
     assert "unreadable-image" in (tmp_path / "data_report.html").read_text()
 
 
 def test_what_was_left_out_is_said_when_nothing_is_left(root, work, caplog):
     for path in root.glob("*annot/*"):
         write(path, b"")
-    with caplog.at_level(logging.WARNING), pytest.raises(DataError, match="no pair .* is left.*data_report.html"):
+    with caplog.at_level(logging.WARNING), pytest.raises(DataError) as e:
         ingest(camvid(allow=("unreadable-label",)), root, work)
+    assert e.value.where == str(root) and "data_report.html" in e.value.todo
     assert "unreadable-label" in caplog.text

@@ -96,8 +96,9 @@ def test_nothing_is_doubted_in_right_labels(tmp_path: Path) -> None:
 def test_other_classes_are_refused(tmp_path: Path) -> None:
     seer = Seer()
     seer.label_set = CITYSCAPES
-    with pytest.raises(UsageError, match=r"^test val: the release knows road.*; name other data \(--config, or data.s"):
+    with pytest.raises(UsageError) as e:
         find_suspects(seer, tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    assert e.value.where == "test val" and "--config" in e.value.todo
 
 
 def test_without_cleanlab_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,5 +110,6 @@ def test_without_cleanlab_it_says_what_to_install(tmp_path: Path, monkeypatch: p
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UsageError, match=r"roadseg\[doctor\]"):
+    with pytest.raises(UsageError) as e:
         find_suspects(Seer(), tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    assert "roadseg[doctor]" in e.value.todo

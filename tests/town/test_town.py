@@ -64,10 +64,12 @@ def test_the_scene_does_not_depend_on_the_size() -> None:
 
 
 def test_a_weather_that_is_none_and_a_tiny_frame_are_refused() -> None:
-    with pytest.raises(UsageError, match="hail"):
+    with pytest.raises(UsageError) as e:
         render(0, 0, 128, 64, "hail")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="16x128"):
+    assert "hail" in e.value.found
+    with pytest.raises(UsageError) as e:
         render(0, 0, 16, 128)
+    assert "16x128" in e.value.found
 
 
 def test_labels_are_known_and_nothing_is_left_unpainted(frames: list[Frame]) -> None:
@@ -253,7 +255,9 @@ def test_splits_share_neither_scenes_nor_towns() -> None:
 
 
 def test_splits_that_cannot_be_are_refused() -> None:
-    with pytest.raises(UsageError, match="splits"):
+    with pytest.raises(UsageError) as e:
         list(places({"train": -1}))
-    with pytest.raises(UsageError, match="at most"):
+    assert e.value.exit_code == 2
+    with pytest.raises(UsageError) as e:
         list(places({str(n): 1 for n in range(9)}))
+    assert e.value.exit_code == 2

@@ -1,7 +1,7 @@
-"""Which images are the same pixel for pixel, whatever their files.
+"""Find images with equal pixels in different files.
 
-To hash the pixels of every image takes a hundredth of decoding it, and hardly any has a copy. So those
-alone are hashed, decoded once more, that agree in all that was measured of their pixels and whose files differ.
+Hashing pixels costs a hundredth of decoding, and hardly any image has a copy. So only images whose files differ
+but whose statistics and size are equal are decoded again and hashed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from roadseg.ingest.measure import MeasuredPair
 def with_pixel_digests(
     root: Path, limits: Limits, measured: Sequence[MeasuredPair], pool: Executor | None
 ) -> list[MeasuredPair]:
-    """The same, with equal `pixels_digest` for images of equal pixels. pool: decodes, if there is one."""
-    alike: dict[object, dict[str, str]] = defaultdict(dict)  # by what equal pixels have in common: a path by digest
+    """Return the pairs with equal `pixels_digest` for images of equal pixels. pool: decodes, if given."""
+    alike: dict[object, dict[str, str]] = defaultdict(dict)  # path by file digest, grouped by size and statistics
     for s in measured:
         if s.pixels_digest:
             alike[s.width, s.height, s.stats].setdefault(s.pixels_digest, s.pair.image)
@@ -39,6 +39,6 @@ def _pixels_digest(root: Path, limits: Limits, file: tuple[str, str]) -> str:
     """XXH3-128 of the decoded image (digest of the file, path) and its size."""
     try:
         pixels = read_image(read_bytes(root / file[1], limits), limits)
-    except (ImageError, OSError):  # it was read a moment ago; who changes files meanwhile gets a digest of the file
+    except (ImageError, OSError):  # the file changed since it was measured: keep the file's digest
         return file[0]
     return f"{xxhash.xxh3_128(pixels.data).hexdigest()}-{pixels.shape[1]}x{pixels.shape[0]}"

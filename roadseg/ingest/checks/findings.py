@@ -1,7 +1,7 @@
-"""What can be wrong with a data set: every code, its severity, and what config makes of it.
+"""All finding codes with their severity, and how the config changes it.
 
-`data.allow` demotes errors to warnings, and what they concern is left out; `data.forbid` makes
-warnings errors. docs/data-doctor.md tells each code at length, and a test keeps it in step.
+`data.allow` turns errors into warnings and leaves the affected data out; `data.forbid` turns warnings into
+errors. docs/data-doctor.md explains every code; a test compares it with this table.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Literal
 from roadseg.errors import ConfigError
 
 Severity = Literal["error", "warning"]
-# What an error that is allowed leaves out of the manifest:
+# What an allowed error leaves out of the manifest:
 #   "pair"    the pair, from any split
 #   "train"   the pair, from train only
 #   "pixels"  nothing; the pixels count as void
 #   "instances"  the instance map; the pair stays
-#   "file"    a file that made no pair, so there is nothing more to leave out
+#   "file"    nothing more: the file has no pair anyway
 #   "nothing"
 LeavesOut = Literal["pair", "train", "pixels", "instances", "file", "nothing"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong (error: refuses) or doubtful (warning: goes on) in the data.
+    """A problem in the data. An error stops ingest, a warning does not.
 
-    split: where, "train and val" if between two, "" if in none. files: one entry each, beginning with a
-    path, what was found there after ": ". count: of what `message` counts, mostly len(files).
+    split: "train and val" if it concerns two, "" if none. files: one entry per file, "path" or "path: details".
+    count: the number in `message`, mostly len(files).
     """
 
     code: str
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Code:
-    """severity: unless config says otherwise. leaves_out: once allowed, or as a warning."""
+    """severity: the default. leaves_out: applied once the finding is allowed, or if it is a warning."""
 
     severity: Severity
     means: str
@@ -54,38 +54,38 @@ CODES: dict[str, Code] = {
     # files and their names
     "missing-label": Code("error", "an image without a label", "file"),
     "missing-image": Code("error", "a label without an image", "file"),
-    "doubled-file": Code("error", "one name given to several files, so that a pair can't be told", "file"),
-    "bad-name": Code("error", "a file name with control characters or bytes that are no UTF-8", "file"),
-    "empty-split": Code("error", "a split whose folder holds no pictures", "file"),
-    "case-clash": Code("warning", "names of one split that differ in upper and lower case only"),
+    "doubled-file": Code("error", "several files with the same name, so that the pair is ambiguous", "file"),
+    "bad-name": Code("error", "a file name with control characters or invalid UTF-8", "file"),
+    "empty-split": Code("error", "a split whose folder has no images", "file"),
+    "case-clash": Code("warning", "file names of one split that differ only in case"),
     "no-labels": Code("warning", "a test split without labels, or with placeholders"),
-    "source-note": Code("warning", "what a source takes or leaves out by itself"),
-    "missing-instances": Code("warning", "labels without an instance map where others have one"),
+    "source-note": Code("warning", "a choice that the source made, such as files it left out"),
+    "missing-instances": Code("warning", "labels without an instance map while other labels have one"),
     # one pair
-    "unreadable-image": Code("error", "an image that is empty, damaged, hostile, or none", "pair"),
-    "unreadable-label": Code("error", "a label that is empty, damaged, hostile, or none", "pair"),
+    "unreadable-image": Code("error", "an image file that is empty, damaged, too large, or not an image", "pair"),
+    "unreadable-label": Code("error", "a label file that is empty, damaged, too large, or not a mask", "pair"),
     "unreadable-instances": Code("error", "an instance map that can't be read", "instances"),
-    "swapped": Code("error", "image and label exchanged", "pair"),
-    "same-file": Code("error", "one file given as image and as label", "pair"),
+    "swapped": Code("error", "image and label swapped", "pair"),
+    "same-file": Code("error", "the same file as image and as label", "pair"),
     "size-differs": Code("error", "image, label or instance map of different sizes", "pair"),
     # what the labels' values mean
     "train-ids": Code("error", "train ids where the data set's own ids are expected", "pair"),
     "label-ids": Code("error", "Cityscapes label ids where train ids are expected", "pair"),
     "instance-ids": Code("error", "instance ids (class x 1000 + number) where class ids are expected", "pair"),
     "binary-mask": Code("error", "masks of 0 and 255 where class ids are expected", "pair"),
-    "color-mask": Code("error", "masks of RGB colours where class ids are expected", "pair"),
-    "id-mask": Code("error", "masks of ids where colours are expected", "pair"),
-    "mixed-masks": Code("warning", "a split whose masks are stored in different ways"),
+    "color-mask": Code("error", "RGB color masks where class ids are expected", "pair"),
+    "id-mask": Code("error", "id masks where colors are expected", "pair"),
+    "mixed-masks": Code("warning", "palette and gray masks in one split"),
     "interpolated-mask": Code("error", "masks resized with interpolation, smoothed, or saved as JPEG", "pair"),
-    "undeclared-void": Code("error", "255 in the labels of a label set that lacks it: mostly void", "pixels"),
-    "unknown-id": Code("error", "ids that the label set lacks", "pixels"),
-    "unknown-color": Code("error", "colours that the label set lacks", "pixels"),
-    "void-as-class": Code("warning", "void or padding that holds the id of a learned class"),
+    "undeclared-void": Code("error", "undeclared 255 in labels, which mostly means void", "pixels"),
+    "unknown-id": Code("error", "ids that are not in the label set", "pixels"),
+    "unknown-color": Code("error", "colors that are not in the label set", "pixels"),
+    "void-as-class": Code("warning", "void or padding stored as the id of a learned class"),
     # what the labels hold
-    "all-void": Code("error", "labels with nothing but void", "train"),
+    "all-void": Code("error", "labels that are entirely void", "train"),
     "one-class": Code("warning", "labels with a single class"),
-    "class-missing": Code("warning", "a class that a split has no pixel of"),
-    "class-drift": Code("warning", "a split whose classes are distributed differently than train's"),
+    "class-missing": Code("warning", "a class without a single pixel in a split"),
+    "class-drift": Code("warning", "a split whose class distribution differs from train's"),
     # the same thing twice
     "duplicate-across-splits": Code("error", "the same pixels in two splits"),
     "duplicate-in-split": Code("warning", "the same pixels twice in a split"),
@@ -95,24 +95,24 @@ CODES: dict[str, Code] = {
     "same-sequence": Code("warning", "one sequence in two splits"),
     "same-city": Code("warning", "one city in two splits"),
     # images that stand out
-    "exif-rotated": Code("warning", "photographs stored on their side, upright only by their EXIF data"),
-    "too-dark": Code("warning", "images far darker than the others"),
-    "too-bright": Code("warning", "images far brighter than the others"),
-    "blurred": Code("warning", "images far less sharp than the others"),
-    "odd-size": Code("warning", "images of another size than nearly all others"),
-    "odd-color": Code("warning", "images whose colours are far from the others'"),
+    "exif-rotated": Code("warning", "images that are upright only after applying their EXIF orientation"),
+    "too-dark": Code("warning", "images that are much darker than the others"),
+    "too-bright": Code("warning", "images that are much brighter than the others"),
+    "blurred": Code("warning", "images that are much less sharp than the others"),
+    "odd-size": Code("warning", "images whose size or shape differs from nearly all others"),
+    "odd-color": Code("warning", "images whose colors differ strongly from the others"),
 }  # fmt: skip
 
 
 def severity_of(code: str, allow: Collection[str] = (), forbid: Collection[str] = ()) -> Severity:
-    """What `code` is under a config. KeyError for a code that there isn't: ours to repair."""
+    """The severity under a config. Raises KeyError for an unknown code."""
     if code in forbid:
         return "error"
     return "warning" if code in allow else CODES[code].severity
 
 
 def require_codes(allow: Iterable[str], forbid: Iterable[str]) -> None:
-    """Raises ConfigError that lists every code that there isn't or that is both allowed and forbidden."""
+    """Raise ConfigError that lists all unknown codes and all that are both allowed and forbidden."""
     allow, forbid = list(allow), list(forbid)
     wrong = [f"data.allow: {_unknown(c)}" for c in allow if c not in CODES]
     wrong += [f"data.forbid: {_unknown(c)}" for c in forbid if c not in CODES]
@@ -123,13 +123,13 @@ def require_codes(allow: Iterable[str], forbid: Iterable[str]) -> None:
 
 def _unknown(code: str) -> str:
     near = difflib.get_close_matches(code, CODES, n=2)
-    return f"there is no code {code!r}" + (f", perhaps you meant {' or '.join(near)}" if near else "")
+    return f"unknown code {code!r}" + (f", perhaps you meant {' or '.join(near)}" if near else "")
 
 
 def with_severity(
     findings: Iterable[Finding], allow: Collection[str] = frozenset(), forbid: Collection[str] = frozenset()
 ) -> list[Finding]:
-    """The findings with the severity that config gives them. Raises as `require_codes` does."""
+    """The findings with the config's severity. Raises ConfigError as `require_codes` does."""
     require_codes(allow, forbid)
     return [
         replace(f, severity=severity_of(f.code, allow, forbid)) if f.code in allow or f.code in forbid else f
@@ -138,5 +138,5 @@ def with_severity(
 
 
 def plural(count: int, noun: str, several: str = "") -> str:
-    """ "1 class", "2,000 classes". several: the plural where it isn't the noun with an s."""
+    """ "1 class", "2,000 classes". several: the plural if it is not the noun plus "s"."""
     return f"{count:,} {noun if count == 1 else several or noun + 's'}"

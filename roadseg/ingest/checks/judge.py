@@ -1,4 +1,4 @@
-"""Every check of the data: all findings at once, each with what, where, how many, and what to do."""
+"""Run all checks of the data and collect their findings."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ _NO_PAIR = frozenset(code for code, c in CODES.items() if c.leaves_out == "pair"
 
 @dataclass(frozen=True)
 class Checked:
-    """samples: the sound ones, sorted by split and name. findings: of the files' content. seen: every pair.
+    """Result of `check`.
 
-    near: images that are the same or nearly so, the most similar first.
+    samples: pairs without errors, sorted by split and name. findings: about the files' content. measured: all
+    pairs. near: equal or nearly equal images, the most similar first.
     """
 
     samples: tuple[Sample, ...]
@@ -64,12 +65,12 @@ def check(
     forbid: Collection[str] = frozenset(),
     pool: ProcessPoolExecutor | None = None,
 ) -> Checked:
-    """Decodes every file of `pairs`, judges what is in them, and takes out what is wrong.
+    """Decode every file of `pairs`, check the contents, and leave out what is wrong.
 
-    workers: 0 for one a core; of no account with a pool, which `readers` made for this task. unlabelled:
-    (split, part) that may be void throughout, because their public labels are placeholders. allow, forbid: codes, as
-    `judged` takes them; raises ConfigError for one that there isn't. What an allowed error concerns is
-    left out of the samples, as CODES says.
+    workers: 0 for one per core; ignored if a pool is given, which `worker_pool` must have made for this task.
+    unlabelled: (split, part) whose labels may be entirely void, because the public ones are placeholders.
+    allow, forbid: codes, see `with_severity`; raises ConfigError for unknown ones. What an allowed error affects is
+    left out of the samples as CODES defines.
     """
     require_codes(allow, forbid)
     task = Task(root, forms, limits, label_set.num_classes)
@@ -107,17 +108,17 @@ def _value_findings(
 
 
 def _labelled(measured: Sequence[MeasuredPair], causes: Mapping[str, str]) -> list[MeasuredPair]:
-    """Those whose label can be read and means what it says."""
+    """Pairs whose label is readable and has no value problem."""
     return [s for s in measured if s.histogram and s.pair.label not in causes and not _problem_paths(s, "swapped")]
 
 
 def _problem_paths(s: MeasuredPair, code: str) -> tuple[str, ...]:
-    """The files that a pair's problems of that code lie in."""
+    """The paths of the pair's files that have a problem of this code."""
     return tuple(path for c, path, _ in s.problems if c == code)
 
 
 def _sample(s: MeasuredPair, cause: str) -> Sample | None:
-    """None for a pair that CODES leaves out. cause: what is wrong with the label's values, "" for nothing."""
+    """None for a pair that CODES leaves out. cause: the code of the label's value problem, "" if none."""
     p = s.pair
     wrong = {path for code, path, _ in s.problems if CODES[code].leaves_out in ("pair", "instances")}
     if wrong & {p.image, p.label} or cause in _NO_PAIR or not s.histogram or _is_one_file(s):
@@ -144,11 +145,11 @@ def _sample(s: MeasuredPair, cause: str) -> Sample | None:
 
 
 def _file_problems(split: str, measured: Sequence[MeasuredPair], causes: Mapping[str, str]) -> list[Finding]:
-    """causes: labels whose values are explained, so that it needs no saying that they can't be read."""
+    """causes: labels with a value problem, whose reading problems are not reported again."""
     findings = []
     for code, (noun, what, fix) in _FILE_PROBLEMS.items():
         problems = [(s, path, text) for s in measured for c, path, text in s.problems if c == code]
-        if code != "swapped":  # which explains whatever else is wrong with its files
+        if code != "swapped":  # swapped files explain all other problems of the pair
             problems = [t for t in problems if not _problem_paths(t[0], "swapped")]
         if code == "unreadable-label":
             problems = [t for t in problems if t[1] not in causes]
@@ -171,7 +172,7 @@ def _file_problems(split: str, measured: Sequence[MeasuredPair], causes: Mapping
 
 
 def _same_files(split: str, measured: Sequence[MeasuredPair]) -> list[Finding]:
-    """Masks that were copied among the images, or two folders that are one."""
+    """Findings of masks copied into the image folder, or of images and labels read from one folder."""
     entries = tuple(f"{s.pair.image} = {s.pair.label}" for s in measured if _is_one_file(s))
     if not entries:
         return []
@@ -187,7 +188,7 @@ def _is_one_file(s: MeasuredPair) -> bool:
 
 
 def _is_quarter_turn(s: MeasuredPair) -> bool:
-    """Whether a label of another shape has as many pixels: a quarter turn, and hardly anything else."""
+    """True if a label of another shape has equally many pixels, which nearly always is a quarter turn."""
     return sum(s.histogram) == s.width * s.height
 
 
@@ -248,13 +249,13 @@ def _shared_sequences(pairs: Sequence[Pair], splits: Sequence[str]) -> list[Find
 
 
 def _city(sequence: str) -> str:
-    """Of aachen_000000 aachen; "" of what isn't named so. A part's name stays before it."""
+    """aachen for aachen_000000, "" for other names. The prefix of a mix's part is kept."""
     named = _CITY.fullmatch(sequence)
     return named.group(1) if named else ""
 
 
 def _shared(code: str, nouns: tuple[str, str], a: str, b: str, images: Counter[str], fix: str) -> list[Finding]:
-    """images: of split b, by the sequence or city that is in both."""
+    """images: number of images of split b, by the shared sequence or city."""
     if not images:
         return []
     entries = tuple(sorted(images))
@@ -263,17 +264,17 @@ def _shared(code: str, nouns: tuple[str, str], a: str, b: str, images: Counter[s
 
 
 def refusal(root: Path | str, findings: Sequence[Finding], report: Path | None = None) -> DataError:
-    """One error that lists every finding that is an error, by code, with the first few files of each.
+    """The error that lists all findings with severity error, by code, with the first files of each.
 
-    report: where all of them are shown, if anywhere.
+    report: the report with all files, if there is one.
     """
     errors = sorted((f for f in findings if f.severity == "error"), key=lambda f: f.code)
     blocks = [f"  {f.code}: {f.message}\n{format_files(f, '      ')}    to repair: {f.fix}" for f in errors]
-    listing = "\n".join(blocks)  # ends the sentence, so what to do next stands in it and not in todo
+    listing = "\n".join(blocks)  # a list ends the sentence, so the next step is part of it instead of `todo`
     return DataError(
-        f"{plural(len(errors), 'error')} in the data\n{listing}\nRepair them and run again; "
-        "nothing is learned from data with errors. To go on without what is wrong, name the codes in data.allow."
-        + (f"\nAll files, with pictures: {report}" if report else ""),
+        f"{plural(len(errors), 'error')} in the data\n{listing}\nRepair them and run again; training does not start "
+        "on data with errors. To leave the affected data out instead, list the codes in data.allow."
+        + (f"\nAll files, with images: {report}" if report else ""),
         where=str(root),
     )
 

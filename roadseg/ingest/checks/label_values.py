@@ -1,6 +1,6 @@
-"""What is wrong with the values in a label, judged from their counts: one cause a label, the most telling one.
+"""Detect wrong values in labels from their counts: at most one cause per label, the most specific one.
 
-Values that are wrong and yet plausible, such as classes off by one, can't be told without a model.
+Plausible but wrong values, such as classes off by one, cannot be detected without a model.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from roadseg.ingest.measure import MeasuredPair
 from roadseg.labels import CITYSCAPES, IGNORE, LabelSet
 
 _MAX_LISTED_IDS = 12
-_FIRST_INSTANCE_ID = 1000  # class x 1000 + number, as Cityscapes and BDD write them
+_FIRST_INSTANCE_ID = 1000  # class x 1000 + number, as in Cityscapes and BDD
 _CITYSCAPES_USUAL = frozenset((7, 11, 21, 23, 26))  # road, building, vegetation, sky, car: in nearly every frame
-_MANY_IDS = 8  # so many different ids, none above the train ids, are no chance
+_MANY_IDS = 8  # so many different ids without one above the train ids are not a coincidence
 _BINARY = frozenset((0, 255))
 _MORE_COLORS = re.compile(r"and ([\d,]+) more colours")
-_STRAY_COLORS = 50  # of one label; JPEG makes hundreds
+_STRAY_COLORS = 50  # in one label; JPEG compression makes hundreds
 
 
 def causes(measured: Sequence[MeasuredPair], form: MaskForm) -> dict[str, str]:
-    """By label path, the code of what is wrong with its values; labels with nothing wrong are left out.
+    """Code of the value problem by label path; labels without a problem are left out.
 
-    seen: the pairs of one split and one part, whose masks are of `form`.
+    measured: the pairs of one split and one part, whose masks have this form.
     """
     found = {s.pair.label: code for s in measured if (code := _cause(s, form))}
     if form.kind != "ids":
@@ -98,10 +98,10 @@ def _cause_of_ids(s: MeasuredPair, label_set: LabelSet) -> str:
 
 
 def _train_ids(ids: frozenset[int], pixels: Mapping[int, int], label_set: LabelSet) -> bool:
-    """Whether one label holds train ids although its ids are others.
+    """True if one label holds train ids although the label set has other ids.
 
-    With 255, which the label set lacks, there is no doubt. Without it, the value 0 must be what class 0
-    mostly is, while the id of class 0 is hardly there.
+    The value 255, if the label set does not declare it, decides. Without it, 0 must be frequent while the id
+    of the class with train id 0 is rare.
     """
     if not _mostly_above_train_ids(label_set) or not _only_train_ids(ids, label_set):
         return False
@@ -112,12 +112,12 @@ def _train_ids(ids: frozenset[int], pixels: Mapping[int, int], label_set: LabelS
 
 
 def _first_id(label_set: LabelSet) -> int:
-    """What class 0 has in the masks that are expected, as road has 7 in Cityscapes."""
+    """The id of the class with train id 0, such as 7 (road) in Cityscapes."""
     return next(c.id for c in label_set.classes if c.train_id == 0)
 
 
 def _mostly_above_train_ids(label_set: LabelSet) -> bool:
-    """Whether most learned ids are no train ids, as in Cityscapes, so that labels without them are suspicious."""
+    """True if most learned ids are above the train ids, as in Cityscapes; labels without them are suspicious."""
     learned = [c for c in label_set.classes if c.train_id != IGNORE]
     count = max((c.train_id for c in learned), default=0) + 1
     return sum(c.id >= count for c in learned) > len(learned) / 2 and any(c.train_id == 0 for c in learned)
@@ -130,9 +130,9 @@ def _only_train_ids(ids: frozenset[int], label_set: LabelSet) -> bool:
 def value_findings(
     where: str, split: str, measured: Sequence[MeasuredPair], form: MaskForm
 ) -> tuple[list[Finding], dict[str, str]]:
-    """Findings about the values of one split and part, called `where` in the messages; and `causes`.
+    """Findings about the label values of one split and part (named `where` in messages), and `causes`.
 
-    What reading found with those labels is explained by their cause and needs no other finding.
+    A label with a cause gets no further finding from problems met while reading it.
     """
     cause = causes(measured, form)
     by_label = {s.pair.label: s for s in measured}
@@ -233,7 +233,7 @@ def _color_fix(label_set: LabelSet) -> str:
 
 
 def _mixed_masks(where: str, split: str, measured: Sequence[MeasuredPair], form: MaskForm) -> list[Finding]:
-    """Palette masks among grey ones: made by another program, which may have numbered the palette anew."""
+    """Palette masks among gray ones: another program wrote them and may have renumbered the palette."""
     kinds = {s.pair.label: "palette" if s.mask_mode == "palette" else "grey" for s in measured if s.id_pixels}
     counts = Counter(kinds.values())
     if form.kind != "ids" or len(counts) < 2:

@@ -1,4 +1,4 @@
-"""The same picture twice: inside a split it wastes, across splits it makes a score a lie."""
+"""Find equal and nearly equal images, within a split and across splits, where they inflate scores."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources.pairs import split_order
 from roadseg.progress import progress
 
-# Similarity from which two frames count as nearly the same; benchmarks/near_duplicates.py tells how it was
-# chosen and what it finds.
+# Two frames of at least this similarity are near-duplicates; benchmarks/near_duplicates.py shows how it was chosen
+# and what it finds.
 NEAR = 0.73
-# How a frame is moved before it is compared: driving ahead zooms, turning shifts. Zoom, shift in widths.
+# (zoom, shift in widths) applied before a comparison: driving ahead zooms, turning shifts.
 _MOVES = tuple((zoom, shift) for zoom in (1.0, 1.05, 1 / 1.05) for shift in (0.0, -0.02, 0.02))
-_VANISHING_ROW = 0.45  # of the height: what a zoom leaves in place when a car drives ahead
+_VANISHING_ROW = 0.45  # as a share of the height: fixed point of the zoom when a car drives ahead
 _QUERIES, _AMONG = 256, 4096  # frames compared at a time: 9 x 256 x 4096 similarities, 38 MB
 
 
 @dataclass(frozen=True)
 class NearPair:
-    """Two images that are the same pixel for pixel (exact) or nearly so; similarity 0..1, exact ones have 1.
+    """Two images with equal pixels (exact) or nearly equal ones; similarity 0..1, 1 if exact.
 
-    a is of the earlier split (train, val, test, others), or the first by path where both are of one split.
+    Image a is from the earlier split (train, val, test, others); within one split it is the first by path.
     """
 
     image_a: str
@@ -42,12 +42,12 @@ class NearPair:
 
     @property
     def same_sequence(self) -> bool:
-        """Known to be of one sequence, where neighbours are bound to look alike."""
+        """True if both are from the same known sequence, where neighboring frames look alike anyway."""
         return self.sequence_a == self.sequence_b != ""
 
 
 def duplicates(measured: Sequence[MeasuredPair], near: Sequence[NearPair] | None = None) -> list[Finding]:
-    """What is there twice, within and across splits. near: what `near_pairs(seen)` gave, if it is there already."""
+    """Findings of copies and near-copies, within and across splits. near: the result of `near_pairs`, if known."""
     readable = [s for s in measured if s.pixels_digest]
     pairs = near_pairs(measured) if near is None else near
     splits = split_order({s.pair.split for s in readable})
@@ -73,7 +73,7 @@ def _copies(measured: Iterable[MeasuredPair]) -> list[list[MeasuredPair]]:
 def _contradicting(groups: Sequence[Sequence[MeasuredPair]]) -> Iterator[Finding]:
     entries = []
     for group in groups:
-        # What the label says, and not its bytes: the same mask may be packed in two ways.
+        # Compare decoded labels, not bytes: one mask may be compressed in two ways.
         labels = {(s.histogram, s.places): s.pair for s in reversed(group) if s.histogram}
         if len(labels) > 1:
             entries.append(" = ".join(s.pair.image for s in group) + ": " + ", ".join(s.pair.label for s in group))
@@ -110,7 +110,7 @@ def _copied_across(a: str, b: str, groups: Sequence[Sequence[MeasuredPair]]) -> 
 def _alike_across(a: str, b: str, pairs: Sequence[NearPair]) -> Iterator[Finding]:
     copied = {p.image_b for p in pairs if p.exact}
     best: dict[str, NearPair] = {}
-    for pair in pairs:  # the most similar first
+    for pair in pairs:  # sorted, the most similar first
         if pair.image_b not in copied:
             best.setdefault(pair.image_b, pair)
     if best:
@@ -145,7 +145,7 @@ def _alike_inside(split: str, measured: Sequence[MeasuredPair], pairs: Sequence[
 
 
 def _by_sequence(measured: Sequence[MeasuredPair], pairs: Sequence[NearPair]) -> Iterator[str]:
-    """One entry a sequence: its most similar pair, and how many of its frames look like another of it."""
+    """One entry per sequence: its most similar pair, and how many of its frames look like another one of it."""
     groups: dict[str, list[NearPair]] = {}
     for pair in pairs:
         groups.setdefault(pair.sequence_a, []).append(pair)
@@ -168,11 +168,11 @@ def _sequences(a: str, b: str) -> str:
 
 
 def near_pairs(measured: Sequence[MeasuredPair]) -> list[NearPair]:
-    """Pairs of images that are the same or nearly the same, the most similar first.
+    """Pairs of equal or nearly equal images, the most similar first.
 
-    Of every image its best match of each other split, and of its own split the best of its own sequence
-    and of the others: so a few pairs an image, however often a scene was filmed. Exact copies come as
-    pairs with the first of them. Flat pictures (all black) are like nothing.
+    For every image: its best match in each other split, and in its own split the best match of its own sequence
+    and of other sequences. So there are few pairs per image, however often a scene was recorded. Exact copies are
+    paired with the first of them. Flat images (all black) match nothing.
     """
     readable = sorted((s for s in measured if s.pixels_digest and s.stats), key=lambda s: s.pair.image)
     order = {split: k for k, split in enumerate(split_order({s.pair.split for s in readable}))}
@@ -193,12 +193,12 @@ def _near_pair(a: MeasuredPair, b: MeasuredPair, similarity: float, *, exact: bo
 
 
 def _nearest(measured: Sequence[MeasuredPair], order: dict[str, int]) -> Iterator[tuple[int, int, float]]:
-    """(i, j, similarity): for every frame i the best j of each kind, if it is NEAR; equal pixels left out."""
+    """(i, j, similarity): for every frame i the best j of each kind with similarity NEAR or more; no exact copies."""
     descriptors = np.frombuffer(b"".join(s.stats.descriptor for s in measured if s.stats), np.uint8)
     pixels = _numbered(s.pixels_digest for s in measured)
     sequence = _numbered(s.pair.sequence or str(k) for k, s in enumerate(measured))
     split = np.array([order[s.pair.split] for s in measured], np.int64)
-    # The kind of match j is to i: of which split, and of one drive or not. Across splits that is one kind.
+    # Kind of match: the split of j, and within one split whether the sequence is the same.
     kinds = 2 * len(order)
     best = np.zeros((len(measured), kinds), np.float32)
     match = np.full((len(measured), kinds), -1, np.int64)
@@ -207,7 +207,7 @@ def _nearest(measured: Sequence[MeasuredPair], order: dict[str, int]) -> Iterato
         kind = 2 * split[j] + ((split[i] == split[j]) & (sequence[i] != sequence[j]))
         better = similarity > best[i, kind]
         i, j, kind, similarity = i[better], j[better], kind[better], similarity[better]
-        last = np.lexsort((-j, similarity))  # of several for one place the last one stays
+        last = np.lexsort((-j, similarity))  # if several are written to one position, the last one stays
         best[i[last], kind[last]] = similarity[last]
         match[i[last], kind[last]] = j[last]
 
@@ -226,10 +226,10 @@ def _numbered(names: Iterable[str]) -> np.ndarray:
 
 
 def alike(descriptors: np.ndarray, least: float = NEAR) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For uint8 [N, 24, 48] blocks of (i, j, similarity), i < j: all pairs at least so alike.
+    """For descriptors uint8 [N, 24, 48], blocks of (i, j, similarity), i < j, of all pairs with at least `least`.
 
-    Similarity is the correlation of the small pictures at half their size, the greatest over the moves of
-    one of them, rounded to 1/1000 so that it doesn't depend on how a machine sums. Memory: 1.2 kB a frame
+    Similarity is the correlation of the descriptors at half their size, the maximum over the moves of one of them,
+    rounded to 1/1000 so that it does not depend on the machine's order of summation. Memory: 1.2 kB per frame
     and 80 MB.
     """
     plain = _vectors(descriptors, 1.0, 0.0)
@@ -248,7 +248,7 @@ def alike(descriptors: np.ndarray, least: float = NEAR) -> Iterator[tuple[np.nda
 
 
 def _vectors(descriptors: np.ndarray, zoom: float, shift: float) -> np.ndarray:
-    """float32 [N, 288]: the small pictures moved, at half their size, with mean 0 and length 1 (flat ones 0)."""
+    """float32 [N, 288]: the moved descriptors at half their size, with mean 0 and length 1 (0 if flat)."""
     width, height = DESCRIPTOR_PX
     x, y = (width - 1) / 2, _VANISHING_ROW * height
     matrix = np.array([[zoom, 0, (1 - zoom) * x + shift * width], [0, zoom, (1 - zoom) * y]], np.float32)

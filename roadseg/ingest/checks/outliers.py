@@ -1,4 +1,4 @@
-"""Images that stand out of their split, and splits whose classes are distributed differently."""
+"""Find images that differ strongly from the others of their split, and splits whose class distribution differs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.sources.pairs import split_order
 from roadseg.labels import LabelSet
 
-FEWEST = 30  # images from which "far from the others" means something
-MOST = 0.05  # of a split: what more of it has is another kind of picture and no outlier
+FEWEST = 30  # images needed before "far from the others" means anything
+MOST = 0.05  # share of a split: what is more frequent is another kind of image, not an outlier
 ALL_BLACK, ALL_WHITE = 0.95, 0.95  # shares of pixels
-# An outlier is so many robust standard deviations (1.4826 x MAD) from the median and, as frames of one drive
-# hardly vary, so far off in the measure itself. Clean frames of CamVid and of the town keep within 4.5.
+# An outlier is this many robust standard deviations (1.4826 x MAD) from the median and, because frames of one drive
+# hardly vary, also differs by an absolute amount. Clean frames of CamVid and of the town stay within 4.5.
 DEVIATIONS = 5.0
-EXPOSURE_OFF = math.log(2.0)  # natural logarithm of the light that there is, or that is left up to white
+EXPOSURE_OFF = math.log(2.0)  # natural logarithm of the luma, or of its distance to white
 SHARPNESS_OFF = math.log(1.8)  # natural logarithm
 CAST_OFF = 0.35  # natural logarithm of red to green, blue to green
 ASPECT_OFF = math.log(1.5)
 COMMON_SIZE = 0.9  # of a split that has one size
-GREY = 0.3  # of 255: channels no further apart
-_NO_LIGHT = 8.0  # of 255: added to a luma before its logarithm; colours of darker pictures say nothing
+GREY = 0.3  # of 255: a gray image's channels differ by no more
+_NO_LIGHT = 8.0  # of 255: added to luma before the logarithm; colors of darker images are not compared
 DRIFT = 0.25  # PSI; by the rule of thumb of credit scoring 0.1..0.25 is a moderate shift, above it a large one
-_SMALLEST_SHARE = 1e-4  # stands for a class that a split lacks
+_SMALLEST_SHARE = 1e-4  # the share used for a class that a split lacks
 _MAX_LISTED_CLASSES = 5
 
 
 def outliers(measured: Sequence[MeasuredPair]) -> list[Finding]:
-    """Warnings of images too dark, too bright, blurred, of odd colour or size, and stored on their side.
+    """Warnings for images that are too dark, too bright, blurred, of odd color or size, or rotated by EXIF.
 
-    "Too" is relative to the images of the same split and part, of which there have to be `FEWEST`; only
-    black and white pictures and EXIF orientation are told of any.
+    Images are compared with those of the same split and part, if there are at least `FEWEST`. All-black and
+    all-white images and EXIF orientation are reported for any number.
     """
     findings: list[Finding] = []
     for split in split_order({s.pair.split for s in measured}):
@@ -54,7 +54,7 @@ Outliers = Iterator[tuple[MeasuredPair, str]]
 
 
 def _deviation(values: Sequence[float], least: float) -> np.ndarray:
-    """Signed robust deviations [N] from the median, 0 for what is less than `least` off or not rare."""
+    """Signed deviations [N] from the median; 0 for values within `least`, within DEVIATIONS, or not rare."""
     array = np.array(values, np.float64)
     if len(array) < FEWEST:
         return np.zeros(len(array))
@@ -80,7 +80,7 @@ def _bright(measured: Sequence[MeasuredPair]) -> Outliers:
 def _exposed(
     measured: Sequence[MeasuredPair], shares: Sequence[float], most: float, extreme: str, left: Callable[[float], float]
 ) -> Outliers:
-    """Logarithms, since exposure multiplies: a tenth of the light is far off also where clouds and sun vary."""
+    """Compares logarithms, since exposure multiplies light."""
     luma = [_stats(s).luma for s in measured]
     deviation = _deviation([math.log(left(v) + _NO_LIGHT) for v in luma], EXPOSURE_OFF)
     for s, value, share, off in zip(measured, luma, shares, deviation, strict=True):
@@ -91,9 +91,7 @@ def _exposed(
 
 
 def _blurred(measured: Sequence[MeasuredPair]) -> Outliers:
-    sharp = [
-        s for s in measured if _stats(s).sharpness > 0
-    ]  # flat pictures have none and are told of as dark or bright
+    sharp = [s for s in measured if _stats(s).sharpness > 0]  # flat images have none and are reported as dark or bright
     logs = [math.log(_stats(s).sharpness) for s in sharp]
     for s, deviation in zip(sharp, _deviation(logs, SHARPNESS_OFF), strict=True):
         if deviation < 0:
@@ -123,7 +121,7 @@ def _is_grey(s: MeasuredPair) -> bool:
 
 
 def _size(measured: Sequence[MeasuredPair]) -> Outliers:
-    """Sizes that few have where nearly all have one; else, as phones and crops come in many, odd aspects."""
+    """Report rare sizes if nearly all images share one size; otherwise (phones, crops) odd aspect ratios."""
     if len(measured) < FEWEST:
         return
     (width, height), common = Counter((s.width, s.height) for s in measured).most_common(1)[0]
@@ -180,7 +178,7 @@ _KINDS = (
 def histogram_drift(measured: Sequence[MeasuredPair], label_set: LabelSet) -> list[Finding]:
     """A warning for each split whose class shares differ from the first split's (train's) by a PSI above `DRIFT`.
 
-    Void is left out. Splits of fewer than `FEWEST` labelled images are not compared: their shares are chance.
+    Void is ignored. Splits with fewer than `FEWEST` labeled images are not compared.
     """
     pixels: dict[str, np.ndarray] = {}
     for split in split_order({s.pair.split for s in measured}):
@@ -212,9 +210,9 @@ def histogram_drift(measured: Sequence[MeasuredPair], label_set: LabelSet) -> li
 
 
 def psi(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float64 [K]: each class's part of the population stability index of two counts [K]; the sum is the index.
+    """float64 [K]: each class's term of the population stability index (PSI) of two counts [K]; the sum is the PSI.
 
-    Shares below 1/10,000 count as that, so that a class that one of them lacks doesn't make it infinite.
+    Shares below 1/10,000 are raised to it, so that a class missing on one side does not make the PSI infinite.
     """
     p, q = (np.maximum(x / x.sum(), _SMALLEST_SHARE) for x in (a, b))
     p, q = p / p.sum(), q / q.sum()

@@ -1,8 +1,8 @@
-"""Void or padding that was written as 0, where 0 is the id of a class that is learned.
+"""Detect void or padding written as 0 where 0 is the id of a learned class.
 
-Only what can be told from labels alone: a band of 0 along an edge in every label, or 0 where the class
-can't be, road at the top of the picture or sky at its bottom. What looks like the class is not told: a
-car's bonnet written as road, a band of road at the bottom or of sky at the top.
+Uses labels only: a band of 0 along one edge of every label, or 0 where the class cannot be (road at the top of the
+image, sky at the bottom). Plausible positions are not detected, such as a hood labeled as road, a band of road at
+the bottom or of sky at the top.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from roadseg.ingest.checks.findings import Finding, plural
 from roadseg.ingest.measure import GRID_COLUMNS, GRID_ROWS, MeasuredPair
 from roadseg.labels import IGNORE, LabelClass
 
-_ALWAYS, _NO_BAND = 0.99, 0.6  # share of labels that hold 0 in every cell of a band, and in some cell beside it
-_FEWEST_FOR_BAND = 8  # labels; in a few, a band may be chance
-_FEWEST, _SHARE = 3, 0.05  # labels with 0 out of place, and of all labels
+_ALWAYS, _NO_BAND = 0.99, 0.6  # share of labels with 0 in every cell of the band, and in some cell next to it
+_FEWEST_FOR_BAND = 8  # labels; with fewer, a band may be a coincidence
+_FEWEST, _SHARE = 3, 0.05  # labels with 0 in impossible places: least number, least share
 _FEWEST_CELLS = 2
-_ROADLESS, _SKYLESS = 4, 6  # rows of 16, from the top and from the bottom; in CamVid and the town there is none
+_ROADLESS, _SKYLESS = (
+    4,
+    6,
+)  # of 16 rows, from the top without road, from the bottom without sky; true for CamVid and the town
 _GROUND = frozenset(("flat", "ground", "terrain", "grass", "pavement", "floor"))
 _ROAD = frozenset(("road", "roads", "street", "lane", "lanes", "roadway", "carriageway", "drivable", "asphalt"))
 
 
 def void_as_class(where: str, split: str, measured: Sequence[MeasuredPair], form: MaskForm) -> list[Finding]:
-    """At most one warning for one split and part, called `where` in its message.
+    """At most one warning for one split and part, named `where` in the message.
 
-    No false one on CamVid, four Cityscapes frames and 500 of the town (benchmarks/planted_faults.py).
+    No false warning on CamVid, four Cityscapes frames and 500 of the town (benchmarks/planted_faults.py).
     """
     zero = _class_of_zero(form)
     labelled = [s for s in measured if s.places]
@@ -54,7 +57,7 @@ def void_as_class(where: str, split: str, measured: Sequence[MeasuredPair], form
 
 
 def _class_of_zero(form: MaskForm) -> LabelClass | None:
-    """The learned class that 0 means: id 0, black, or the background of polygons."""
+    """The learned class that 0 stands for: id 0, black in color masks, or the background of polygons."""
     id_ = 0 if form.kind == "ids" else form.background
     for c in form.label_set.classes:
         if c.color == (0, 0, 0) if form.kind == "colors" else c.id == id_:
@@ -63,7 +66,7 @@ def _class_of_zero(form: MaskForm) -> LabelClass | None:
 
 
 def _bands(zeros_NHW: np.ndarray, zero: LabelClass) -> list[str]:
-    """The edges along which every label is 0, up to a line where it is so no more; never those it may fill."""
+    """Edges with a band of 0 in all labels that ends at one line; not the edges that the class may really fill."""
     if len(zeros_NHW) < _FEWEST_FOR_BAND:
         return []
     always = zeros_NHW.mean(axis=0)
@@ -75,7 +78,7 @@ def _bands(zeros_NHW: np.ndarray, zero: LabelClass) -> list[str]:
     found = []
     for side, lines in sides.items():
         lowest = lines.min(axis=1)
-        thick = int(np.argmin(lowest >= _ALWAYS))  # of lines from the edge; 0 also where all are
+        thick = int(np.argmin(lowest >= _ALWAYS))  # in lines from the edge; 0 also if all lines are 0
         if thick and lowest[thick] < _NO_BAND:
             found.append(side)
     return found

@@ -1,10 +1,11 @@
-"""Cityscapes from its owner: by the official downloader, with the user's own account.
+"""Download Cityscapes with the official downloader and the user's own account.
 
-The official package logs in (it asks for the account, or takes what `csDownload` stored; nothing of it
-passes through here), fetches with resume, and compares the MD5 that the server lists. What is added: a
-package that is there already is left alone, without a login; a cut connection is gone on with; room on
-the disk is looked at first; the zip is unpacked as what it is, a stranger's. While unpacking, every
-file's CRC-32 is compared, and what is right already is not written again. The zips are removed.
+The official package (`cityscapesscripts`) logs in, downloads with resume, and checks the MD5 that the server lists.
+It asks for the account or reads what `csDownload` stored; no credentials pass through this module. Added here:
+- complete packages are skipped, without a login;
+- an interrupted connection is resumed;
+- free disk space is checked before;
+- zips are unpacked defensively (unpack.py) with a CRC-32 check of every file, and removed afterwards.
 """
 
 from __future__ import annotations
@@ -29,45 +30,44 @@ PACKAGES = {
     "cityscapes": ("gtFine_trainvaltest.zip", "leftImg8bit_trainvaltest.zip"),
     "cityscapes-coarse": ("gtCoarse.zip", "leftImg8bit_trainvaltest.zip", "leftImg8bit_trainextra.zip"),
 }
-TREES = ("leftImg8bit", "gtFine", "gtCoarse", "license.txt", "README")  # what packages may hold at the top
-NOTES = ".roadseg-download"  # below the root: zips on their way, and for each package what it put where
-TIMEOUT_S = (15.0, 60.0)  # to connect, between two pieces; the official session waits for ever
-ATTEMPTS = 5  # in a row that bring nothing
-PAUSE_S = 2.0  # after the second of them twice that, and so on
+TREES = ("leftImg8bit", "gtFine", "gtCoarse", "license.txt", "README")  # allowed top-level names in a package
+NOTES = ".roadseg-download"  # below the root: partial zips, and a record of each unpacked package's files
+TIMEOUT_S = (15.0, 60.0)  # (connect, read); the official session has no timeout
+ATTEMPTS = 5  # attempts in a row that receive nothing
+PAUSE_S = 2.0  # times the number of such attempts so far
 _SERVER = "the Cityscapes server"
-_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 log = logging.getLogger(__name__)
 
 
 def packages_for(source: str) -> tuple[str, ...]:
-    """The packages that a source needs. KeyError for one that is not Cityscapes'."""
+    """The packages that a source needs. Raises KeyError for a source other than Cityscapes."""
     return PACKAGES[source]
 
 
 def download_cityscapes(root: Path, packages: Sequence[str]) -> None:
-    """Brings the packages' files below `root`, whole; those that are there are not fetched again.
+    """Download and unpack the packages below `root`; complete packages are skipped, partial ones resumed.
 
-    A run that was stopped goes on where it was. Raises RoadsegError without the extra, offline, for a
-    wrong account or one without access, for a full disk, for sums that differ and for a hostile zip.
+    Raises RoadsegError if the extra is not installed, the server is unreachable, the account is wrong or lacks
+    access, the disk is full, a checksum differs, or a zip is unsafe.
     """
     try:
         notes = root / NOTES
         notes.mkdir(parents=True, exist_ok=True)
         with lock(notes / "lock", "the download", wait=True, say=log.warning):
-            missing = [name for name in packages if not _is_there(root, name)]
+            missing = [name for name in packages if not _is_complete(root, name)]
             if missing:
                 _fetch_all(root, missing)
     except OSError as e:
         raise RoadsegError(
-            f"can't be written ({e.strerror or type(e).__name__})",
+            f"cannot be written ({e.strerror or type(e).__name__})",
             where=str(root),
-            todo="make room, or set data.root to a folder that can be written; the download goes on where it was",
+            todo="free disk space, or set data.root to a writable folder; the next run resumes the download",
         ) from None
 
 
-def _is_there(root: Path, package: str) -> bool:
-    """True if every file that the package put below `root` still has its size."""
+def _is_complete(root: Path, package: str) -> bool:
+    """True if every file unpacked from the package exists with its recorded size."""
     try:
         files = json.loads((root / NOTES / f"{package}.json").read_bytes())["files"]
         return all((root / path).stat().st_size == size for path, size in files)
@@ -76,28 +76,28 @@ def _is_there(root: Path, package: str) -> bool:
 
 
 def _fetch_all(root: Path, packages: Sequence[str]) -> None:
-    official, requests = _official()
-    session = _session(official, requests)
-    listed = _listed(official, requests, session)
-    if lacking := [name for name in packages if name not in listed]:
+    official, requests = _import_official()
+    session = _log_in(official, requests)
+    sizes = _package_sizes(official, requests, session)
+    if lacking := [name for name in packages if name not in sizes]:
         raise RoadsegError(
             f"{_SERVER} lists no {', '.join(lacking)} for this account",
             expected="access to the packages",
-            todo="ask for it on www.cityscapes-dataset.com",
+            todo="request access on www.cityscapes-dataset.com",
         )
-    _require_room(root, {name: listed[name] for name in packages})
+    _require_disk_space(root, {name: sizes[name] for name in packages})
     for name in packages:
         path = root / NOTES / name
         _fetch(official, requests, session, path)
         sha256 = sha256_file(path)
         members = unpack(path, root, TREES)
-        _note(root, name, sha256, path.stat().st_size, members)
+        _record(root, name, sha256, path.stat().st_size, members)
         path.unlink()
-        log.info("%s: %s files; MD5 as the server lists it, CRC-32 of every file", name, f"{len(members):,}")
+        log.info("%s: %s files unpacked, MD5 and CRC-32 verified", name, f"{len(members):,}")
 
 
-def _official() -> tuple[Any, Any]:
-    """(the official downloader, requests). Imported here only: an extra."""
+def _import_official() -> tuple[Any, Any]:
+    """(the official downloader, requests), imported lazily because they are an extra."""
     try:
         return importlib.import_module("cityscapesscripts.download.downloader"), importlib.import_module("requests")
     except ImportError:
@@ -108,16 +108,16 @@ def _official() -> tuple[Any, Any]:
         ) from None
 
 
-def _session(official: Any, requests: Any) -> Any:
-    """A session that is logged in. Its errors carry no text of the package's: it may quote what was typed."""
+def _log_in(official: Any, requests: Any) -> Any:
+    """Return a logged-in session. Errors omit the package's own text, which may quote the password."""
     try:
         session = official.login()
     except requests.RequestException as e:
         raise _unreachable(e) from None
     except EOFError:
         raise RoadsegError(
-            "no account to log in with, and nobody to ask",
-            todo="run `csDownload -l` in a terminal once, and let it store",
+            "no stored account, and no terminal to ask for it",
+            todo="run `csDownload -l` in a terminal once and let it store the account",
         ) from None
     except Exception as e:  # the package raises bare Exception
         if str(e) != "Bad credentials.":
@@ -127,59 +127,59 @@ def _session(official: Any, requests: Any) -> Any:
         raise RoadsegError(
             "the account or its password is wrong",
             where=_SERVER,
-            todo="run again; www.cityscapes-dataset.com resets it",
+            todo="run again; the password can be reset on www.cityscapes-dataset.com",
         ) from None
     session.request = partial(session.request, timeout=TIMEOUT_S)
     return session
 
 
 def _unreachable(e: Exception) -> RoadsegError:
-    said = f"answers {_status(e)}" if _status(e) else f"can't be reached ({type(e).__name__})"
-    return RoadsegError(
-        f"{_SERVER} {said}", todo="look at the network and run again: the download goes on where it was"
-    )
+    problem = f"answers {_status(e)}" if _status(e) else f"cannot be reached ({type(e).__name__})"
+    return RoadsegError(f"{_SERVER} {problem}", todo="check the network and run again: the download is resumed")
 
 
 def _status(e: Exception) -> int:
-    """Of an answer, as 403; 0 where there was none."""
+    """The HTTP status, such as 403; 0 without a response."""
     return getattr(getattr(e, "response", None), "status_code", 0)
 
 
-def _listed(official: Any, requests: Any, session: Any) -> dict[str, int]:
-    """Package to its bytes as far as the server's rounded text says them."""
+def _package_sizes(official: Any, requests: Any, session: Any) -> dict[str, float]:
+    """Approximate bytes by package name, from the server's rounded sizes."""
     try:
         rows = official.get_available_packages(session=session)
-        return {row["name"]: _bytes_of(row["size"]) for row in rows}
-    except (KeyError, TypeError, ValueError):  # a page instead of the list among them
-        raise RoadsegError(f"the list of {_SERVER} is none", todo="update cityscapesscripts, or try later") from None
+        return {row["name"]: official.parse_size_to_bytes(row["size"]) for row in rows}
+    except (KeyError, TypeError, ValueError, AttributeError):  # such as a login page instead of JSON
+        raise RoadsegError(
+            f"the package list of {_SERVER} is not readable", todo="update cityscapesscripts, or try later"
+        ) from None
     except requests.RequestException as e:
         raise _unreachable(e) from None
 
 
-def _bytes_of(size: str) -> int:
-    return int(float(size[:-2]) * _UNITS[size[-2:].upper()])
-
-
-def _require_room(root: Path, sizes: dict[str, int]) -> None:
-    """For all that is still to come, and the largest zip beside it; a package unpacks to about its own size."""
+def _require_disk_space(root: Path, sizes: dict[str, float]) -> None:
+    """Require space for all unpacked packages and the largest zip; a package unpacks to about its own size."""
     zips = [root / NOTES / name for name in sizes]
-    there = sum(path.stat().st_size for path in zips if path.exists())
-    needed = int(1.1 * sum(sizes.values())) + max(sizes.values()) - there
+    downloaded = sum(path.stat().st_size for path in zips if path.exists())
+    needed = 1.1 * sum(sizes.values()) + max(sizes.values()) - downloaded
     free = shutil.disk_usage(root).free
     if free < needed:
         raise RoadsegError(
             f"{free / 1e9:.1f} GB are free",
             expected=f"about {needed / 1e9:.1f} GB for {', '.join(sizes)}",
             where=str(root),
-            todo="make room, or set data.root to another disk",
+            todo="free disk space, or set data.root to another disk",
         )
 
 
 def _fetch(official: Any, requests: Any, session: Any, path: Path) -> None:
-    """The whole zip, its MD5 compared. Goes on after cuts as long as more comes; once anew if the sum differs."""
-    failures, again = 0, False
+    """Download the complete zip and check its MD5.
+
+    Interrupted connections are resumed as long as data arrives. A partial file that does not fit the package is
+    downloaded again once.
+    """
+    failures, restarted = 0, False
     while True:
-        before = _shorten(path)
+        resumed_at = _drop_last_byte(path)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # the package prints; our stdout is for programs
                 official.download_packages(
@@ -187,35 +187,29 @@ def _fetch(official: Any, requests: Any, session: Any, path: Path) -> None:
                 )
             return
         except requests.RequestException as e:
-            if _status(e) == 416 and before and not again:  # more is here than the package has
-                again = _anew(path)
+            problem = _unreachable(e)
+            if _status(e) != 416:  # 416: the partial file is longer than the package
+                failures = 0 if path.exists() and path.stat().st_size > resumed_at + 1 else failures + 1
+                if failures == ATTEMPTS or 400 <= _status(e) < 500:
+                    raise problem from None
+                log.warning("%s: connection lost (%s); resuming", path.name, type(e).__name__)
+                time.sleep(PAUSE_S * failures)
                 continue
-            failures = 0 if path.exists() and path.stat().st_size > before + 1 else failures + 1
-            if failures == ATTEMPTS or 400 <= _status(e) < 500:
-                raise _unreachable(e) from None
-            log.warning("%s: cut off (%s); going on", path.name, type(e).__name__)
-            time.sleep(PAUSE_S * failures)
         except OSError:
             raise
         except Exception as e:  # the package raises bare Exception
             if "MD5" not in str(e):
                 raise RoadsegError(f"the download failed ({type(e).__name__})", where=path.name) from None
-            if again or not before:
-                path.unlink()
-                raise RoadsegError(
-                    "the MD5 sum is not the one that the server lists", where=path.name, todo="run again, or report it"
-                ) from None
-            again = _anew(path)
+            problem = RoadsegError("the MD5 differs from the server's", where=path.name, todo="run again, or report it")
+        path.unlink(missing_ok=True)
+        if restarted or not resumed_at:
+            raise problem
+        restarted = True
+        log.warning("%s: the partial file does not match the package; downloading it again", path.name)
 
 
-def _anew(path: Path) -> bool:
-    log.warning("%s: what was there did not fit; fetching it anew", path.name)
-    path.unlink()
-    return True
-
-
-def _shorten(path: Path) -> int:
-    """Bytes that are there, less the last one: a server answers 416 to who asks for nothing more."""
+def _drop_last_byte(path: Path) -> int:
+    """Shorten a partial file by one byte and return its size: servers answer 416 to a request for zero bytes."""
     size = path.stat().st_size if path.exists() else 0
     if size:
         with open(path, "r+b") as f:
@@ -223,7 +217,7 @@ def _shorten(path: Path) -> int:
     return max(0, size - 1)
 
 
-def _note(root: Path, package: str, sha256: str, size: int, members: Sequence[Member]) -> None:
-    files = [[m.path, m.size] for m in members if "/" in m.path]  # not README, which every package has its own of
+def _record(root: Path, package: str, sha256: str, size: int, members: Sequence[Member]) -> None:
+    files = [[m.path, m.size] for m in members if "/" in m.path]  # without README, as each package has its own
     record = {"package": package, "sha256": sha256, "bytes": size, "files": files}
     write_atomic(root / NOTES / f"{package}.json", json.dumps(record).encode())

@@ -1,4 +1,4 @@
-"""A zip from elsewhere, unpacked below a folder: nothing outside of it, no links, no bombs, each file whole."""
+"""Unpack an untrusted zip below a folder: no paths outside, no links, no zip bombs, every file verified."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from roadseg.errors import RoadsegError
 from roadseg.progress import progress
 
 MAX_FILES = 500_000
-MAX_RATIO = 30  # of all files to the zip; Cityscapes' PNG and JSON stay below 10
+MAX_RATIO = 30  # unpacked bytes per byte of the zip; Cityscapes' PNG and JSON stay below 10
 _CHUNK = 1 << 20
-# All that zipfile raises for one, while it opens the zip or reads a member.
+# All that zipfile raises for a damaged zip, while opening it or reading a member.
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, IndexError, OverflowError, struct.error,
 )  # fmt: skip
@@ -26,20 +26,19 @@ _DAMAGED = (
 
 @dataclass(frozen=True)
 class Member:
-    """A file of a zip: where it goes, posix and relative, and its size in bytes."""
+    """A file of a zip: its relative posix path and its size in bytes."""
 
     path: str
     size: int
 
 
 def unpack(path: Path, root: Path, tops: Collection[str]) -> list[Member]:
-    """Writes every file below `root`, atomically, and compares its CRC-32; returns them sorted.
+    """Write every file below `root` atomically, check its CRC-32, and return the members sorted by path.
 
-    A file that is there with the same size and CRC is left alone, so a run that was stopped goes on; so
-    is any that lies directly in `root`, as a README may be the user's.
-    tops: first parts of paths that are allowed. Raises RoadsegError before anything is written for
-    absolute paths, "..", links, encryption, doubled names, too many files, or more bytes than disk or
-    ratio allow; and for a damaged member, of which nothing stays.
+    An existing file with the same size and CRC is kept, so an interrupted run continues; so is any file directly in
+    `root`, as a README may be the user's. tops: allowed first parts of paths. Raises RoadsegError before writing
+    anything for absolute paths, "..", links, encryption, duplicate names, too many files, or too many bytes for
+    the disk or for the ratio; and for a damaged member, which is removed.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -50,34 +49,36 @@ def unpack(path: Path, root: Path, tops: Collection[str]) -> list[Member]:
                 for info in infos:
                     _write(archive, info, root)
                     bar.update()
-            os.sync()  # 25,000 single syncs would take minutes; what notes that all is there comes after
+            os.sync()  # one sync before the record is written; 25,000 single syncs would take minutes
             return sorted((Member(i.filename, i.file_size) for i in infos), key=lambda m: m.path)
     except _DAMAGED as e:
         raise _damaged(path, e) from None
     except OSError as e:
-        if e.errno == errno.EINVAL and e.filename is None:  # to seek where a damaged zip points; a full disk is another
+        if (
+            e.errno == errno.EINVAL and e.filename is None
+        ):  # seeking to a position from a damaged zip; a full disk has another errno
             raise _damaged(path, e) from None
         raise
 
 
 def _damaged(path: Path, e: Exception) -> RoadsegError:
-    return RoadsegError(f"is damaged ({type(e).__name__})", expected="a whole zip", where=str(path))
+    return RoadsegError(f"is damaged ({type(e).__name__})", expected="a complete zip", where=str(path))
 
 
 def _refuse(path: Path, infos: list[zipfile.ZipInfo], tops: Collection[str]) -> None:
     wrong = next((f"{ascii(i.filename)[:80]} {why}" for i in infos if (why := _why_not(i, tops))), "")
     names = [i.filename.casefold() for i in infos]
     if not wrong and len(set(names)) < len(names):
-        wrong = "holds a name twice"
+        wrong = "contains a name twice"
     if not wrong and len(infos) > MAX_FILES:
-        wrong = f"holds {len(infos):,} files"
+        wrong = f"contains {len(infos):,} files"
     total, packed = sum(i.file_size for i in infos), path.stat().st_size
     if not wrong and total > MAX_RATIO * packed + 1_000_000:
         wrong = f"unpacks {packed:,} bytes to {total:,}"
     if wrong:
         raise RoadsegError(
-            f"the zip is refused: {wrong}", expected="the package as its owner made it", where=str(path),
-            todo="remove it; nothing of it was unpacked",
+            f"unsafe zip: {wrong}", expected="the package as published", where=str(path),
+            todo="delete it; nothing was unpacked",
         )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def _why_not(info: zipfile.ZipInfo, tops: Collection[str]) -> str:
     name, parts = info.filename, PurePosixPath(info.filename).parts
     mode = info.external_attr >> 16
     if not name.isprintable() or "\\" in name or ":" in name or name.startswith("/") or not parts or ".." in parts:
-        return "is no path below the folder"
+        return "is not a path below the folder"
     if PurePosixPath(name).as_posix() != name or parts[0] not in tops:
         return f"is outside of {', '.join(tops)}"
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
@@ -102,7 +103,7 @@ def _require_room(path: Path, root: Path, infos: list[zipfile.ZipInfo]) -> None:
     if to_come > free:
         raise RoadsegError(
             f"{free / 1e9:.1f} GB are free", expected=f"{to_come / 1e9:.1f} GB to unpack {path.name}", where=str(root),
-            todo="make room and run again: what was fetched stays",
+            todo="free disk space and run again: the download is kept",
         )  # fmt: skip
 
 
@@ -124,12 +125,12 @@ def _write(archive: zipfile.ZipFile, info: zipfile.ZipInfo, root: Path) -> None:
     partial = target.with_name(f".{target.name}.part")
     try:
         with archive.open(info) as source, open(partial, "wb") as f:
-            left = info.file_size + 1  # zipfile stops at the declared size; this doesn't rely on it
+            left = info.file_size + 1  # zipfile stops at the declared size; checked independently
             while chunk := source.read(min(_CHUNK, left)):
                 f.write(chunk)
                 left -= len(chunk)
             if left != 1:
-                raise zipfile.BadZipFile("a member of another size than declared")
+                raise zipfile.BadZipFile("a member's size differs from the declared size")
         os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)

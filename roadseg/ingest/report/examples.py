@@ -1,4 +1,4 @@
-"""Which frames the data report shows beside a finding: its entries brought back to files."""
+"""Choose the frames that the data report shows for a finding, from the paths in its entries."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SHOWN_ELSEWHERE = {
     "too-bright",
     "blurred",
 }
-_SAME = re.compile(r" = | ~ ")  # what stands between the paths of an entry
-_BETWEEN = re.compile(r": | = | ~ | \(")  # and before what is said of them
+_SAME = re.compile(r" = | ~ ")  # separates the paths of an entry
+_BETWEEN = re.compile(r": | = | ~ | \(")  # and ends a path
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture with its label as the page shows it; `image`, `label` are paths below the root, "" for none.
+    """An image and its label on the page; `image` and `label` are paths below the root, "" if absent.
 
-    note: what is said of it. codes: of the findings that name it.
+    note: shown below the image. codes: of the findings that name the image.
     """
 
     name: str
@@ -59,7 +59,7 @@ def frame_of(s: MeasuredPair, note: str = "", *, with_label: bool = True, codes:
 
 
 def index(measured: Sequence[MeasuredPair]) -> dict[str, MeasuredPair]:
-    """Pairs by the paths of their files; a file of several (COCO) has its first."""
+    """Pairs by the paths of their files; a file with several pairs (COCO) maps to the first."""
     by_path: dict[str, MeasuredPair] = {}
     for s in measured:
         for path in (s.pair.image, s.pair.label, s.pair.instances):
@@ -69,9 +69,9 @@ def index(measured: Sequence[MeasuredPair]) -> dict[str, MeasuredPair]:
 
 
 def paths_of(entry: str, by_path: Mapping[str, MeasuredPair]) -> list[str]:
-    """The paths that an entry of Finding.files names: files of pairs, or else what stands before ": ".
+    """The paths named by an entry of Finding.files: files of pairs, else the text before ": ".
 
-    A name may hold the separators itself, so the longest beginning that is a pair's file is taken first.
+    File names may contain the separators, so the longest prefix that is a pair's file is tried first.
     """
     ends = [m.start() for m in _BETWEEN.finditer(entry)] + [len(entry)]
     for end in reversed(ends):
@@ -83,7 +83,7 @@ def paths_of(entry: str, by_path: Mapping[str, MeasuredPair]) -> list[str]:
 def example_groups(
     findings: Sequence[Finding], by_path: Mapping[str, MeasuredPair], forms: Mapping[str, MaskForm]
 ) -> list[tuple[Finding, list[Frame], int]]:
-    """(finding, frames to show, how many entries more it has) of the findings that name pictures, in their order."""
+    """(finding, frames to show, number of other entries) for the findings that name images, in their order."""
     concerned = [f for f in findings if f.files and not (f.severity == "warning" and f.code in _SHOWN_ELSEWHERE)]
     share = max(1, _MAX_FRAMES // max(1, len(concerned)))
     groups = []
@@ -103,7 +103,7 @@ def example_groups(
 
 
 def _frames(f: Finding, entry: str, by_path: Mapping[str, MeasuredPair], forms: Mapping[str, MaskForm]) -> list[Frame]:
-    """None for an entry that names a sequence or a city."""
+    """No frames for an entry that names a sequence or a city."""
     paths = paths_of(entry, by_path)[:2]
     if paths[0] in by_path:
         note = entry[len(paths[0]) :].removeprefix(": ").strip() if len(paths) == 1 else ""

@@ -1,4 +1,4 @@
-"""One offline HTML page of what ingest found, with pictures; also, and most of all, when it refuses."""
+"""The data report: one offline HTML page with all findings and example images, also for refused data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _APPEARANCE_CODES = {"too-dark", "too-bright", "blurred", "odd-size", "odd-color
 
 @dataclass(frozen=True)
 class _Quantity:
-    """A quantity of a picture. extremes: (name, whether it is the low end, the code of a finding about it)."""
+    """A quantity of an image. extremes: (name, True for the low end, the code of the matching finding or "")."""
 
     name: str
     unit: str
@@ -91,9 +91,9 @@ def render(
 ) -> str:
     """The report as HTML.
 
-    seen: the pairs of all splits, broken ones too. near: the most similar first. The pictures shown, about 100, are
-    decoded from `root` under `limits`, in the pool's processes if there is one; one that can't be read is a grey
-    tile with the reason. Raises nothing for what the files hold.
+    measured: the pairs of all splits, including broken ones. near: the most similar first. About 100 images are
+    decoded from `root` under `limits`, in the pool if one is given; an unreadable one becomes a gray tile with the
+    reason. Never raises because of a file's content.
     """
     ordered = sorted(measured, key=lambda s: (s.pair.split, s.pair.name))
     splits = {
@@ -168,7 +168,7 @@ def _histograms(measured: Sequence[MeasuredPair]) -> list[tuple[int, ...]]:
 
 
 def _labelled(measured: Sequence[MeasuredPair]) -> float | None:
-    """The share of pixels that are not void; None where no label could be read."""
+    """Share of pixels that are not void; None if no label could be read."""
     total = sum(map(sum, _histograms(measured)))
     return 1 - sum(h[-1] for h in _histograms(measured)) / total if total else None
 
@@ -196,7 +196,7 @@ def _cut(entry: str) -> str:
 
 
 def _flags(findings: Sequence[Finding], by_path: Mapping[str, MeasuredPair]) -> dict[str, list[str]]:
-    """The codes about its looks that name each image, by the image's path."""
+    """Codes of the findings about an image's appearance, by the image's path."""
     flags: dict[str, list[str]] = {}
     for f in findings:
         if f.code in _APPEARANCE_CODES:
@@ -210,7 +210,7 @@ def _flags(findings: Sequence[Finding], by_path: Mapping[str, MeasuredPair]) -> 
 def _wrong(
     findings: Sequence[Finding], measured: Sequence[MeasuredPair], by_path: Mapping[str, MeasuredPair]
 ) -> set[str]:
-    """The images that an error names, themselves or their labels, or that have a problem."""
+    """Images that have a problem, or that are named by an error themselves or through their label."""
     named = {p for f in findings if f.severity == "error" for entry in f.files for p in paths_of(entry, by_path)}
     return {s.pair.image for s in measured if s.problems} | {by_path[p].pair.image for p in named if p in by_path}
 
@@ -240,14 +240,14 @@ def _bytes(n: int) -> str:
 
 
 def _sheet(measured: Sequence[MeasuredPair], wrong: Set[str]) -> list[Frame]:
-    """Frames at equal distances from the split's first to its last; of broken ones only where no other are left."""
+    """Evenly spaced frames of the split; broken ones only if there are no others."""
     choice = [s for s in measured if s.pair.image not in wrong] or list(measured)
     at = sorted({round(i * (len(choice) - 1) / (_SHEET_FRAMES - 1)) for i in range(_SHEET_FRAMES)}) if choice else []
     return [frame_of(choice[i]) for i in at]
 
 
 def _frequencies(splits: Mapping[str, Sequence[MeasuredPair]], label_set: LabelSet) -> dict[str, Any]:
-    """A row a class, of shares of the labelled pixels and of the images that hold it by split; void at the end."""
+    """One row per class with its share of labeled pixels and its number of images by split; void last."""
     tables = {}
     for split, measured in splits.items():
         if histograms := _histograms(measured):
@@ -281,7 +281,7 @@ def _places(measured: Sequence[MeasuredPair], label_set: LabelSet) -> list[dict[
         return []
     stack = np.stack(grids)
     sizes = Counter((s.width, s.height) for s in measured if s.width).most_common(1)
-    width, height = sizes[0][0] if sizes else (2, 1)  # with no image that can be read the labels are still there
+    width, height = sizes[0][0] if sizes else (2, 1)  # if no image is readable, the labels may still be
     aspect = min(4.0, max(0.5, width / height))
     maps = []
     for k, c in enumerate(label_set.trained):
@@ -295,7 +295,7 @@ def _places(measured: Sequence[MeasuredPair], label_set: LabelSet) -> list[dict[
 def _measure(
     measure: _Quantity, splits: Mapping[str, Sequence[MeasuredPair]], flags: Mapping[str, Sequence[str]]
 ) -> dict[str, Any] | None:
-    """Histograms of a quantity by split and its most extreme frames; None where all have the same."""
+    """Histograms of a quantity by split and its most extreme frames; None if all values are equal."""
     readable = {split: [s for s in measured if s.stats and s.width] for split, measured in splits.items()}
     everything = sorted((s for measured in readable.values() for s in measured), key=measure.of)
     if not everything or measure.of(everything[0]) == measure.of(everything[-1]):
@@ -314,7 +314,7 @@ def _measure(
 
 
 def _varied(ordered: Sequence[MeasuredPair]) -> list[MeasuredPair]:
-    """The first few, of a known sequence two at most: neighbours look alike."""
+    """The first few images, at most two of one known sequence, because neighbors look alike."""
     chosen: list[MeasuredPair] = []
     drives: Counter[tuple[str, str]] = Counter()
     for s in ordered:
@@ -332,7 +332,7 @@ def _extreme(s: MeasuredPair, measure: _Quantity, flags: Mapping[str, Sequence[s
 
 
 def _pairs(near: Sequence[NearPair], by_path: Mapping[str, MeasuredPair]) -> list[dict[str, Any]]:
-    """The most similar pairs, first those of two splits."""
+    """The most similar pairs, those across splits first."""
     across = [p for p in near if p.split_a != p.split_b][:_PAIRS_ACROSS]
     within = [p for p in near if p.split_a == p.split_b][:_PAIRS_WITHIN]
     examples = []

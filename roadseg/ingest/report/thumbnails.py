@@ -1,7 +1,7 @@
-"""Small pictures of files that may be broken: a photograph, a label in its colours, or why there is neither.
+"""Thumbnails of images and labels that may be broken: the image, the colored label, or the reason for neither.
 
-Shapes: H W the picture. Void is hatched dark; ids and colours that the label set lacks are hatched yellow
-and black and widened, so that a single pixel of them shows.
+Shapes: H W the image. Void is drawn with dark stripes. Unknown ids and colors are drawn with yellow and black
+stripes and widened, so that a single pixel is visible.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from roadseg.processes import cores
 from roadseg.report.page import stripes
 
 SIDE_PX = 240
-_MAX_JPEG_BYTES = 12_000  # of one JPEG; a photograph of this size takes about 8 kB at the first quality
+_MAX_JPEG_BYTES = 12_000  # per JPEG; a photograph of this size takes about 8 kB at the first quality
 _QUALITIES = (74, 50, 25)
-_THREADS_PAY_ABOVE = 3  # the main thread's decoder is faster than that of so many other threads; see images.py
-_CHUNK_FILES = 4  # that go to a process at once, with the tables of the forms
+_THREADS_PAY_ABOVE = 3  # up to here decoding in the main thread is faster; see images/decode.py
+_CHUNK_FILES = 4  # sent to a process at once, because the forms' tables are sent along
 _STRAY = np.array((255, 230, 0), np.uint8)
 
 
 @dataclass(frozen=True)
 class ThumbnailFile:
-    """A file below the root: a photograph, or a label of this part of the data ("" if it has no parts)."""
+    """A file below the root. part: None for an image; for a label the part of the mix it is from, "" if not mixed."""
 
     path: str
     part: str | None = None
@@ -41,7 +41,7 @@ class ThumbnailFile:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """JPEG or PNG bytes, b"" where the file can't be shown; width, height in pixels. reason: what is wrong with it."""
+    """JPEG or PNG bytes, b"" if the file cannot be shown; width, height in pixels. reason: why not, "" if fine."""
 
     picture: bytes
     width: int
@@ -57,9 +57,9 @@ def thumbnails(
     limits: Limits,
     pool: Executor | None = None,
 ) -> dict[ThumbnailFile, Thumbnail]:
-    """Every file decoded once, by the pool if there is one.
+    """Decode every file once, in the pool if one is given.
 
-    forms: of the labels, by part. palette: uint8 [256, 3] RGB by train id. Never raises for what a file holds.
+    forms: of the labels, by part. palette: uint8 [256, 3] RGB by train id. Never raises because of a file's content.
     """
     ordered = list(dict.fromkeys(wanted))
     make = partial(_thumbnail, root, forms=forms, palette=palette, limits=limits)
@@ -87,7 +87,7 @@ def _thumbnail(
         reason = e.strerror or type(e).__name__
     except ImageError as e:
         reason = e.found
-    # A colour mask where ids are expected, or a photograph in its place: seeing it says what it is.
+    # For example a color mask where ids are expected: showing it explains the problem.
     if wanted.part is not None and data:
         try:
             return _photograph(read_image(data, limits), reason)
@@ -103,7 +103,7 @@ def _inside(root: Path, path: str, limits: Limits) -> bytes:
 
 def _require_inside(path: str) -> None:
     if path.startswith("/") or ".." in PurePosixPath(path).parts:
-        raise ImageError("lies outside of the data root")
+        raise ImageError("is outside of the data root")
 
 
 def _fit(height: int, width: int) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def _mask(colored: np.ndarray) -> Thumbnail:
 
 
 def colorize(ids: np.ndarray, form: MaskForm, palette: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3] RGB, at most SIDE_PX a side, of uint8 or uint16 [H, W] ids of the form's label set."""
+    """uint8 [h, w, 3] RGB, at most SIDE_PX per side, from uint8 or uint16 [H, W] ids of the form's label set."""
     size = _fit(*ids.shape)
     train = cv2.resize(train_ids(ids, form), size, interpolation=cv2.INTER_NEAREST)
     hatched = stripes(size[1], size[0])

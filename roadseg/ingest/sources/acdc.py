@@ -1,10 +1,10 @@
-"""ACDC, the adverse conditions data set: fog, night, rain and snow, with ids of Cityscapes.
+"""ACDC, the Adverse Conditions Dataset: fog, night, rain and snow, with Cityscapes ids.
 
 rgb_anon/<condition>/<split>/<sequence>/*_rgb_anon.png with gt/<condition>/<split>/<sequence>/
-*_gt_labelIds.png, unpacked together or in folders called as their packages (rgb_anon_trainvaltest,
+*_gt_labelIds.png, unpacked together or in folders named like their packages (rgb_anon_trainvaltest,
 gt_trainval). 4,006 images (Sakaridis et al., ICCV 2021): train and val have public labels, test has none.
-The reference frames in good weather (train_ref, ...) are left out. Tree and names as several public
-loaders read them; the owners' development kit could not be looked up.
+The reference frames in good weather (train_ref, ...) are left out. Tree and names follow several public
+loaders; the owners' development kit was not available.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _LABELS = ("gt", "gt_trainval/gt")
 
 
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of every split, of the conditions that are there; `sequence` as in fog/GOPR0475.
+    """The pairs of every split and condition found; `sequence` is like fog/GOPR0475.
 
-    Raises DataError for a root without any.
+    Raises DataError if there are none.
     """
     images = next((f for f in _IMAGES if (root / f).is_dir()), _IMAGES[0])
     labels = next((f for f in _LABELS if (root / f).is_dir()), _LABELS[0])

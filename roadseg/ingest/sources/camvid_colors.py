@@ -1,13 +1,13 @@
-"""CamVid as its authors publish it: 701 frames of 960x720, labels in 32 colours.
+"""CamVid as published by its authors: 701 frames of 960x720, labels in 32 colors.
 
-Trees that are read, the first that is there:
+Supported trees; the first one found is read:
 - 701_StillsRaw_full/*.png with LabeledApproved_full/*_L.png, also below images/ and labels/;
 - images/*.png with labels/*_L.png;
-- train/ with train_labels/, val/ with val_labels/, test/ with test_labels/, which says the split itself.
+- train/ with train_labels/, val/ with val_labels/, test/ with test_labels/, which has its own split.
 
-Colours: the authors' label_colors.txt, as in several public copies that agree. Their void and nothing
-else is void here. In the first two trees the splits are SegNet's, told by name (`segnet_split`), so that
-scores compare with those at 480x360; in the third they are the tree's, and compare with nobody's else.
+Colors: the authors' label_colors.txt, as in several public copies that agree. Only their void is void here.
+The first two trees are split by name as SegNet did (`segnet_split`), so that scores compare with those at
+480x360. The third tree keeps its own split, whose scores compare with no others.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _FLAT = (
     ("images/701_StillsRaw_full", "labels"),
     ("images", "labels"),
 )
-# name | colour | category | counts as, of the 19 of Cityscapes. Trucks and buses are one class here, as are
-# a bicyclist and the bicycle: they count as none.
+# name | color | category | Cityscapes train class. Trucks and buses share a class here, as do a bicyclist and the
+# bicycle: they map to none.
 _TABLE = """
 Animal            |  64 128  64 | living       |
 Archway           | 192   0 128 | construction |
@@ -84,10 +84,10 @@ _FRAME = re.compile(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)")
 
 
 def segnet_split(name: str) -> str:
-    """Which of SegNet's splits a frame is in, by the recording and number in its name; "" if it tells none.
+    """SegNet's split of a frame, from the recording and number in its name; "" for another kind of name.
 
     test is all of Seq05VD and 0001TP from frame 8550 on; val the odd frames 7959..8159 of 0016E5; train
-    the rest, which checks against SegNet's lists.
+    the rest. This reproduces SegNet's lists.
     """
     frame = _FRAME.fullmatch(name.rpartition("/")[2])
     if not frame:
@@ -99,7 +99,7 @@ def segnet_split(name: str) -> str:
 
 
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of every split there is; `sequence` is the recording, as in 0016E5. Raises DataError for no tree."""
+    """The pairs of every split found; `sequence` is the recording, like 0016E5. Raises DataError without a tree."""
     flat = [row for row in _FLAT if all((root / folder).is_dir() for folder in row)]
     if flat:
         images, labels = flat[0]

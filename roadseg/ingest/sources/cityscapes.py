@@ -1,12 +1,12 @@
-"""The official Cityscapes tree, with fine or with coarse labels; the rendered town writes the same.
+"""The official Cityscapes tree with fine or coarse labels; the rendered town writes the same tree.
 
 Ids, names and tree: the data set's own scripts (mcordts/cityscapesScripts). Fine: train 2,975, val 500,
 test 1,525 images whose public labels are placeholders. Coarse: train 2,975, val 500 and train_extra
 19,998 images of other cities.
 
-What `cityscapes-coarse` takes: train is train_extra, so that it can be mixed with the fine set or come
-before it without an image twice, as is usual in the field; val is the same 500 images with their fine
-labels. Where either is not there, coarse train and coarse val stand in, and a finding says so.
+`cityscapes-coarse` reads train_extra as train, so that it can be mixed with the fine set, or precede it, without
+duplicate images; val is the same 500 images with fine labels. If either is missing, coarse train or coarse val is
+read instead, with a finding.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ LOOKED_FOR_COARSE = (
     "leftImg8bit/<train_extra|train|val>/<city>/*_leftImg8bit.png with "
     "gtCoarse/<train_extra|train|val>/<city>/*_gtCoarse_labelIds.png"
 )
-# The one frame of train_extra that is black, and its label void; the download page says to delete it.
+# A frame of train_extra that is black and entirely void; the download page says to delete it.
 BROKEN = "troisdorf/troisdorf_000000_000073"
 _FRAME = re.compile(r"(?:.*/)?(.+_\d+)_\d+")  # city_sequence_frame
 _IMAGE = "_leftImg8bit"
 
 
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of every split there is; `sequence` is city_sequence, as in aachen_000000.
+    """The pairs of every split found; `sequence` is city_sequence, like aachen_000000.
 
-    A test split without any labels, as the official one is published by some, is left out with a warning.
-    Raises DataError if there is no split at all.
+    A test split without labels is left out with a warning. Raises DataError if there is no split.
     """
     splits = [s for s in ("train", "val", "test") if (root / "leftImg8bit" / s).is_dir()]
     if not splits:
@@ -56,7 +55,7 @@ def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
 
 
 def coarse_pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
-    """As `pairs`, of train_extra and val; the module says which labels. Raises DataError without coarse labels."""
+    """Like `pairs`, for train_extra and val (see the module). Raises DataError without coarse labels."""
     extra = (root / "leftImg8bit/train_extra").is_dir()
     sources = {"train": "train_extra" if extra else "train", "val": "val"}
     splits = [split for split, folder in sources.items() if (root / "leftImg8bit" / folder).is_dir()]
@@ -100,13 +99,13 @@ def _paired(split: str, files: Files) -> tuple[list[Pair], list[Finding]]:
 
 
 def sequence(name: str) -> str:
-    """city_sequence of city/city_sequence_frame; the file's name where it has another form."""
+    """city_sequence of city/city_sequence_frame; the file name if it has another form."""
     frame = _FRAME.fullmatch(name)
     return frame.group(1) if frame else name.rpartition("/")[2]
 
 
 def train_id_set(name: str, terms: str) -> LabelSet:
-    """For masks that hold the 19 train ids themselves, 255 void."""
+    """Label set of masks that contain the 19 train ids themselves, and 255 for void."""
     learned = tuple(
         LabelClass(c.name, c.train_id, c.train_id, c.color, c.category, c.has_instances, c.name)
         for c in CITYSCAPES.trained

@@ -1,10 +1,9 @@
-"""comma10k: frames of many drivers' cameras, masks in colours (commaai/comma10k, its README).
+"""comma10k: frames of many drivers' cameras with color masks (README of commaai/comma10k).
 
-imgs/*.png with masks/*.png, and imgs2/*.png with masks2/*.png, which came later with a fisheye frame beside
-each (names with _e_ and _f_). val is the images whose name ends in 9, as the README validates; an e and its
-f fall on one side. imgsd, the camera that looks at the driver, is left out, and with it the sixth class,
-which occurs there only. imgs2 was being labelled when its README was read, so images without a mask
-are left out of it with a note.
+imgs/*.png with masks/*.png, and the later imgs2/*.png with masks2/*.png, where each frame also has a fisheye
+frame (names with _e_ and _f_). val is the images whose name ends in 9, as in the README; an e frame and its
+f frame are in the same split. imgsd, the camera that faces the driver, is left out, and with it the sixth
+class, which occurs only there. Not all of imgs2 is labeled: its images without a mask are left out with a note.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from roadseg.ingest.sources.pairs import Pair, missing_data_error
 from roadseg.ingest.sources.splits import Files, Folders, gather, note, pair_up
 from roadseg.labels import IGNORE, LabelClass, LabelSet
 
-# Of the 19 of Cityscapes only road can be told: "movable" is people and all vehicles, "undrivable" the rest.
+# Only road has a Cityscapes counterpart: "movable" is people and all vehicles, "undrivable" everything else.
 LABEL_SET = LabelSet(
     "comma10k",
     (
@@ -38,7 +37,7 @@ _ROUTE = re.compile(r"\d+_(?:[ef]_)?([0-9a-f]{16}_\d{4}-\d\d-\d\d--\d\d-\d\d-\d\
 
 
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of train and val; `sequence` is the device and the start of its drive. Raises DataError for no imgs."""
+    """The pairs of train and val; `sequence` is device and start time. Raises DataError if there is no imgs."""
     present = [f for f in _SETS if (root / f.images).is_dir()]
     if not present:
         raise missing_data_error(root, LOOKED_FOR)

@@ -1,19 +1,19 @@
-"""Any folders of images and masks, described by a few lines of YAML:
+"""Source `folder`: any folders of images and masks, described by a short YAML file:
 
     name: my-roads
     classes:
       - {id: 1, name: road, color: [128, 64, 128], category: flat}
       - {id: 2, name: car, color: [0, 0, 142]}
-      - {id: 3, name: bonnet, ignore: true}       # in the masks, never learned or scored
-    ignore: [0, 255]                              # more ids that mean nothing
+      - {id: 3, name: bonnet, ignore: true}       # in the masks, but neither learned nor scored
+    ignore: [0, 255]                              # more ids that count as void
     splits:
       train: {images: images/train, labels: masks/train}
       val: {images: images/val, labels: masks/val}
-    label_suffix: _mask                           # a.jpg goes with a_mask.png; with a dot, of the whole file name
-    sequence: '^([^_]+)_'                         # a regular expression: which drive an image is from
+    label_suffix: _mask                           # a.jpg has the mask a_mask.png; with a dot, it includes the extension
+    sequence: '^([^_]+)_'                         # a regular expression: the drive an image is from
 
-Classes are learned in their order, unless each has a `train_id` (0..n-1; several may share one). `masks`
-says how the labels are written: ids (the default), palette, colors, polygons (Cityscapes JSON) or coco.
+Train ids follow the order of the classes, unless each class has a `train_id` (0..n-1; several may share one).
+`masks` is the form of the labels: ids (default), palette, colors, polygons (Cityscapes JSON) or coco.
 docs/folder.md has an example of each.
 """
 
@@ -67,7 +67,7 @@ Key = Callable[[str], str | None]
 
 @dataclass(frozen=True)
 class Description:
-    """What the YAML says. folders: split, images, and labels or, of COCO, the file; relative to the data root."""
+    """The parsed YAML. folders: (split, images, labels), relative to the data root; for COCO labels is a file."""
 
     label_set: LabelSet
     folders: tuple[tuple[str, str, str], ...]
@@ -84,10 +84,10 @@ class Description:
 
 
 def pairs(root: Path, description: Description, limits: Limits = _LIMITS) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of every split described, by path without suffix and ending.
+    """The pairs of all splits, matched by path without suffix and extension.
 
-    Raises DataError if no split's image folder is there. A folder that is not there beside one that is,
-    and a COCO file that can't be read, are findings.
+    Raises DataError if no image folder exists. If only some are missing, or a COCO file is unreadable, that is a
+    finding.
     """
     present = [row for row in description.folders if (root / row[1]).is_dir()]
     if not present:
@@ -135,7 +135,7 @@ def _file_pairs(
 def _coco_pairs(
     root: Path, split: str, images: dict[str, list[str]], file: str, limits: Limits
 ) -> tuple[list[tuple[str, str, str]], list[Finding]]:
-    """Labels are "file.json#image id", brought to images by the file names that the file gives them."""
+    """Labels are "file.json#image id"; the file's `file_name` entries assign them to images."""
     try:
         annotations = open_annotations(root / file, limits)
     except (ImageError, OSError) as e:
@@ -164,7 +164,7 @@ def _strays(split: str, file: str, strays: dict[str, int]) -> list[Finding]:
 
 
 def _image_key(name: str, images: dict[str, list[str]]) -> str:
-    """The key of the image that a COCO file names: exporters write more folders before it, or fewer, or "\\"."""
+    """The key of the image that a COCO file names. Exporters add or omit leading folders, or write "\\"."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if parts and "." in parts[-1]:
         parts[-1] = parts[-1].rpartition(".")[0]
@@ -173,7 +173,7 @@ def _image_key(name: str, images: dict[str, list[str]]) -> str:
 
 
 def _with_names(finding: Finding, names: dict[str, str]) -> Finding:
-    """names: file name by label, which itself may hold ": "; so entries are cut behind the longest label."""
+    """names: file name by label. Labels may contain ": ", so entries are split after the longest known label."""
 
     def entry(text: str) -> str:
         ends = [len(text), *(cut.start() for cut in re.finditer(": ", text))]
@@ -200,7 +200,7 @@ def _sequence(name: str, pattern: re.Pattern[str] | None) -> str:
 
 
 def read_description(path: Path) -> Description:
-    """Raises ConfigError that lists everything wrong with the file at once."""
+    """Parse the YAML. Raises ConfigError that lists all errors of the file."""
     data = load_yaml(path, todo="check data.labels")
     if not isinstance(data, dict):
         raise ConfigError(f"holds {kind_of(data)}", expected="keys such as classes: and splits:", where=str(path))
@@ -237,10 +237,10 @@ def _masks(value: Any, wrong: list[str]) -> Masks:
 def _background(
     data: dict[Any, Any], masks: Masks, classes: tuple[LabelClass, ...], wrong: list[str]
 ) -> tuple[tuple[LabelClass, ...], int]:
-    """(classes, id): with one that is void more, where polygons leave pixels free and the YAML names none."""
+    """(classes, background id); adds a void class if the masks are shapes and the YAML names no background."""
     if masks not in ("polygons", "coco"):
         if "background" in data:
-            wrong.append("background: is for masks: polygons or coco; in other masks every pixel has a value")
+            wrong.append("background: only for masks: polygons or coco; in other masks every pixel has a value")
         return classes, 0
     value = data.get("background")
     if "background" not in data:
@@ -249,7 +249,7 @@ def _background(
         if value == c.name or (type(value) is int and value == c.id):
             return classes, c.id
     near = nearest(value, [c.name for c in classes])
-    wrong.append(f"background: is {kind_of(value)}, no class" + (f"; perhaps you meant {near}" if near else ""))
+    wrong.append(f"background: is {kind_of(value)}, not a class" + (f"; perhaps you meant {near}" if near else ""))
     return classes, 0
 
 
@@ -262,7 +262,7 @@ def _texts(data: dict[Any, Any], name: str, masks: Masks, wrong: list[str]) -> d
         elif key == "name" and value and not is_name(value):
             wrong.append(f"name: is {kind_of(value)}; expected text in one line")
         elif value and key.endswith("_suffix") and masks == "coco":
-            wrong.append(f"{key}: is not for masks: coco, whose file names the images")
+            wrong.append(f"{key}: not for masks: coco, whose file names the images")
     return texts
 
 
@@ -272,7 +272,7 @@ def _pattern(text: Any, wrong: list[str]) -> re.Pattern[str] | None:
     try:
         return re.compile(text)
     except re.error as e:
-        wrong.append(f"sequence: is no regular expression ({e})")
+        wrong.append(f"sequence: not a regular expression ({e})")
         return None
 
 
@@ -286,7 +286,7 @@ def _folders(splits: Any, masks: Masks, wrong: list[str]) -> tuple[tuple[str, st
     for split, value in splits.items():
         at = f"splits.{bare(split)}"
         if not isinstance(split, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", split) or split == "holdout":
-            wrong.append(f"{at}: is no name for a split; expected letters, digits, - and _, and not 'holdout'")
+            wrong.append(f"{at}: not a valid split name; expected letters, digits, - and _, and not 'holdout'")
         if not isinstance(value, dict):
             wrong.append(f"{at}: is {kind_of(value)}; expected {form}")
             continue
@@ -298,7 +298,7 @@ def _folders(splits: Any, masks: Masks, wrong: list[str]) -> tuple[tuple[str, st
 
 
 def _path(value: Any, at: str, wrong: list[str]) -> str:
-    """A posix path below the data root; "" for what is none."""
+    """A posix path below the data root; "" if the value is not one."""
     file = at.endswith("annotations")
     if not isinstance(value, str) or not value:
         wrong.append(f"{at}: is {kind_of(value)}; expected {'a .json file' if file else 'a folder'}")

@@ -1,4 +1,4 @@
-"""The classes in a folder's YAML: what each is called, and what stands for it in the masks."""
+"""Parse the classes of a folder's YAML: names, ids, colors, and the values that stand for them in the masks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from roadseg.labels import CITYSCAPES, IGNORE, LabelClass
 
 Masks = Literal["ids", "palette", "colors", "polygons", "coco"]
 _KEYS = ("id", "name", "color", "category", "ignore", "train_id", "cityscapes")
-_OPEN = -1  # an id or a train id that the YAML leaves to be chosen
-_SHORT = reprlib.Repr()  # of what a YAML holds: short also for lists that hold one another by aliases
+_OPEN = -1  # an id or a train id that the YAML does not give
+_SHORT = reprlib.Repr()  # formats YAML values; also short for lists that contain each other through aliases
 _SHORT.maxstring = _SHORT.maxother = 60
 _SHORT.maxlevel = 2
 _MOST_LEARNED = IGNORE  # train ids 0..254
@@ -22,9 +22,9 @@ _HEX = re.compile(r"#[0-9a-fA-F]{6}")
 
 
 def classes_of(rows: Any, ignore: Any, masks: Masks, wrong: list[str]) -> tuple[LabelClass, ...]:
-    """The classes in their order, then the ignored ones; what is wrong with them goes to `wrong`.
+    """The classes in their order, then the ignored ones. Errors are appended to `wrong`.
 
-    Where masks hold no ids (colors, polygons, coco), a class without one gets the first that is free.
+    If masks have no ids (colors, polygons, coco), a class without an id gets the first free one.
     """
     if not isinstance(rows, list) or not rows:
         wrong.append(f"classes: is {kind_of(rows)}; expected a list of {{id, name, color}}")
@@ -40,7 +40,7 @@ def classes_of(rows: Any, ignore: Any, masks: Masks, wrong: list[str]) -> tuple[
 
 
 def void_background(classes: Sequence[LabelClass], wrong: list[str]) -> tuple[tuple[LabelClass, ...], int]:
-    """(classes, the id of what no polygon covers): an ignored class "unlabeled", made if there is none."""
+    """(classes, id of pixels without a shape): the ignored class "unlabeled", added if there is none."""
     for c in classes:
         if c.name == "unlabeled" and c.train_id == IGNORE:
             return tuple(classes), c.id
@@ -65,7 +65,7 @@ def _check_train_ids(learned: list[LabelClass], wrong: list[str], *, whole: bool
 
 
 def _check_doubles(classes: list[LabelClass], masks: Masks, wrong: list[str]) -> None:
-    """What tells classes apart in the masks may be given once only."""
+    """Ids, names or colors that identify a class in the masks must be unique."""
     named = classes if masks in ("polygons", "coco") else [c for c in classes if c.train_id != IGNORE]
     told_by: list[tuple[str, list[Any]]] = [
         ("id", [c.id for c in classes if c.id != _OPEN]),
@@ -119,18 +119,18 @@ def _class(row: Any, at: str, masks: Masks, wrong: list[str]) -> LabelClass | No
 
 
 def _counterpart(row: dict[Any, Any], at: str, wrong: list[str]) -> str | None:
-    """The Cityscapes train class that the YAML names; "" for none, None where it does not say."""
+    """The Cityscapes train class named in the YAML; "" for none, None if the key is missing."""
     value = row.get("cityscapes")
     if "cityscapes" not in row or value == "" or value in CITYSCAPES.names:
         return value
     near = nearest(value, CITYSCAPES.names)
     hint = f"perhaps you meant {near}" if near else f"expected one of {', '.join(CITYSCAPES.names)}, or '' for none"
-    wrong.append(f"{at}.cityscapes: is {kind_of(value)}, no train class of Cityscapes; {hint}")
+    wrong.append(f"{at}.cityscapes: is {kind_of(value)}, not a train class of Cityscapes; {hint}")
     return None
 
 
 def _ignored(ignore: Any, masks: Masks, wrong: list[str]) -> list[LabelClass]:
-    """Void by what stands for it in the masks: ids, colours of colour masks, names of polygons and COCO."""
+    """Void classes from `ignore`: ids, colors of color masks, or names of polygons and COCO categories."""
     named = masks in ("polygons", "coco")
     expected = {"colors": "colours", "polygons": "names", "coco": "names"}.get(masks, "ids in 0..255")
     values = ignore if isinstance(ignore, list) else [None]
@@ -158,7 +158,7 @@ def is_name(value: Any) -> TypeGuard[str]:
 
 
 def rgb(value: Any) -> tuple[int, int, int] | None:
-    """The colour of [r, g, b] or "#rrggbb"; None for anything else."""
+    """Parse [r, g, b] or "#rrggbb"; None for anything else."""
     if isinstance(value, str) and _HEX.fullmatch(value):
         value = list(bytes.fromhex(value[1:]))
     if not isinstance(value, list) or len(value) != 3 or not all(map(is_id, value)):
@@ -167,29 +167,29 @@ def rgb(value: Any) -> tuple[int, int, int] | None:
 
 
 def voc_color(id_: int) -> tuple[int, int, int]:
-    """The colour that PASCAL VOC's development kit gives an id: its bits, dealt to red, green and blue."""
+    """The color of an id in PASCAL VOC's development kit: its bits distributed over red, green and blue."""
     r, g, b = (sum((id_ >> (3 * i + c) & 1) << (7 - i) for i in range(3)) for c in range(3))
     return r, g, b
 
 
 def kind_of(value: Any) -> str:
-    """A value of a YAML as an error names it."""
+    """Describe a YAML value for an error message."""
     kinds = {type(None): "empty", dict: "a mapping", list: "a list"}
     return kinds.get(type(value), f"the text {short(value)}" if isinstance(value, str) else short(value))
 
 
 def short(value: Any) -> str:
-    """The value itself, in one line that ends."""
+    """repr of the value, in one line of bounded length."""
     return _SHORT.repr(value)
 
 
 def bare(value: Any) -> str:
-    """A key or a path without quotes, if it can stand so."""
+    """A key or a path, without quotes if it is printable and short."""
     return value if is_name(value) and len(value) <= 60 else short(value)
 
 
 def nearest(value: Any, known: Sequence[str]) -> str:
-    """The one that was perhaps meant, "" if none was."""
+    """The closest known name, "" if none is close."""
     near = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) and len(value) <= 60 else []
     return near[0] if near else ""
 

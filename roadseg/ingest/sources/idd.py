@@ -1,16 +1,16 @@
-"""IDD, the India Driving Dataset, parts I and II: the Cityscapes tree with labels as polygons.
+"""IDD, the India Driving Dataset, parts I and II: a Cityscapes-like tree with polygon labels.
 
 leftImg8bit/<split>/<drive>/*_leftImg8bit.<png|jpg> with gtFine/<split>/<drive>/*_gtFine_polygons.json, or with
-the masks that the owners' tool makes of them. The root is one such tree, or holds several (IDD_Segmentation,
-idd20kII), which are joined. Ids, names, colours and levels: AutoNUE/public-code, helpers/anue_labels.py.
+the masks that the owners' tool makes from them. The root is one such tree or contains several (IDD_Segmentation,
+idd20kII), which are joined. Ids, names, colors and levels: AutoNUE/public-code, helpers/anue_labels.py.
 
-What is learned is level 3, the 26 classes of the challenge. Of the masks there may be, the kind that most
-images have is read; of kinds that as many have, the first of
+The learned classes are the 26 of level 3, as in the challenge. The kind of label that most images have is read; if
+several are equally frequent, the first of
 - *_labelids.png, ids 0..39;
-- *_labellevel3Ids.png, what the challenge is scored on;
-- *_polygons.json, drawn here by the same rule as the tool's;
-- *_labelcsTrainIds.png, the 19 of Cityscapes, and only these are learned then.
-Instance maps are not read: their numbers depend on how the tool was called.
+- *_labellevel3Ids.png, the ids that the challenge scores;
+- *_polygons.json, rasterized by the same rule as the tool's;
+- *_labelcsTrainIds.png, the 19 Cityscapes classes, which are then the learned ones.
+Instance maps are not read: their numbering depends on the tool's options.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES, Pair, missing_data_er
 from roadseg.ingest.sources.splits import Folders, gather, pair_up
 from roadseg.labels import IGNORE, LabelClass, LabelSet
 
-# name | id | level 3 | Cityscapes train class | category | instances | colour. Of classes with one level-3 id
-# the first names it. The train class is the owners' csTrainId: "non-drivable fallback" counts as terrain.
+# name | id | level 3 | Cityscapes train class | category | instances | color. A level-3 class is named after its first
+# row. The train class is the owners' csTrainId: "non-drivable fallback" maps to terrain.
 _TABLE = """
 road                  |  0 |   0 | road          | drivable        | n | 128  64 128
 drivable fallback     |  2 |   1 |               | drivable        | n |  81   0  81
@@ -81,7 +81,7 @@ TERMS = "IDD: non-commercial research; the terms one accepts on registering at i
 LABEL_SET = LabelSet("idd", tuple(_class(row) for row in _TABLE.strip().splitlines()), TERMS)
 FORM_KIND: Kind = "polygons"
 BACKGROUND = 35
-# Merged classes count as what names them: animals as person, pole groups as pole, rail tracks as terrain.
+# Merged classes map like their first row: animals to person, pole groups to pole, rail tracks to terrain.
 LEVEL3 = LabelSet(
     "idd",
     tuple(replace(c, id=i) for i, c in enumerate(LABEL_SET.trained)) + (LabelClass("void", 255, IGNORE, (0, 0, 0)),),
@@ -110,12 +110,12 @@ _KINDS = (
 
 
 def form(root: Path) -> MaskForm:
-    """How the masks that `pairs` takes are to be read. Raises as it does."""
+    """The form of the masks that `pairs` chooses. Raises DataError for a root without a tree."""
     return _kind(root, _trees(root)).form
 
 
 def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of every split; `sequence` is the drive, as in 0 or, of several trees, idd20kII/201.
+    """The pairs of every split; `sequence` is the drive, like 0 or, with several trees, idd20kII/201.
 
     test has no public labels and is left out. Raises DataError for a root without a tree.
     """
@@ -142,7 +142,7 @@ def pairs(root: Path) -> tuple[list[Pair], list[Finding]]:
 
 
 def _trees(root: Path) -> list[str]:
-    """ "" if the root is a tree, else the folders in it that are, each with its "/"."""
+    """[""] if the root itself is a tree, else the subfolders that are, each with a trailing "/"."""
     if any((root / "leftImg8bit" / split).is_dir() for split in ("train", "val", "test")):
         return [""]
     trees = sorted(p.name + "/" for p in root.iterdir() if (p / "leftImg8bit").is_dir()) if root.is_dir() else []

@@ -1,11 +1,11 @@
-"""KITTI's pixel-level semantics: 200 images of 2015 with ids of Cityscapes, all of them train.
+"""KITTI pixel-level semantics: 200 images of 2015 with Cityscapes ids, all of them in train.
 
 training/image_2/000000_10.png with training/semantic/000000_10.png; testing/image_2 has no public labels.
-There is no official validation split (cvlibs.net, eval_semseg): hold sequences out of train. Which drive
-a frame is from stands in mapping/train_mapping.txt of the scene-flow development kit, whose images these
-are: line 10, counted from 0, is for 000010_10.png and begins "2011_09_26 2011_09_26_drive_0009_sync". Put
-that folder below the root, and `sequence` is the drive; without it, and for its empty lines, it is the
-frame's number, so that frames can still be held out one by one.
+There is no official validation split (cvlibs.net, eval_semseg): hold out sequences of train instead.
+mapping/train_mapping.txt of the scene-flow development kit, which has the same images, gives each frame's drive:
+line 10, counted from 0, is for 000010_10.png and begins "2011_09_26 2011_09_26_drive_0009_sync". With that folder
+below the root, `sequence` is the drive. Without it, and for empty lines, it is the frame's number, so that
+single frames can be held out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _frame(name: str) -> str:
 
 
 def _drives(root: Path) -> dict[str, str]:
-    """Frame number of six digits to its drive; empty without the mapping."""
+    """Drive by frame number (six digits); empty without the mapping file."""
     path = next((root / m for m in MAPPINGS if (root / m).is_file()), None)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path else []
     fields = ((number, line.split()) for number, line in enumerate(lines))

@@ -1,10 +1,10 @@
-"""Mapillary Vistas 1.2 and 2.0: 18,000 images of training, 2,000 of validation, 5,000 of testing.
+"""Mapillary Vistas 1.2 and 2.0: 18,000 training, 2,000 validation and 5,000 test images.
 
-training/images/*.jpg with training/v1.2/labels/*.png or training/v2.0/labels/*.png, and validation/ alike;
-packages of before v2.0 have training/labels/, which are v1.2's. Labels are palette PNGs whose indexes are
-positions in the class table (mapillary_classes.py). training is train here, validation is val, and testing
-has no public labels. The 16-bit instance maps number otherwise than Cityscapes does and are not read.
-Names are random, so `sequence` is empty.
+training/images/*.jpg with training/v1.2/labels/*.png or training/v2.0/labels/*.png, and likewise validation/;
+packages before v2.0 have training/labels/ with the labels of v1.2. Labels are palette PNGs whose indexes are
+positions in the class table (mapillary_classes.py). training is read as train, validation as val; testing has
+no public labels. The 16-bit instance maps use another numbering than Cityscapes and are not read.
+File names are random, so `sequence` is empty.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Mapillary Vistas' two class tables: what the pixel values of its labels mean, by position.
+"""The class tables of Mapillary Vistas 1.2 and 2.0: a label's pixel value is a position in the table.
 
-Source: the labels of config_v1.2.json and config_v2.0.json as public loaders of the set repeat them
-(the two tables each agreed in order and colours; one lists v2.0's six traffic lights by alphabet, against
-all others). Not learned is what the owners don't evaluate: 1 of 66, 8 of 124.
+Source: config_v1.2.json and config_v2.0.json as repeated by public loaders, which agree in order and colors (except
+one that sorts v2.0's six traffic lights alphabetically). Classes that the owners do not evaluate are not learned:
+1 of 66 and 8 of 124.
 
-Which of the 19 Cityscapes classes a class counts as follows the class definitions of Cityscapes: markings,
-bike lanes, crossings and covers lie in the road; kerbs, kerb cuts, islands and pedestrian areas belong to the
-sidewalk; sand is terrain; the back of a sign is static. What Cityscapes calls void or lacks counts as none.
+The mapping to the 19 Cityscapes classes follows the Cityscapes definitions: markings, bike lanes, crossings and
+covers are road; curbs, curb cuts, islands and pedestrian areas are sidewalk; sand is terrain; the back of a sign is
+static. Classes that are void or missing in Cityscapes map to none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from roadseg.labels import IGNORE, LabelClass, LabelSet
 
 TERMS = "Mapillary Vistas research edition: CC BY-NC-SA, non-commercial research."
 
-# name | colour | - if not evaluated | counts as. The name's first word is its category.
+# name | color | - if not evaluated | Cityscapes train class. The name's first word is its category.
 _V1_2 = """
 animal: Bird                              | 165  42  42 |   |
 animal: Ground Animal                     |   0 192   0 |   |

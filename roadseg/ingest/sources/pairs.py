@@ -1,4 +1,4 @@
-"""Images and labels brought together by name, never by order; what doesn't fit is a finding."""
+"""Match images and labels by name, never by order. Files without a match are findings."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from roadseg.errors import DataError
 from roadseg.ingest.checks.findings import Finding, plural
 
-# Which files are pictures goes by these endings; what a picture is goes by its content.
+# Files with these extensions are read; the format is detected from the content.
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its label; posix paths relative to the data root, `instances` "" where there are none.
+    """An image and its label: posix paths relative to the data root. instances: "" if there is no instance map.
 
-    part: which source of a mixed data set it is from, "" where it is not mixed.
+    part: the source within a mix, "" if the data is not mixed.
     """
 
     split: str
@@ -32,15 +32,16 @@ class Pair:
 
 
 def split_order(splits: Iterable[str]) -> list[str]:
-    """train, val and test first, others after them by name."""
+    """Sort splits: train, val, test, then others by name."""
     first = {"train": 0, "val": 1, "test": 2}
     return sorted(set(splits), key=lambda s: (first.get(s, 3), s))
 
 
 def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXES) -> tuple[list[str], list[str]]:
-    """Sorted posix paths, relative to `root`, of the pictures below root/folder; and names that can't be used.
+    """Sorted posix paths of the images below root/folder, relative to `root`; and names that cannot be used.
 
-    Links to folders are followed, each folder once. Hidden files are left out.
+    Follows links to folders, but visits each folder once. Skips hidden files. Raises DataError for a folder that
+    cannot be listed.
     """
     found, unusable, visited = [], [], set()
     for here, folders, names in os.walk(root / folder, followlinks=True, onerror=_refuse):
@@ -49,12 +50,14 @@ def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXE
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(d for d in folders if not d.startswith("."))  # of two links to one the first counts
+        folders[:] = sorted(
+            d for d in folders if not d.startswith(".")
+        )  # sorted, so that of two links to one folder the first is followed
         for name in names:
             if name.startswith(".") or not name.lower().endswith(endings):
                 continue
             path = Path(here, name).relative_to(root).as_posix()
-            if path.isprintable():  # false for control characters and for bytes that are no UTF-8
+            if path.isprintable():  # false for control characters and invalid UTF-8
                 found.append(path)
             else:
                 unusable.append(ascii(path))
@@ -62,10 +65,10 @@ def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXE
 
 
 def _refuse(e: OSError) -> None:
-    """Of a folder that can't be listed: what lies there would go missing without a word."""
+    """Raise for a folder that cannot be listed, as its files would be silently missing."""
     if isinstance(e, FileNotFoundError | NotADirectoryError):
-        return  # looked for where a source may have it or not
-    raise DataError(f"can't be listed ({e.strerror})", where=str(e.filename), todo="make the folder readable")
+        return  # optional folders may be missing
+    raise DataError(f"cannot be listed ({e.strerror})", where=str(e.filename), todo="make the folder readable")
 
 
 def unusable_names(split: str, names: list[str]) -> list[Finding]:
@@ -76,7 +79,7 @@ def unusable_names(split: str, names: list[str]) -> list[Finding]:
 
 
 def by_key(paths: Iterable[str], key: Callable[[str], str | None]) -> dict[str, list[str]]:
-    """Paths under their key; those whose key is None are left out."""
+    """Group paths by key; paths with key None are left out."""
     groups: dict[str, list[str]] = {}
     for path in paths:
         name = key(path)
@@ -88,7 +91,7 @@ def by_key(paths: Iterable[str], key: Callable[[str], str | None]) -> dict[str, 
 def match(
     split: str, images: dict[str, list[str]], labels: dict[str, list[str]]
 ) -> tuple[list[tuple[str, str, str]], list[Finding]]:
-    """Sorted (key, image, label) of what has one image and one label; findings for everything else."""
+    """Sorted (key, image, label) of keys with exactly one image and one label; findings for all others."""
     doubled = [paths for group in (images, labels) for paths in group.values() if len(paths) > 1]
     findings = []
     if doubled:
@@ -103,7 +106,7 @@ def match(
 
 
 def _unpaired(code: str, split: str, these: dict[str, list[str]], others: dict[str, list[str]]) -> list[Finding]:
-    """What of `these` has no counterpart in `others`; one that differs in case only is named beside it."""
+    """Finding of keys in `these` but not in `others`; names a counterpart that differs only in case."""
     has, lacks, article = ("image", "label", "a") if code == "missing-label" else ("label", "image", "an")
     single = sorted(these.keys() - others.keys())
     if not single:
@@ -126,7 +129,7 @@ def _unpaired(code: str, split: str, these: dict[str, list[str]], others: dict[s
 
 
 def _case_clashes(split: str, *groups: dict[str, list[str]]) -> list[Finding]:
-    """Names that are one on a file system that ignores case or normalises Unicode (macOS, Windows)."""
+    """Finding of names that are equal on file systems that ignore case or normalize Unicode (macOS, Windows)."""
     entries = []
     for group in groups:
         folded: dict[str, list[str]] = {}
@@ -151,7 +154,7 @@ def empty_split(split: str, folders: str) -> Finding:
 
 
 def missing_data_error(root: Path, looked_for: str) -> DataError:
-    """For a root that isn't one: says what was looked for and what lies there."""
+    """The error for a root without the source's files: states what was expected and what the folder contains."""
     if not root.exists():
         return DataError("no such folder", expected=looked_for, where=str(root), todo="set data.root")
     if not root.is_dir():
@@ -159,7 +162,7 @@ def missing_data_error(root: Path, looked_for: str) -> DataError:
     names = sorted(ascii(p.name)[1:-1] + ("/" if p.is_dir() else "") for p in root.iterdir())
     listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return DataError(
-        f"the data is not there; the folder holds {listing or 'nothing'}",
+        f"the data was not found; the folder contains {listing or 'nothing'}",
         expected=looked_for,
         where=str(root),
         todo="point data.root at the folder that holds them",

@@ -1,4 +1,4 @@
-"""Where pairs come from: one source, or several brought into one data set."""
+"""Choose the source that a config names, or combine several sources into a mix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from roadseg.labels import CITYSCAPES, IGNORE, TOWN, LabelSet, in_cityscapes
 
 Paired = tuple[list[Pair], list[Finding]]
 
-# Sources whose masks are written in one way, whatever their tree holds.
+# Sources with one fixed form of masks.
 _FIXED: dict[str, tuple[Callable[[Path], Paired], MaskForm]] = {
     "town": (cityscapes.pairs, MaskForm("ids", TOWN)),
     "cityscapes": (cityscapes.pairs, MaskForm(cityscapes.FORM_KIND, cityscapes.LABEL_SET)),
@@ -48,7 +48,7 @@ _FIXED: dict[str, tuple[Callable[[Path], Paired], MaskForm]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """Pairs of all splits, before any file was read. label_set: what is learned; forms: masks by part."""
+    """Pairs of all splits, before any file is read. label_set: the learned classes; forms: of masks, by part."""
 
     pairs: list[Pair]
     findings: list[Finding]
@@ -58,9 +58,9 @@ class Found:
 
 
 def find(data: Data, root: Path) -> Found:
-    """What lies below `root`; of a mix, below the links that `mixed_root` made.
+    """Pair the files below `root`; for a mix, `root` is the folder of links from `mixed_root`.
 
-    Raises DataError for a root that does not hold the source, ConfigError for a mix without a taxonomy.
+    Raises DataError if the root does not contain the source, ConfigError if the classes do not fit together.
     """
     if data.source == "mix":
         return _mixed(data, root)
@@ -74,11 +74,11 @@ def find(data: Data, root: Path) -> Found:
 
 
 def label_set_of(data: Data) -> LabelSet:
-    """What would be learned, without a look at the data; of idd the classes of its level 3."""
+    """The classes to learn, without reading the data; for idd those of level 3."""
     if data.taxonomy == "cityscapes" or (data.source == "mix" and data.taxonomy == "auto"):
         return CITYSCAPES
     source, labels = data.source, data.labels
-    if source == "mix":  # native: all parts have the classes of the first
+    if source == "mix":  # taxonomy native: all parts have the same classes
         first = next(iter(data.mix.values()))
         source, labels = first.source, first.labels
     if labels is not None:
@@ -165,16 +165,16 @@ def _same_classes(native: dict[str, LabelSet]) -> LabelSet:
 def _require_overlap(mapped: LabelSet, name: str) -> None:
     if all(c.train_id == IGNORE for c in mapped.classes):
         raise ConfigError(
-            f"no class of {name} is one of the 19 of Cityscapes",
+            f"no class of {name} corresponds to one of the 19 of Cityscapes",
             where="data.taxonomy",
-            todo="name them: in the YAML of a folder, `cityscapes: road` beside a class",
+            todo="name the counterparts in the YAML of a folder: `cityscapes: road` in a class",
         )
 
 
 def mixed_root(data: Data, links: Path) -> Path:
-    """A folder of links, one a part, so that a mix has one root; below `links`, made anew when a part moved.
+    """Create a folder with one link per part below `links`, so that a mix has one root.
 
-    Raises DataError for a part whose folder is not there.
+    A part that moved gets a new folder of links. Raises DataError if a part's folder does not exist.
     """
     roots = {name: (part.root or Path()).resolve() for name, part in data.mix.items()}
     for name, path in roots.items():

@@ -1,4 +1,4 @@
-"""A split out of folders of images and folders of labels: what the sources have in common."""
+"""Build a split from image folders and label folders; shared by the sources."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Paths = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Folders:
-    """One folder of images and the folder of their labels, relative to the data root, "" for none.
+    """One image folder and its label folder, relative to the data root, "" if absent.
 
-    The suffixes are what a file name ends with before its ".png"; whatever ends otherwise is left out.
-    Upper and lower case count alike there. prefix: put before the names, to tell folders apart.
+    Suffixes are the end of a file name before its extension, compared without case; other files are left out.
+    prefix: put before the names, to keep the names of several folders apart.
     """
 
     images: str
@@ -31,7 +31,7 @@ class Folders:
 
 @dataclass(frozen=True)
 class Files:
-    """Paths by name. unusable: file names that no path can be made of."""
+    """Paths by name. unusable: file names that cannot be used."""
 
     images: Paths = field(default_factory=dict)
     labels: Paths = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Files:
     unusable: tuple[str, ...] = ()
 
     def where(self, keep: Callable[[str], bool]) -> Files:
-        """Those whose name is kept; `unusable` is left behind."""
+        """The files whose name is kept, without `unusable`."""
         images, labels, instances = ({k: paths for k, paths in g.items() if keep(k)} for g in self._groups)
         return Files(images, labels, instances)
 
@@ -53,7 +53,7 @@ class Files:
 
 
 def gather(root: Path, folders: Sequence[Folders]) -> Files:
-    """The files of all `folders`, by prefix + path below the folder without suffix and ending."""
+    """The files of all `folders`, by prefix + path below the folder without suffix and extension."""
     files, unusable = Files(), []
     for f in folders:
         image_paths, bad_images = pictures(root, f.images)
@@ -84,9 +84,9 @@ def _named(folder: str, suffix: str, prefix: str) -> Callable[[str], str | None]
 def pair_up(
     split: str, files: Files, sequence: Callable[[str], str], looked_for: str, *, private_test: bool = True
 ) -> tuple[list[Pair], list[Finding]]:
-    """The pairs of one split and what is wrong with it. looked_for: said when there are no images at all.
+    """The pairs of one split and the findings about it. looked_for: expected paths, for the message without images.
 
-    private_test: a test split without any label is left out with a warning, for the labels of most
+    private_test: a test split without any label is left out with a warning, because the test labels of most
     benchmarks are not public.
     """
     findings = unusable_names(split, list(files.unusable))
@@ -107,5 +107,5 @@ def pair_up(
 
 
 def note(split: str, message: str, fix: str, files: tuple[str, ...] = ()) -> Finding:
-    """For what a source takes or leaves out by itself, so that nobody has to find out."""
+    """A finding about a choice that the source made, such as files it left out."""
     return Finding("source-note", "warning", split, files, max(1, len(files)), message, fix)

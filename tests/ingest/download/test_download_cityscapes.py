@@ -154,7 +154,7 @@ def leftovers(root: Path) -> list[str]:
     return sorted(p.name for p in root.rglob("*") if p.name.endswith((".zip", ".part", ".tmp")))
 
 
-def test_packages_are_fetched_unpacked_and_then_left_alone(server, tmp_path):
+def test_packages_are_downloaded_and_unpacked_once(server, tmp_path):
     root = tmp_path / "data" / "cityscapes"
     download_cityscapes(root, packages_for("cityscapes"))
     assert is_whole(root, {**IMAGES, **LABELS}) and leftovers(root) == []
@@ -166,7 +166,7 @@ def test_packages_are_fetched_unpacked_and_then_left_alone(server, tmp_path):
     assert is_whole(root, LABELS) and server.asked[2:] == [f"{LABELS_ZIP} bytes=0-"]
 
 
-def test_a_cut_connection_is_gone_on_with(server, tmp_path):
+def test_a_lost_connection_is_resumed(server, tmp_path):
     server.cut = [0, 1000, 10_000, 5]
     download_cityscapes(tmp_path, [IMAGES_ZIP])
     assert is_whole(tmp_path, IMAGES)
@@ -174,7 +174,7 @@ def test_a_cut_connection_is_gone_on_with(server, tmp_path):
     assert starts[:3] == [0, 0, 0] and all(9_000 < start < 10_000 for start in starts[3:]) and len(starts) == 5
 
 
-def test_a_stopped_run_is_gone_on_with_and_a_whole_zip_is_not_fetched_again(server, tmp_path):
+def test_a_stopped_download_is_resumed_and_a_complete_zip_is_kept(server, tmp_path):
     whole = server.packages[IMAGES_ZIP]
     for present in (whole[:9000], whole):
         root = tmp_path / str(len(present))
@@ -185,7 +185,7 @@ def test_a_stopped_run_is_gone_on_with_and_a_whole_zip_is_not_fetched_again(serv
 
 
 @pytest.mark.parametrize("why", ["other bytes", "longer", "a server without ranges"])
-def test_a_beginning_that_does_not_fit_is_thrown_away(server, tmp_path, why):
+def test_a_partial_file_that_does_not_match_is_downloaded_again(server, tmp_path, why):
     (tmp_path / NOTES).mkdir()
     whole = server.packages[IMAGES_ZIP]
     present = {"other bytes": b"x" * 500, "longer": whole + b"more", "a server without ranges": whole[:500]}[why]
@@ -195,28 +195,32 @@ def test_a_beginning_that_does_not_fit_is_thrown_away(server, tmp_path, why):
     assert is_whole(tmp_path, IMAGES) and server.asked[-1] == f"{IMAGES_ZIP} bytes=0-"
 
 
-def test_a_sum_that_differs_is_refused_and_nothing_unpacked(server, tmp_path):
+def test_a_wrong_md5_is_refused_before_unpacking(server, tmp_path):
     server.md5 = "0" * 32
-    with pytest.raises(RoadsegError, match="MD5 sum is not the one"):
+    with pytest.raises(RoadsegError) as e:
         download_cityscapes(tmp_path, [IMAGES_ZIP])
+    assert e.value.where == IMAGES_ZIP and "MD5" in e.value.found
     assert not (tmp_path / "leftImg8bit").exists() and leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_a_server_that_refuses_is_said(server, tmp_path, status):
+def test_server_errors_are_reported(server, tmp_path, status):
     server.status = status
-    with pytest.raises(RoadsegError, match=f"the Cityscapes server answers {status}"):
+    with pytest.raises(RoadsegError) as e:
         download_cityscapes(tmp_path, [IMAGES_ZIP])
+    assert str(status) in e.value.found
     assert len(server.asked) == (1 if status == 403 else download.ATTEMPTS)
 
 
-def test_packages_without_access_and_strange_lists_are_said(server, tmp_path):
-    with pytest.raises(RoadsegError, match="lists no gtCoarse.zip, leftImg8bit_trainextra.zip for this account"):
+def test_missing_access_and_malformed_lists_are_reported(server, tmp_path):
+    with pytest.raises(RoadsegError) as e:
         download_cityscapes(tmp_path, packages_for("cityscapes-coarse"))
+    assert "gtCoarse.zip, leftImg8bit_trainextra.zip" in e.value.found
     for listing in (b"<html>", b"{}x", b'[{"name": 1}]', b'[{"name": "a", "size": "3 km"}]'):
         server.listing = listing
-        with pytest.raises(RoadsegError, match="the list of the Cityscapes server is none"):
+        with pytest.raises(RoadsegError) as e:
             download_cityscapes(tmp_path, [IMAGES_ZIP])
+        assert "cityscapesscripts" in e.value.todo
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -229,46 +233,49 @@ def raising(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (requests.ConnectionError("password=secret"), r"can't be reached \(ConnectionError\); look at the network"),
-        (requests.Timeout("secret"), r"can't be reached \(Timeout\)"),
-        (EOFError(), "nobody to ask"),
+        (requests.ConnectionError("password=secret"), r"ConnectionError"),
+        (requests.Timeout("secret"), "cannot be reached (Timeout)"),
+        (EOFError(), "no stored account"),
         (Exception("Bad credentials."), "the account or its password is wrong"),
-        (Exception("secret"), r"the login failed \(Exception\)"),
+        (Exception("secret"), "the login failed (Exception)"),
     ],
 )
-def test_a_login_that_fails_is_told_without_what_was_typed(server, tmp_path, monkeypatch, error, says):
+def test_a_failed_login_is_reported_without_credentials(server, tmp_path, monkeypatch, error, says):
     monkeypatch.setattr(downloader, "login", raising(error))
-    with pytest.raises(RoadsegError, match=says) as caught:
+    with pytest.raises(RoadsegError) as caught:
         download_cityscapes(tmp_path, [IMAGES_ZIP])
-    assert "secret" not in str(caught.value) and caught.value.__suppress_context__
+    assert says in caught.value.found and "secret" not in str(caught.value) and caught.value.__suppress_context__
 
 
-def test_without_the_extra_it_says_how_to_get_it(tmp_path, monkeypatch):
+def test_a_missing_extra_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cityscapesscripts.download.downloader", None)
-    with pytest.raises(RoadsegError, match=r"pip install 'roadseg\[cityscapes\]'"):
+    with pytest.raises(RoadsegError) as e:
         download_cityscapes(tmp_path, [IMAGES_ZIP])
+    assert "roadseg[cityscapes]" in e.value.todo
 
 
-def test_offline_with_everything_there_needs_nothing(server, tmp_path, monkeypatch):
+def test_complete_packages_need_no_network(server, tmp_path, monkeypatch):
     download_cityscapes(tmp_path, [LABELS_ZIP])
     monkeypatch.setattr(downloader, "login", raising(requests.ConnectionError()))
     download_cityscapes(tmp_path, [LABELS_ZIP])
 
 
-def test_room_on_the_disk_is_looked_at_before_anything_is_fetched(server, tmp_path, monkeypatch):
+def test_disk_space_is_checked_before_downloading(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
-    with pytest.raises(RoadsegError, match="0.0 GB are free; expected about"):
+    with pytest.raises(RoadsegError) as e:
         download_cityscapes(tmp_path, [IMAGES_ZIP])
+    assert e.value.where == str(tmp_path) and IMAGES_ZIP in e.value.expected
     assert server.asked == []
 
 
-def test_a_folder_that_cant_be_written_is_said(tmp_path):
+def test_an_unwritable_folder_is_reported(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(RoadsegError, match=r"file.*: can't be written \(.*\); make room"):
+    with pytest.raises(RoadsegError) as e:
         download_cityscapes(tmp_path / "file", [IMAGES_ZIP])
+    assert e.value.where == str(tmp_path / "file") and e.value.todo
 
 
-def test_two_runs_fetch_once(server, tmp_path):
+def test_two_runs_download_once(server, tmp_path):
     waiting = threading.Thread(target=download_cityscapes, args=(tmp_path, [LABELS_ZIP]))
     (tmp_path / NOTES).mkdir()
     with lock(tmp_path / NOTES / "lock", "the download", wait=False):
@@ -289,56 +296,60 @@ def member(name: str, mode: int = 0o100644, **more: int) -> zipfile.ZipInfo:
 
 
 HOSTILE = {
-    "above": (member("gtFine/../../x"), "is no path below"),
-    "absolute": (member("/gtFine/x"), "is no path below"),
-    "backslash": (member("gtFine\\..\\..\\x"), "is no path below"),
-    "drive": (member("C:gtFine/x"), "is no path below"),
-    "control": (member("gtFine/\x1b[31m"), "is no path below"),
+    "above": (member("gtFine/../../x"), "is not a path below"),
+    "absolute": (member("/gtFine/x"), "is not a path below"),
+    "backslash": (member("gtFine\\..\\..\\x"), "is not a path below"),
+    "drive": (member("C:gtFine/x"), "is not a path below"),
+    "control": (member("gtFine/\x1b[31m"), "is not a path below"),
     "elsewhere": (member("etc/passwd"), "is outside of leftImg8bit, gtFine"),
     "hidden notes": (member(f"{NOTES}/gtFine_trainvaltest.zip.json"), "is outside of"),
     "crooked": (member("gtFine//x"), "is outside of"),
     "link": (member("gtFine/x", stat.S_IFLNK | 0o777), "is a link or a device"),
     "device": (member("gtFine/x", stat.S_IFCHR), "is a link or a device"),
-    "doubled": (member("gtFine/train/ulm/ULM_000000.png"), "holds a name twice"),
+    "doubled": (member("gtFine/train/ulm/ULM_000000.png"), "contains a name twice"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_zips_are_refused_before_anything_is_written(tmp_path, name):
+def test_unsafe_zips_are_refused_before_writing(tmp_path, name):
     info, says = HOSTILE[name]
     path, root = tmp_path / "a.zip", tmp_path / "root"
     root.mkdir()
     zipped(path, LABELS, lambda z: z.writestr(info, b"bad"))
-    with pytest.raises(RoadsegError, match=f"the zip is refused: .*{says}"):
+    with pytest.raises(RoadsegError) as e:
         unpack.unpack(path, root, TREES)
+    assert e.value.where == str(path) and says in e.value.found
     assert list(root.iterdir()) == [] and sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "root"]
 
 
-def test_bombs_are_refused(tmp_path, monkeypatch):
+def test_zip_bombs_are_refused(tmp_path, monkeypatch):
     zipped(tmp_path / "a.zip", {"gtFine/a.png": b"\0" * 50_000_000})
     (tmp_path / "root").mkdir()
-    with pytest.raises(RoadsegError, match="unpacks .* bytes to 50,000,008"):
+    with pytest.raises(RoadsegError) as e:
         unpack.unpack(tmp_path / "a.zip", tmp_path / "root", TREES)
+    assert "50,000,008" in e.value.found
     monkeypatch.setattr(unpack, "MAX_FILES", 5)
     zipped(tmp_path / "b.zip", LABELS)
-    with pytest.raises(RoadsegError, match="holds 9 files"):
+    with pytest.raises(RoadsegError) as e:
         unpack.unpack(tmp_path / "b.zip", tmp_path / "root", TREES)
+    assert "9 files" in e.value.found
     assert list((tmp_path / "root").iterdir()) == []
 
 
-def test_a_member_that_is_larger_than_it_says_stays_out(tmp_path):
+def test_a_member_larger_than_declared_is_not_written(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("gtFine/a.png", bytes(range(256)) * 200)
     data = path.read_bytes()
     path.write_bytes(data.replace((51_200).to_bytes(4, "little"), (512).to_bytes(4, "little")))
-    with pytest.raises(RoadsegError, match="is damaged"):
+    with pytest.raises(RoadsegError) as e:
         unpack.unpack(path, tmp_path, TREES)
+    assert e.value.where == str(path)
     assert [p.name for p in (tmp_path / "gtFine").iterdir()] == []
 
 
 @pytest.mark.parametrize("at", [100, 2000, -3000, -200])
-def test_a_damaged_member_stays_out_and_the_others_may_stay(tmp_path, at):
+def test_a_damaged_member_is_not_written(tmp_path, at):
     path = tmp_path / "a.zip"
     data = bytearray(zipped(path, IMAGES))
     data[at] ^= 4
@@ -351,7 +362,7 @@ def test_a_damaged_member_stays_out_and_the_others_may_stay(tmp_path, at):
     assert all(p.read_bytes() == IMAGES.get(str(p.relative_to(tmp_path))) for p in tmp_path.rglob("*.png"))
 
 
-def test_what_is_there_already_is_not_written_again_and_what_differs_is(tmp_path):
+def test_only_missing_and_differing_files_are_written(tmp_path):
     zipped(tmp_path / "a.zip", LABELS)
     same, other, *_ = LABELS
     for name, data in ((same, LABELS[same]), (other, b"x" * len(LABELS[other])), ("README", b"mine")):
@@ -363,17 +374,18 @@ def test_what_is_there_already_is_not_written_again_and_what_differs_is(tmp_path
     assert (tmp_path / same).stat().st_ino == before.st_ino
 
 
-def test_a_disk_without_room_is_said_before_unpacking(tmp_path, monkeypatch):
+def test_disk_space_is_checked_before_unpacking(tmp_path, monkeypatch):
     zipped(tmp_path / "a.zip", LABELS)
     monkeypatch.setattr(unpack.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=512))  # type: ignore[attr-defined]
-    with pytest.raises(RoadsegError, match="GB are free; expected .* to unpack a.zip"):
+    with pytest.raises(RoadsegError) as e:
         unpack.unpack(tmp_path / "a.zip", tmp_path, TREES)
+    assert e.value.where == str(tmp_path) and "a.zip" in e.value.expected
     assert not (tmp_path / "gtFine").exists()
 
 
-def test_whatever_is_damaged_in_a_zip_is_one_error(tmp_path):
+def test_any_damage_of_a_zip_is_a_roadseg_error(tmp_path):
     whole = zipped(tmp_path / "a.zip", {"gtFine/a.png": bytes(range(200)), "gtFine/b.png": b"b"})
-    rng, said = np.random.default_rng(0), Counter[str]()
+    rng, reported = np.random.default_rng(0), Counter[str]()
     for i in range(400):
         data = bytearray(whole)
         for at in rng.integers(0, len(data), 1 + i % 3):
@@ -383,11 +395,11 @@ def test_whatever_is_damaged_in_a_zip_is_one_error(tmp_path):
         try:
             unpack.unpack(tmp_path / "a.zip", tmp_path / f"{i}", TREES)
         except RoadsegError as e:
-            said[e.found.split(" (")[0].split(":")[0]] += 1
-    assert said["is damaged"] > 100 and set(said) <= {"is damaged", "the zip is refused"}
+            reported[e.found.split(" (")[0].split(":")[0]] += 1
+    assert reported["is damaged"] > 100 and set(reported) <= {"is damaged", "unsafe zip"}
 
 
-def test_only_the_zips_own_faults_are_called_damage(tmp_path, monkeypatch):
+def test_disk_errors_are_not_reported_as_damage(tmp_path, monkeypatch):
     zipped(tmp_path / "a.zip", LABELS)
 
     def write(error: Exception) -> Callable[..., None]:
@@ -398,8 +410,9 @@ def test_only_the_zips_own_faults_are_called_damage(tmp_path, monkeypatch):
 
     for error in (OSError(errno.EINVAL, "Invalid argument"), IndexError(), struct.error(), ValueError()):
         monkeypatch.setattr(unpack, "_write", write(error))
-        with pytest.raises(RoadsegError, match="is damaged"):
+        with pytest.raises(RoadsegError) as e:
             unpack.unpack(tmp_path / "a.zip", tmp_path, TREES)
+        assert e.value.where == str(tmp_path / "a.zip")
     for errno_, name in ((errno.ENOSPC, None), (errno.EINVAL, "a:b")):
         monkeypatch.setattr(unpack, "_write", write(OSError(errno_, "no", name)))
         with pytest.raises(OSError) as caught:

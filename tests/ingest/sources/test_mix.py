@@ -123,8 +123,9 @@ def test_only_some_splits_of_a_part_are_taken(mix: Data, tmp_path: Path) -> None
 
 def test_a_split_that_a_part_lacks_is_told(mix: Data, tmp_path: Path) -> None:
     part = mix.mix["cs"].model_copy(update={"splits": ("trian",)})
-    with pytest.raises(ConfigError, match="cs has no split trian; expected some of train, val"):
+    with pytest.raises(ConfigError) as e:
         ingested(mix.model_copy(update={"mix": {**mix.mix, "cs": part}}), tmp_path)
+    assert e.value.where == "data.mix.cs.splits" and "trian" in e.value.found
 
 
 def test_terms_of_all_parts_are_kept(mix: Data, tmp_path: Path) -> None:
@@ -135,20 +136,23 @@ def test_terms_of_all_parts_are_kept(mix: Data, tmp_path: Path) -> None:
 
 def test_own_classes_of_different_sets_can_not_be_mixed(mix: Data, tmp_path: Path) -> None:
     root = mixed_root(mix, tmp_path / "links")
-    with pytest.raises(ConfigError, match="own has other classes than cs.*data.taxonomy"):
+    with pytest.raises(ConfigError) as e:
         find(mix.model_copy(update={"taxonomy": "native"}), root)
+    assert e.value.where == "data.mix" and e.value.found.startswith("own ")
 
 
 def test_a_part_without_any_of_the_classes_is_refused(mix: Data, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(YAML.replace(", cityscapes: road", "").replace("name: car", "name: blimp"))
-    with pytest.raises(ConfigError, match="no class of own"):
+    with pytest.raises(ConfigError) as e:
         find(mix, mixed_root(mix, tmp_path / "links"))
+    assert e.value.where == "data.taxonomy" and "own" in e.value.found
 
 
 def test_a_part_that_is_not_there_is_named(mix: Data, tmp_path: Path) -> None:
     part = mix.mix["cs"].model_copy(update={"root": tmp_path / "nowhere"})
-    with pytest.raises(DataError, match="data.mix.cs.root"):
+    with pytest.raises(DataError) as e:
         mixed_root(mix.model_copy(update={"mix": {**mix.mix, "cs": part}}), tmp_path / "links")
+    assert "data.mix.cs.root" in e.value.todo
 
 
 def test_findings_name_the_part(mix: Data, tmp_path: Path) -> None:

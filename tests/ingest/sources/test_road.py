@@ -66,8 +66,9 @@ def test_camvid_in_colors_names_missing_and_stray_frames(tmp_path):
         ("empty-split", "test", 0),
     ]
     assert findings[0].files == ("images/holiday.png",)
-    with pytest.raises(DataError, match="expected 701_StillsRaw_full/"):
+    with pytest.raises(DataError) as e:
         camvid_colors.pairs(tmp_path / "images")
+    assert e.value.expected == camvid_colors.LOOKED_FOR
 
 
 def test_camvid_in_colors_with_nothing_of_camvid_is_an_empty_split(tmp_path):
@@ -107,8 +108,9 @@ def test_bdd100k_in_both_its_trees(tmp_path, base, images, labels, suffix):
     assert pair_rows(pairs) == [("train", "0a0a0b1a-7c39d841", ""), ("val", "7d06fefd-f7be05a6", "")]
     assert pairs[0].label == f"{base}{labels}/train/0a0a0b1a-7c39d841{suffix}.png"
     assert codes(findings) == [("missing-label", "val", 1), ("no-labels", "test", 1)]
-    with pytest.raises(DataError, match="images/10k"):
+    with pytest.raises(DataError) as e:
         bdd100k.pairs(tmp_path / base / "labels")
+    assert e.value.expected == bdd100k.LOOKED_FOR
 
 
 def mapillary_tree(root: Path, *labels: str) -> None:
@@ -133,8 +135,9 @@ def test_mapillary_of_an_older_package_holds_v1_2_only(tmp_path):
     pairs, findings = mapillary.pairs_v1_2(tmp_path)
     assert [p.label.split("/")[:2] for p in pairs] == [["training", "labels"], ["validation", "labels"]]
     assert codes(findings) == [("missing-image", "train", 1), ("no-labels", "test", 1)]
-    with pytest.raises(DataError, match=r"expected .*v2.0/labels"):
+    with pytest.raises(DataError) as e:
         mapillary.pairs(tmp_path)
+    assert "v2.0/labels" in e.value.expected
 
 
 def test_mapillary_labels_are_indexes_of_a_palette(tmp_path):
@@ -162,8 +165,9 @@ def test_kitti_is_train_and_says_so(tmp_path):
     assert pair_rows(pairs) == [("train", f"{i:06d}_10", f"{i:06d}") for i in range(3)]
     assert codes(findings) == [("missing-image", "train", 1), ("source-note", "train", 1), ("no-labels", "test", 1)]
     assert "data.holdout_sequences" in findings[1].fix
-    with pytest.raises(DataError, match="expected training/image_2"):
+    with pytest.raises(DataError) as e:
         kitti.pairs(tmp_path / "training")
+    assert e.value.expected == kitti.LOOKED_FOR
 
 
 @pytest.mark.parametrize("path", kitti.MAPPINGS)
@@ -202,8 +206,9 @@ def test_comma10k_names_what_has_no_partner(tmp_path):
     pairs, findings = comma10k.pairs(tmp_path)
     assert pair_rows(pairs) == [("train", "0000", "")]
     assert codes(findings) == [("missing-label", "train", 1), ("missing-label", "val", 1), ("missing-image", "val", 1)]
-    with pytest.raises(DataError, match="expected imgs/"):
+    with pytest.raises(DataError) as e:
         comma10k.pairs(tmp_path / "masks")
+    assert e.value.expected == comma10k.LOOKED_FOR
 
 
 def test_comma10k_masks_are_read_by_color():

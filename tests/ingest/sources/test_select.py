@@ -60,12 +60,15 @@ def test_cityscapes_test_split_without_labels_is_left_out(tmp_path):
 @pytest.mark.parametrize("pairs", [cityscapes.pairs, camvid.pairs])
 def test_a_wrong_root_says_what_was_looked_for_and_what_is_there(pairs, tmp_path):
     touch(tmp_path, "holiday.png", "other/a.png")
-    with pytest.raises(DataError, match=r"the folder holds holiday.png, other/; expected .*train"):
+    with pytest.raises(DataError) as e:
         pairs(tmp_path)
-    with pytest.raises(DataError, match="no such folder; expected .*train"):
+    assert "holiday.png, other/" in e.value.found and "train" in e.value.expected
+    with pytest.raises(DataError) as e:
         pairs(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="is a file"):
+    assert e.value.where == str(tmp_path / "nowhere") and e.value.exit_code == 3
+    with pytest.raises(DataError) as e:
         pairs(tmp_path / "holiday.png")
+    assert e.value.where == str(tmp_path / "holiday.png")
 
 
 def test_camvid_pairs_by_name_and_not_by_order(tmp_path):
@@ -149,8 +152,9 @@ def test_folder_pairs_by_stem_and_suffix(tmp_path):
         ("empty-split", "val", ()),
         ("missing-image", "train", ("masks/train/tuesday/b_mask.png",)),
     ]
-    with pytest.raises(DataError, match="expected pictures/train/ with masks/train/, pictures/val/"):
+    with pytest.raises(DataError) as e:
         folder.pairs(tmp_path / "masks", described(tmp_path, YAML))
+    assert e.value.expected.startswith("pictures/train/ with masks/train/, pictures/val/")
 
 
 def test_folder_with_images_and_masks_side_by_side(tmp_path):
@@ -198,9 +202,9 @@ terms: [1]
         "splits.train.images: is /abs",
         "splits.train.labels: is ../masks",
         "splits.val: is the text 'here'",
-        "splits.holdout: is no name for a split",
+        "splits.holdout: not a valid split name",
         "splits.holdout.labels: is empty",
-        "sequence: is no regular expression",
+        "sequence: not a regular expression",
         "terms: is a list; expected text",
     ):
         assert said in str(caught.value)
@@ -208,14 +212,15 @@ terms: [1]
 
 @pytest.mark.parametrize(
     ("train_ids", "says"),
-    [((0, None), "not car; expected all or none"), ((0, 2), r"\[0, 2\]; expected 0..n-1"), ((255, 0), "1 to learn")],
+    [((0, None), "not car; expected all or none"), ((0, 2), "[0, 2]; expected 0..n-1"), ((255, 0), "1 to learn")],
 )
 def test_folder_train_ids_have_no_gaps(tmp_path, train_ids, says):
     text = YAML
     for name, train_id in zip(("road", "car"), train_ids, strict=True):
         text = text if train_id is None else text.replace(f"name: {name}", f"name: {name}, train_id: {train_id}")
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError) as e:
         described(tmp_path, text)
+    assert says in e.value.found
 
 
 def test_folder_classes_may_share_a_train_id(tmp_path):
@@ -229,10 +234,12 @@ def test_folder_classes_may_share_a_train_id(tmp_path):
     "text", ["", "[1]", "a: [", "classes: {}", "splits: {}\nclasses: []", "classes: !!python/tuple [1]"]
 )
 def test_folder_with_a_useless_description_is_a_config_error(tmp_path, text):
-    with pytest.raises(ConfigError, match="labels.yaml"):
+    with pytest.raises(ConfigError) as e:
         described(tmp_path, text)
-    with pytest.raises(ConfigError, match="no such file"):
+    assert e.value.where == str(tmp_path / "labels.yaml")
+    with pytest.raises(ConfigError) as e:
         read_description(tmp_path / "absent.yaml")
+    assert e.value.where == str(tmp_path / "absent.yaml")
 
 
 def test_reading_order_of_the_file_system_does_not_matter(tmp_path):
