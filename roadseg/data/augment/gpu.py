@@ -41,16 +41,16 @@ class BatchParams:
 
 
 def batch_params(
-    draws: Sequence[CropParams], image_at: Sequence[int], label_at: Sequence[int], row_px: Sequence[int]
+    params: Sequence[CropParams], image_at: Sequence[int], label_at: Sequence[int], row_px: Sequence[int]
 ) -> BatchParams:
     layout = [
         (image, label, d.box[2], d.box[3], row, d.taps)
-        for d, image, label, row in zip(draws, image_at, label_at, row_px, strict=True)
+        for d, image, label, row in zip(params, image_at, label_at, row_px, strict=True)
     ]
-    transforms = np.empty((len(draws), 18), np.float32)
-    for row, d in zip(transforms, draws, strict=True):
+    transforms = np.empty((len(params), 18), np.float32)
+    for row, d in zip(transforms, params, strict=True):
         row[:6], row[6:] = d.affine.ravel(), d.color.ravel()
-    return BatchParams(np.array(layout, np.int64), transforms, np.array([d.blur_px for d in draws], np.float32))
+    return BatchParams(np.array(layout, np.int64), transforms, np.array([d.blur_px for d in params], np.float32))
 
 
 def cut_crops(

@@ -75,7 +75,7 @@ class Crops:
 
 
 def _longest(side: int, other: int, rotate_deg: float) -> int:
-    """The longest side of the bounding box of a rectangle rotated by up to `rotate_deg`."""
+    """Largest extent along `side` of a rectangle rotated by up to `rotate_deg`."""
     angle = min(np.deg2rad(rotate_deg), np.arctan2(other, side))
     return ceil(side * np.cos(angle) + other * np.sin(angle))
 
@@ -114,18 +114,18 @@ class _BoxWriter(_CropWriter):
 
     def write(self, slot: int, samples: list[Sample]) -> FilledSlot:
         memory = self.slots[slot].numpy()
-        draws, starts, at = [], [], 0
+        params, starts, at = [], [], 0
         for sample in samples:
-            d = self.crops.params(sample)
-            image, label = self.crops.split.read_box(sample.index, *d.box)
-            draws.append(d)
+            p = self.crops.params(sample)
+            image, label = self.crops.split.read_box(sample.index, *p.box)
+            params.append(p)
             starts.append(at)
             memory[at : at + image.size].reshape(image.shape)[:] = image
             memory[at + image.size : at + image.size + label.size].reshape(label.shape)[:] = label
             at += image.size + label.size
-        sides = [d.box[2:] for d in draws]
+        sides = [p.box[2:] for p in params]
         labels = [start + 3 * h * w for start, (h, w) in zip(starts, sides, strict=True)]
-        return FilledSlot(slot, tuple(samples), at, batch_params(draws, starts, labels, [w for _, w in sides]))
+        return FilledSlot(slot, tuple(samples), at, batch_params(params, starts, labels, [w for _, w in sides]))
 
 
 def _views(memory: torch.Tensor, rows: int, crop_px: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,14 @@ from typing import Any
 import numpy as np
 
 from roadseg.data.masks.form import UNKNOWN, MaskForm, ids_by_name
-from roadseg.data.masks.json_values import canvas_size, describe_value, is_coordinate, parse_json, printable
+from roadseg.data.masks.json_values import (
+    canvas_size,
+    describe_value,
+    is_coordinate,
+    parse_json,
+    printable,
+    refuse_constant,
+)
 from roadseg.data.masks.polygons import MAX_LAYERS
 from roadseg.data.masks.rle import Patch, fill_polygon, fill_runs, runs_of
 from roadseg.errors import ImageError
@@ -113,8 +120,8 @@ class _Scan:
     images: dict[str, tuple[int, int]] = field(default_factory=dict)
     file_names: dict[str, str] = field(default_factory=dict)
     categories: dict[str, str] = field(default_factory=dict)
-    owners: dict[str, int] = field(default_factory=dict)  # {image id of an annotation: number of that image}
-    rows: array[int] = field(default_factory=lambda: array("q"))  # owner, start, end of each annotation
+    image_numbers: dict[str, int] = field(default_factory=dict)  # {image id of an annotation: number of that image}
+    rows: array[int] = field(default_factory=lambda: array("q"))  # image number, start, end of each annotation
 
     def image(self, value: Any, start: int, end: int) -> None:
         key = _key(value.get("id")) if isinstance(value, dict) else None
@@ -129,7 +136,7 @@ class _Scan:
         key = _key(value.get("image_id")) if isinstance(value, dict) else None
         if key is None:
             raise ImageError(f"annotation {len(self.rows) // 3} has no usable image_id", expected=_EXPECTED)
-        self.rows.extend((self.owners.setdefault(key, len(self.owners)), start, end))
+        self.rows.extend((self.image_numbers.setdefault(key, len(self.image_numbers)), start, end))
 
     def category(self, value: Any, start: int, end: int) -> None:
         key = _key(value.get("id")) if isinstance(value, dict) else None
@@ -145,7 +152,7 @@ def _index(data: bytes, path: Path, stamp: tuple[int, int, int]) -> Annotations:
         raise ImageError("the content is an image", expected=_EXPECTED)
     scan = _Scan()
     try:
-        keys = _scan(data.decode("latin-1"), scan)
+        keys = _parse(data.decode("latin-1"), scan)
     except RecursionError:
         raise ImageError("the JSON is nested too deep", expected=_EXPECTED) from None
     except IndexError:
@@ -157,60 +164,57 @@ def _index(data: bytes, path: Path, stamp: tuple[int, int, int]) -> Annotations:
         raise ImageError(f"the JSON has no {' and no '.join(sorted(missing))}", expected=_EXPECTED)
     table = np.array(scan.rows, np.int64).reshape(-1, 3)
     table = table[np.argsort(table[:, 0], kind="stable")]
-    bounds = np.searchsorted(table[:, 0], np.arange(len(scan.owners) + 1))
-    spans = {key: table[bounds[n] : bounds[n + 1], 1:] for key, n in scan.owners.items()}
-    strays = {key: len(spans.pop(key)) for key in scan.owners if key not in scan.images}
+    bounds = np.searchsorted(table[:, 0], np.arange(len(scan.image_numbers) + 1))
+    spans = {key: table[bounds[n] : bounds[n + 1], 1:] for key, n in scan.image_numbers.items()}
+    strays = {key: len(spans.pop(key)) for key in scan.image_numbers if key not in scan.images}
     return Annotations(path, stamp, scan.images, spans, scan.file_names, scan.categories, strays)
 
 
-def _scan(text: str, scan: _Scan) -> set[str]:
+def _parse(text: str, scan: _Scan) -> set[str]:
     """Parse the file's top level element by element, so that only one is in memory. Returns the top-level keys.
 
     text: the bytes decoded as Latin-1, so that positions are byte offsets; JSON's syntax is ASCII in UTF-8 too.
     Raises ValueError, IndexError or RecursionError for invalid JSON.
     """
     handlers = {"images": scan.image, "annotations": scan.annotation, "categories": scan.category}
-    decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+    decode = json.JSONDecoder(parse_constant=refuse_constant).raw_decode
     keys: set[str] = set()
-    at = _after(text, 3 if text.startswith("\xef\xbb\xbf") else 0, "{")
+    at = _skip_mark(text, 3 if text.startswith("\xef\xbb\xbf") else 0, "{")
     while text[at] != "}":
         key, at = decode(text, at)
-        at = _after(text, at, ":")
+        at = _skip_mark(text, at, ":")
         if not isinstance(key, str) or key in keys:
             raise ValueError("a key that is not a string, or is doubled")
         keys.add(key)
         if key in handlers and text[at] != "[":
             raise ImageError(f"{key} is not a list", expected=_EXPECTED, todo="export it again")
         if key in handlers:
-            at = _after(text, at, "[")
+            at = _skip_mark(text, at, "[")
             while text[at] != "]":
                 value, end = decode(text, at)
                 if not text[at:end].isascii():
                     value = json.loads(text[at:end].encode("latin-1"))
                 handlers[key](value, at, end)
-                at = _comma(text, end, "]")
+                at = _skip_comma(text, end, "]")
             at += 1
         else:
             at = decode(text, at)[1]
-        at = _comma(text, at, "}")
+        at = _skip_comma(text, at, "}")
     return keys
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number")
-
-
-def _after(text: str, at: int, mark: str) -> int:
-    """Position of the next value after `mark`."""
+def _skip_mark(text: str, at: int, mark: str) -> int:
+    """Position of the value after `mark`. Raises JSONDecodeError if another character comes first."""
     at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # also matches the empty string
     if text[at] != mark:
         raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
     return _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
 
 
-def _comma(text: str, at: int, end: str) -> int:
+def _skip_comma(text: str, at: int, end: str) -> int:
+    """Position of the next element, or of `end`, the closing bracket."""
     at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-    return at if text[at] == end else _after(text, at, ",")
+    return at if text[at] == end else _skip_mark(text, at, ",")
 
 
 @dataclass(frozen=True)

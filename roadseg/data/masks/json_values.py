@@ -14,7 +14,7 @@ def parse_json(data: bytes, expected: str) -> Any:
     if data[:8] == b"\x89PNG\r\n\x1a\n" or data[:3] == b"\xff\xd8\xff":
         raise ImageError("the content is an image", expected=expected, todo="set `masks` in data.labels to ids")
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_constant=refuse_constant)
     except RecursionError:
         raise ImageError("the JSON is nested too deep", expected=expected) from None
     except ValueError as e:  # also for bytes that are not UTF-8
@@ -22,7 +22,8 @@ def parse_json(data: bytes, expected: str) -> Any:
         raise ImageError(f"not valid JSON ({reason})", expected=expected, todo="fetch or export it again") from None
 
 
-def _refuse_constant(text: str) -> float:
+def refuse_constant(text: str) -> float:
+    """For json's parse_constant: refuses NaN and Infinity."""
     raise ValueError(f"{text} is not a number")
 
 
