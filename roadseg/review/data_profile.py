@@ -1,7 +1,6 @@
-"""What a data set looks like, small enough to travel in a release: what `roadseg data diff` compares.
+"""A profile of a data set, small enough to be stored in a release; `roadseg data diff` compares two of them.
 
-Frames are reduced to at most WIDTH_PX columns first, so that a camera of another resolution does not
-count as another world.
+Frames are first reduced to at most WIDTH_PX columns, so that camera resolution alone makes no difference.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from roadseg.errors import DataError
 from roadseg.labels import LabelSet
 
-FRAMES = 256  # a profile is made of at most so many frames, evenly spaced
+FRAMES = 256  # a profile uses at most this many frames, evenly spaced
 WIDTH_PX = 512
 QUANTITIES = {
     "exposure": "mean luma of a frame, 0..255",
@@ -32,10 +31,10 @@ Embed = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one split. class_pixels: pixels by class name, void left out, of all its frames.
+    """Profile of one split. class_pixels: pixels by class name in all its frames, without void.
 
-    values: by quantity of QUANTITIES, float32 [N], one a frame. embeddings: float32 [N, D] from
-    `embedded_by` (a digest of the weights), [0, 0] where there was no network.
+    values: float32 [N], one per sampled frame, by the names in QUANTITIES. embeddings: float32 [N, D] from the
+    backbone with the digest `embedded_by`; [0, 0] without a network.
     """
 
     title: str
@@ -61,7 +60,7 @@ class Profile:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Profile:
-        """Raises DataError for anything that `to_json` would not have written."""
+        """Raises DataError for anything that `to_json` cannot have written."""
         try:
             if data["schema"] > SCHEMA:
                 raise DataError(f"a data profile of schema {data['schema']}", todo="update roadseg")
@@ -80,8 +79,8 @@ class Profile:
             raise DataError(f"not a readable data profile ({type(e).__name__}: {e})", todo="train again") from None
 
 
-def chosen(frames: int) -> list[int]:
-    """The indexes of at most FRAMES frames, evenly spaced."""
+def sampled_indexes(frames: int) -> list[int]:
+    """Indexes of at most FRAMES of `frames` frames, evenly spaced."""
     return [int(i) for i in np.linspace(0, frames - 1, min(FRAMES, frames)).round()]
 
 
@@ -94,15 +93,15 @@ def make_profile(
     embed: Embed | None = None,
     embedded_by: str = "",
 ) -> Profile:
-    """Of a split of `count` frames, from the chosen ones' uint8 [H, W, 3] RGB.
+    """Profile a split of `count` frames. images: the sampled frames, uint8 [H, W, 3] RGB.
 
-    class_pixels: by train id; a void entry after the classes is left out. embed: from a reduced image to float32 [D].
+    class_pixels: by train id; a void entry after the classes is ignored. embed: maps a reduced image to float32 [D].
     """
     rows: list[list[float]] = []
     embeddings: list[np.ndarray] = []
     for image in images:
-        small = reduced(image)
-        rows.append(_measured(small))
+        small = shrink(image)
+        rows.append(_quantities(small))
         if embed:
             embeddings.append(embed(small))
     columns = np.array(rows, np.float32).reshape(-1, len(QUANTITIES)).T
@@ -116,15 +115,15 @@ def make_profile(
     )
 
 
-def reduced(image: np.ndarray) -> np.ndarray:
-    """The image, area-averaged to WIDTH_PX columns if it has more."""
+def shrink(image: np.ndarray) -> np.ndarray:
+    """Reduce the image to WIDTH_PX columns by area averaging, if it has more."""
     height, width = image.shape[:2]
     if width <= WIDTH_PX:
         return image
     return cv2.resize(image, (WIDTH_PX, max(1, round(height * WIDTH_PX / width))), interpolation=cv2.INTER_AREA)
 
 
-def _measured(image: np.ndarray) -> list[float]:
+def _quantities(image: np.ndarray) -> list[float]:
     luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     mean = image.reshape(-1, 3).mean(axis=0)
     saturation = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[..., 1]

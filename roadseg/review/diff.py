@@ -1,4 +1,4 @@
-"""`roadseg data diff A B`: two data sets, or one and what a release was trained on."""
+"""`roadseg data diff A B`: compare two data sets, or a data set with a release's training data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from roadseg.pipeline.run import dataset
 from roadseg.progress import progress
 from roadseg.release.archive import Release, load_release
 from roadseg.release.store.resolve import find_release, store_of
-from roadseg.review.data_profile import Embed, Profile, chosen, make_profile
+from roadseg.review.data_profile import Embed, Profile, make_profile, sampled_indexes
 from roadseg.review.drift import Row, compare, table, verdict
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """One of A and B as it was named: a config and a split of its data, or a release."""
+    """A or B as given: a config and a split of its data, or a release."""
 
     title: str
     config: Config | None
@@ -36,7 +36,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Diff:
-    """rows, verdict: see roadseg/data/drift.py. text: the table for a terminal."""
+    """rows, verdict: see drift.py. text: the table for a terminal."""
 
     rows: list[Row]
     verdict: str
@@ -48,13 +48,13 @@ def data_diff(
 ) -> Diff:
     """Compare A with B, each a YAML config whose data section names a data set, or a release.
 
-    A config may be followed by ":SPLIT" (default: train, or the first where there is none). release: whose
-    backbone looks at the frames; without it that of the release being compared, else the champion's
-    if there is one. Raises UsageError for what is neither, and what ingest raises for the data.
+    A config may be followed by ":SPLIT" (default: train, or the first split if there is no train). release: its
+    backbone computes the embeddings; the default is the release being compared, else the champion, else none.
+    Raises UsageError if an argument is neither, and whatever ingest raises for the data.
     """
     sides = [_side(text, config, workspace) for text in (a, b)]
-    seer = _seer(sides, release, config, workspace)
-    embed, embedded_by = _embedding(seer)
+    embedding_release = _embedding_release(sides, release, config, workspace)
+    embed, embedded_by = _embedding(embedding_release)
     first, second = (_profile(side, workspace, embed, embedded_by) for side in sides)
     rows = compare(first, second)
     return Diff(rows, verdict(rows), table(rows, first.title, second.title))
@@ -67,10 +67,10 @@ def _side(text: str, config: Config, workspace: Path) -> Side:
     try:
         return Side(text, None, "", load_release(find_release(config, workspace, text)))
     except OSError as e:
-        raise UsageError(f"{text!r} is no release ({e.strerror})", expected="a YAML config or a release") from e
+        raise UsageError(f"{text!r} is not a release ({e.strerror})", expected="a YAML config or a release") from e
 
 
-def _seer(sides: list[Side], named: str | None, config: Config, workspace: Path) -> Release | None:
+def _embedding_release(sides: list[Side], named: str | None, config: Config, workspace: Path) -> Release | None:
     if named:
         return load_release(find_release(config, workspace, named))
     if given := next((s.release for s in sides if s.release), None):
@@ -98,7 +98,7 @@ def _profile(side: Side, workspace: Path, embed: Embed | None, embedded_by: str)
                 "the release has no profile of its training data",
                 expected="one made by this version of roadseg or a later one",
                 where=side.title,
-                todo="train it again, or name its data set by a config",
+                todo="train it again, or pass the config of its data set",
             )
         return Profile.from_json(stored)
     assert side.config is not None
@@ -107,12 +107,12 @@ def _profile(side: Side, workspace: Path, embed: Embed | None, embedded_by: str)
     split = side.split or ("train" if "train" in manifest.splits else manifest.splits[0])
     samples = manifest.split(split)
     title = f"{side.title} ({manifest.source} {split}, {len(samples):,} images)"
-    images = _images([samples[i] for i in chosen(len(samples))], root, limits)
+    images = _images([samples[i] for i in sampled_indexes(len(samples))], root, limits)
     return make_profile(title, images, len(samples), manifest.histogram(split), manifest.label_set, embed, embedded_by)
 
 
 def _images(samples: list[Sample], root: Path, limits: Limits) -> Iterator[np.ndarray]:
-    with progress(len(samples), "look", "images") as bar:
+    with progress(len(samples), "profile", "images") as bar:
         for sample in samples:
             yield read_picture(root, sample, limits)
             bar.update()

@@ -1,8 +1,8 @@
-"""How far two data sets are apart: one row a quantity, and one verdict.
+"""Compare two data profiles: one row per quantity, and one verdict.
 
-PSI, the population stability index, sums (b - a) ln(b / a) over shares of bins: below 0.1 is taken for
-the same, above 0.25 for another population (Siddiqi, "Credit Risk Scorecards", 2006). Separability is
-how often a frame's set is told right from another frame's by its nearest neighbours: 0.5 is not at all.
+PSI, the population stability index, sums (b - a) ln(b / a) over shares of bins. Below 0.1 counts as the same
+population, above 0.25 as a different one (Siddiqi, "Credit Risk Scorecards", 2006). Separability is how well the
+nearest neighbors of a frame's embedding predict its data set: 0.5 is chance, 1 always.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Verdict = Literal["same", "shifted", "different", "not compared"]
 SHIFTED, DIFFERENT = 0.1, 0.25  # of PSI
 SEPARABLE_SHIFTED, SEPARABLE_DIFFERENT = 0.7, 0.9
 BINS = 10
-NEIGHBOURS = 5
-_ENOUGH_FRAMES = 20  # with fewer, ten bins say more about chance than about the data
+NEIGHBORS = 5
+_ENOUGH_FRAMES = 20  # with fewer, ten bins show mostly chance
 _ORDER: tuple[Verdict, ...] = ("not compared", "same", "shifted", "different")
 
 
 @dataclass(frozen=True)
 class Row:
-    """a, b: what stands for each side. score: PSI or separability, None where not compared."""
+    """One compared quantity. a, b: summary of each side. score: PSI or separability, None if not compared."""
 
     quantity: str
     a: str
@@ -44,12 +44,12 @@ def compare(a: Profile, b: Profile) -> list[Row]:
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
-    """The worst of the rows."""
+    """The worst verdict of the rows."""
     return max((r.verdict for r in rows), key=_ORDER.index)
 
 
 def psi(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two histograms with the same bins; every bin gets half a count, so that empty ones stay finite."""
+    """PSI of two histograms with the same bins. Half a count is added to every bin, so that the PSI is finite."""
     p, q = ((h + 0.5) / (h.sum() + 0.5 * len(h)) for h in (np.asarray(a, float), np.asarray(b, float)))
     return float(((q - p) * np.log(q / p)).sum())
 
@@ -63,7 +63,7 @@ def _classes(a: Profile, b: Profile) -> Row:
     odd = sorted(set(a.class_pixels) ^ set(b.class_pixels))
     if not names:
         return Row("classes", "", "", "PSI", None, "not compared", "no class in common")
-    # Pixels of a frame are no independent draws: as many counts as frames keep the half counts meaningful.
+    # Pixels of a frame are not independent. Scale to the number of frames, so that the half counts matter.
     p, q = (np.array([x.class_pixels[n] for n in names], float) for x in (a, b))
     p, q = (h / max(h.sum(), 1) * x.images * len(names) for h, x in ((p, a), (q, b)))
     score = psi(p, q)
@@ -82,12 +82,12 @@ def _quantity(name: str, a: np.ndarray, b: np.ndarray) -> Row:
     left, right = (f"{np.median(v):.1f}" if len(v) else "" for v in (a, b))
     if min(len(a), len(b)) < _ENOUGH_FRAMES:
         return Row(name, left, right, "PSI", None, "not compared", f"fewer than {_ENOUGH_FRAMES} frames")
-    bins = min(BINS, max(2, min(len(a), len(b)) // 5))  # five frames a bin, or chance alone reaches 0.25
+    bins = min(BINS, max(2, min(len(a), len(b)) // 5))  # at least five frames per bin, or chance alone reaches 0.25
     edges = np.unique(np.quantile(np.concatenate([a, b]), np.linspace(0, 1, bins + 1)[1:-1]))
     counts = (np.bincount(np.searchsorted(edges, v), minlength=len(edges) + 1) for v in (a, b))
     score = psi(*counts)
-    # Two samples of one population have a PSI of (1/n + 1/m) times a chi-square of bins - 1, which stays
-    # below this in 99 of 100 cases; only what is above it is drift.
+    # Two samples of one population have a PSI of (1/n + 1/m) times a chi-square with bins - 1 degrees of freedom.
+    # In 99 of 100 cases it is below `chance`; only the excess counts as drift.
     freedom = len(edges)
     chance = (freedom + 3 * (2 * freedom) ** 0.5) * (1 / len(a) + 1 / len(b))
     return Row(name, left, right, "PSI", score, _judge(score - chance, SHIFTED, DIFFERENT), QUANTITIES[name])
@@ -96,7 +96,7 @@ def _quantity(name: str, a: np.ndarray, b: np.ndarray) -> Row:
 def _embedding(a: Profile, b: Profile) -> Row:
     if not a.embedded_by or a.embedded_by != b.embedded_by:
         missing = (
-            "no network to see them with" if not (a.embedded_by or b.embedded_by) else "seen by different networks"
+            "no network for embeddings" if not (a.embedded_by or b.embedded_by) else "embedded by different networks"
         )
         return Row("backbone's view", "", "", "separability", None, "not compared", missing)
     if min(len(a.embeddings), len(b.embeddings)) < _ENOUGH_FRAMES:
@@ -105,13 +105,21 @@ def _embedding(a: Profile, b: Profile) -> Row:
     score = separability(a.embeddings, b.embeddings)
     left, right = (f"{len(x.embeddings)} frames" for x in (a, b))
     result = _judge(score, SEPARABLE_SHIFTED, SEPARABLE_DIFFERENT)
-    return Row("backbone's view", left, right, "separability", score, result, "0.5: can't be told apart; 1: always")
+    return Row(
+        "backbone's view",
+        left,
+        right,
+        "separability",
+        score,
+        result,
+        "0.5: indistinguishable; 1: always distinguishable",
+    )
 
 
 def separability(a: np.ndarray, b: np.ndarray) -> float:
-    """Area under the ROC of "which set": a frame's score is the share of b among its nearest neighbours.
+    """ROC AUC of predicting a frame's set by the share of b among its nearest neighbors.
 
-    a float [N, D], b float [M, D]. Neighbours are weighed by the sets' sizes; a frame is not its own.
+    a: float [N, D]. b: float [M, D]. Neighbors are weighted by set size; a frame is not its own neighbor.
     """
     x = np.concatenate([a, b]).astype(np.float64)
     x = (x - x.mean(axis=0)) / (x.std(axis=0) + 1e-9)
@@ -119,8 +127,8 @@ def separability(a: np.ndarray, b: np.ndarray) -> float:
     squares = (x**2).sum(axis=1)
     distance = squares[:, None] + squares - 2 * x @ x.T
     np.fill_diagonal(distance, np.inf)
-    nearest = np.argsort(distance, axis=1, kind="stable")[:, :NEIGHBOURS]
-    # A frame's own set has one frame less to offer: without this, equal sets would look told apart wrongly.
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, :NEIGHBORS]
+    # A frame's own set offers one neighbor less. Without weights, equal sets would score below 0.5.
     weights = np.where(of_b, 1 / len(b), 1 / len(a))
     votes = (weights * of_b)[nearest].sum(axis=1) / weights[nearest].sum(axis=1)
     return _auc(votes[~of_b], votes[of_b])
@@ -133,7 +141,7 @@ def _auc(low: np.ndarray, high: np.ndarray) -> float:
 
 
 def table(rows: Sequence[Row], a: str, b: str) -> str:
-    """Lines for a terminal, with the verdict last."""
+    """Format the rows for a terminal, with the verdict last."""
     head = ("", "A", "B", "drift", "", "")
     cells = [head] + [
         (r.quantity, r.a, r.b, f"{r.measure} {r.score:.2f}" if r.score is not None else "", r.verdict, r.note)
@@ -142,9 +150,9 @@ def table(rows: Sequence[Row], a: str, b: str) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     meaning = {
-        "same": "B looks like A",
-        "shifted": "B has moved away from A: evaluate on it before trusting a score from A",
-        "different": "B is another population than A: label some of it and train on it",
+        "same": "B matches A",
+        "shifted": "B differs somewhat from A: evaluate on B before trusting a score from A",
+        "different": "B is a different population: label some of it and train on it",
         "not compared": "nothing could be compared",
     }
     worst = verdict(rows)

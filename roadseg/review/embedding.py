@@ -1,4 +1,4 @@
-"""A frame as a few numbers, the way a trained backbone sees it."""
+"""Embed a frame as a short vector with a trained backbone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIMENSIONS = 32
 
 
 def backbone_digest(network: DeepLabV3Plus) -> str:
-    """SHA-256 over the backbone's weights, the normalisation before it, and strides that are not timm's own."""
+    """SHA-256 of the backbone's weights, its input normalization, and strides that differ from timm's."""
     digest = hashlib.sha256()
     a = network.architecture
     if a.early_strides != EARLY_STRIDES:
@@ -28,10 +28,10 @@ def backbone_digest(network: DeepLabV3Plus) -> str:
 
 
 def embedder(network: DeepLabV3Plus) -> Callable[[np.ndarray], np.ndarray]:
-    """uint8 [H, W, 3] RGB to float32 [DIMENSIONS]: the mean of the coarsest map, projected.
+    """Return a function from uint8 [H, W, 3] RGB to float32 [DIMENSIONS]: the projected mean of the coarsest map.
 
-    A random projection keeps distances within some percent (Johnson and Lindenstrauss 1984) and a
-    tenth of the bytes. It is drawn from a fixed seed, so that all embeddings by one network compare.
+    A random projection preserves distances within some percent (Johnson and Lindenstrauss 1984) at a tenth of the
+    bytes. Its seed is fixed, so that all embeddings by one network are comparable.
     """
     network = network.eval()
     channels = network.backbone.feature_info.channels()[-1]  # type: ignore[union-attr,operator]

@@ -18,8 +18,7 @@ from roadseg.model.deeplab import DeepLabV3Plus
 from roadseg.release.archive import offsets_of, write_archive
 from roadseg.release.export import check_export, export_onnx
 from roadseg.release.graph import without_weights
-from roadseg.review.data_profile import Profile, make_profile
-from roadseg.review.data_profile import chosen as chosen_frames
+from roadseg.review.data_profile import Profile, make_profile, sampled_indexes
 from roadseg.review.embedding import backbone_digest, embedder
 from roadseg.train.calibration.temperature import fit_temperature
 from roadseg.train.checks.memory_errors import is_out_of_memory
@@ -91,7 +90,7 @@ def _profile(network: DeepLabV3Plus, shards: Shards, device: torch.device) -> Pr
 
 def _profile_on(there: DeepLabV3Plus, network: DeepLabV3Plus, shards: Shards) -> Profile:
     frames = shards.split("train")
-    images = (frames.read(i)[0] for i in chosen_frames(len(frames)))
+    images = (frames.read(i)[0] for i in sampled_indexes(len(frames)))
     title = f"{shards.source} train, {len(frames):,} images"
     pixels = shards.class_pixels["train"]
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):

@@ -75,7 +75,7 @@ def test_wrong_sides_are_told(micro: Micro, workspace: Path, tmp_path: Path, cap
         data_diff(str(tmp_path / "nowhere.yaml"), "champion", micro.config, workspace=workspace)
 
 
-def test_errors_lists_doubted_labels_and_writes_a_page(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_errors_lists_suspect_labels_and_writes_a_page(workspace: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("cleanlab")
     arguments = ["data", "errors", "--config", str(MICRO), "--workspace", str(workspace), "--name", "doubts"]
     assert main([*arguments, "--json"]) == 0

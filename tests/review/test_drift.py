@@ -7,7 +7,7 @@ import pytest
 
 from roadseg.errors import DataError
 from roadseg.labels import CAMVID, CITYSCAPES
-from roadseg.review.data_profile import FRAMES, QUANTITIES, Profile, chosen, make_profile, reduced
+from roadseg.review.data_profile import FRAMES, QUANTITIES, Profile, make_profile, sampled_indexes, shrink
 from roadseg.review.drift import compare, psi, separability, table, verdict
 
 
@@ -48,7 +48,7 @@ def test_a_darker_set_differs_in_exposure_and_to_the_network_but_not_in_classes(
     assert found["classes"] == "same"
 
 
-def test_blur_is_seen_in_sharpness() -> None:
+def test_blur_lowers_sharpness() -> None:
     assert by_name(profile(frames(0)), profile(frames(1, blur=True)))["sharpness"] == "different"
 
 
@@ -107,8 +107,8 @@ def test_a_broken_profile_is_refused(broken: object) -> None:
 
 def test_resolution_is_no_drift() -> None:
     big = np.random.default_rng(0).integers(0, 256, (512, 1024, 3)).astype(np.uint8)
-    assert reduced(big).shape == (256, 512, 3)
-    assert chosen(3) == [0, 1, 2] and len(set(chosen(10_000))) == FRAMES
+    assert shrink(big).shape == (256, 512, 3)
+    assert sampled_indexes(3) == [0, 1, 2] and len(set(sampled_indexes(10_000))) == FRAMES
 
 
 def test_the_table_ends_with_one_verdict() -> None:

@@ -64,9 +64,9 @@ def test_images_with_wrong_objects_come_first_and_say_what_for_what(tmp_path: Pa
     expected = [manifest.split("val")[i].name for i in (3, 7)]
     assert sorted(names[:2]) == sorted(expected)
     assert all(s.share < 0.01 for s in found[2:])
-    labelled, seen, share = found[0].pairs[0]
-    assert (labelled, seen) == (RGB.names[2], RGB.names[1]) and share > 0.03
-    assert found[0].mask.any() and f"labelled {labelled}, seen {seen}" in table(found)
+    labelled, predicted, share = found[0].pairs[0]
+    assert (labelled, predicted) == (RGB.names[2], RGB.names[1]) and share > 0.03
+    assert found[0].mask.any() and f"labeled {labelled}, predicted {predicted}" in table(found)
 
 
 def test_class_offsets_say_nothing_of_how_sure_it_is(tmp_path: Path) -> None:
@@ -85,10 +85,10 @@ def test_the_page_shows_them_and_is_inert(tmp_path: Path) -> None:
     page = render("<b>t</b>", [replace(found[0], sample=evil), *found[1:]], manifest, tmp_path, Limits())
     assert_inert(page)
     assert page.count("data:image/jpeg") == 2 * len(found) and "<img onerror" not in page
-    assert f"labelled {RGB.names[2]}, seen {RGB.names[1]}" in page
+    assert f"labeled {RGB.names[2]}, predicted {RGB.names[1]}" in page
 
 
-def test_nothing_is_doubted_in_right_labels(tmp_path: Path) -> None:
+def test_correct_labels_are_not_suspect(tmp_path: Path) -> None:
     found = find_suspects(Seer(), tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
     assert all(s.share < 0.01 for s in found)
 

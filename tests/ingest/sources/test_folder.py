@@ -242,7 +242,7 @@ splits: {train: {images: "a\\nb", labels: m}, val: {images: i, annotations: a.js
         "classes.1.cityscapes: is a list",
         "classes.2.color: is '#01020'; expected [red, green, blue] in 0..255, or '#rrggbb'",
         "classes.3.id: is 256",
-        "classes.4.cityscapes: is the text 'starship', no train class of Cityscapes; expected one of road, sidewalk",
+        "classes.4.cityscapes: is the text 'starship', not a train class of Cityscapes; expected one of road, sidewalk",
         "classes: the color #010203 is given 2 times; expected once",
         "splits.train.images: is 'a\\nb'",
         "splits.val.annotations: unknown key",
