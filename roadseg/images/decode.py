@@ -34,6 +34,7 @@ from PIL import Image
 from roadseg.errors import ImageError
 from roadseg.images import formats as image_formats
 from roadseg.images.formats import CleanFile
+from roadseg.images.pillow import open_with_pillow, pillow_errors, quiet_pillow, undecodable
 
 MAX_SIDE_PX = 1_000_000  # libpng's limit
 
@@ -178,7 +179,7 @@ def _decode_jpeg(file: CleanFile) -> np.ndarray:
             raise _size_mismatch(file)
         return simplejpeg.decode_jpeg(file.data, "RGB", strict=True)
     except ValueError as e:
-        raise image_formats.undecodable("jpeg", str(e)) from None
+        raise undecodable("jpeg", str(e)) from None
 
 
 def _size_mismatch(file: CleanFile) -> ImageError:
@@ -191,16 +192,16 @@ def _size_mismatch(file: CleanFile) -> ImageError:
 def _decode_pillow(file: CleanFile, *, as_label: bool) -> np.ndarray:
     if file.format == "png":
         image_formats.check_idat(file.data)
-    with image_formats.pillow_errors(file.format), _opened(file) as image:
+    with pillow_errors(file.format), _opened(file) as image:
         return _ids(image, file) if as_label else _rgb(image, file)
 
 
 def _opened(file: CleanFile) -> Image.Image:
-    image = image_formats.open_with_pillow(file.data, file.format)
+    image = open_with_pillow(file.data, file.format)
     if image.size != (file.width, file.height):
         raise _size_mismatch(file)
     if file.format == "tiff":  # reads its tags late, and libtiff writes to stderr
-        with image_formats.quiet_pillow(), _stderr_closed():
+        with quiet_pillow(), _stderr_closed():
             image.load()
     return image
 

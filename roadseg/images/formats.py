@@ -9,33 +9,16 @@ others. WebP, BMP and TIFF are opened by Pillow, which raises on truncated data 
 
 from __future__ import annotations
 
-import io
-import logging
 import re
 import struct
-import threading
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import Image, TiffImagePlugin
 
 from roadseg.errors import ImageError
-
-# Plugins are called directly: Image.open would guess the format and warn about large images that the limits allow.
-_PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
-    "png": PngImagePlugin.PngImageFile,
-    "jpeg": JpegImagePlugin.JpegImageFile,
-    "webp": WebPImagePlugin.WebPImageFile,
-    "bmp": BmpImagePlugin.BmpImageFile,
-    "tiff": TiffImagePlugin.TiffImageFile,
-}
-_SAFE_REASON = re.compile(r"[\w ,.:;()/+-]{1,100}")
-_warnings_lock = threading.Lock()
-_pillow_log = logging.getLogger("PIL.TiffImagePlugin")  # logs errors besides raising them
+from roadseg.images.pillow import open_with_pillow, pillow_errors, quiet_pillow
 
 MAX_CHUNKS = 200_000  # of a PNG; a 256 MB file of 8 kB chunks has 31,000
 MAX_SEGMENTS = 10_000  # of a JPEG
@@ -74,42 +57,6 @@ class CleanFile:
     format: str = ""
     width: int = 0
     height: int = 0
-
-
-@contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings and log lines, under a lock because warnings.catch_warnings is not thread-safe."""
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _pillow_log.disabled = True
-        try:
-            yield
-        finally:
-            _pillow_log.disabled = False
-
-
-@contextmanager
-def pillow_errors(format_: str) -> Iterator[None]:
-    """Turn Pillow's errors into ImageError; its parsers raise nearly anything on malformed bytes."""
-    try:
-        yield
-    except ImageError:
-        raise
-    except Exception as e:
-        raise undecodable(format_, str(e)) from None
-
-
-def undecodable(format_: str, reason: str) -> ImageError:
-    """reason: the decoder's message, kept if it is short and plain text without the address of an object."""
-    safe = _SAFE_REASON.fullmatch(reason) and " at 0x" not in reason
-    detail = f" ({reason.replace('0x', '')})" if safe else ""
-    return ImageError(f"the {format_} can't be decoded{detail}", todo="open it in a viewer; save it again")
-
-
-def open_with_pillow(data: bytes, format_: str) -> Image.Image:
-    """The image with its header read and no pixel decoded. Raises ImageError."""
-    with pillow_errors(format_), quiet_pillow():
-        return _PLUGINS[format_](io.BytesIO(data))
 
 
 def sniff(data: bytes) -> str:
