@@ -130,7 +130,7 @@ class Training(Section):
     )
     weights_from: str = Field(
         "",
-        description="start from a .safetensors of segmentation_models.pytorch, mmsegmentation or VainF, or from a "
+        description="start from a .safetensors of segmentation_models.pytorch or VainF's DeepLabv3+, or from a "
         "checkpoint of a training, instead",
         json_schema_extra=OUT,
     )

@@ -18,7 +18,7 @@ from roadseg.model.backbone import EARLY_STRIDES
 from roadseg.model.deeplab import IMAGENET_MEAN, IMAGENET_STD, Architecture, DeepLabV3Plus
 from roadseg.weights.foreign_names import (
     ASPP_BRANCHES,
-    MMSEG,
+    MMSEGMENTATION,
     SMP,
     VAINF,
     WHERE,
@@ -30,7 +30,7 @@ from roadseg.weights.foreign_names import (
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
 WHOLE = "fetch it again; of a part of a network alone nothing can be taken"
-KNOWN = f"a DeepLabv3+ of {SMP}, {MMSEG} or {VAINF} as .safetensors, or a checkpoint of roadseg"
+KNOWN = f"a DeepLabv3+ of {SMP} or {VAINF} as .safetensors, or a checkpoint of roadseg"
 log = logging.getLogger(__name__)
 
 
@@ -154,6 +154,13 @@ def _translated(state: dict[str, Tensor], path: Path) -> Translation:
             expected=f"a checkpoint with its .json, or {KNOWN}",
             where=WHERE,
             todo="give the release's archive, model.tar.gz, as training.init_from",
+        )
+    if found is None and any(key.startswith(MMSEGMENTATION) for key in state):
+        raise ConfigError(
+            f"{path} holds weights of mmsegmentation, whose decode head can't be transferred exactly",
+            expected=KNOWN,
+            where=WHERE,
+            todo="give its backbone, under timm's names, as model.backbone_weights",
         )
     if found is None:
         first = ", ".join(sorted({key.split(".")[0] for key in state})[:6]) or "no tensors"

@@ -1,8 +1,7 @@
 """Names of other projects' DeepLabv3+ tensors, and their names here.
 
-What is renamed is exactly what computes the same in eval mode, on the same input; the rest is said.
-Names and forms are those of segmentation_models.pytorch 0.5.0, mmsegmentation 1.x (its commit 0c87f7a;
-0.x has the same names) and VainF/DeepLabV3Plus-Pytorch (its commit 48f990b).
+Only tensors that compute the same in eval mode on the same input are renamed; the rest is reported. Names and forms
+are those of segmentation_models.pytorch 0.5.0 and VainF/DeepLabV3Plus-Pytorch (its commit 48f990b).
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from roadseg.errors import ConfigError
 
 WHERE = "training.weights_from"
 State = Mapping[str, Tensor]
-SMP, MMSEG, VAINF = "segmentation_models.pytorch", "mmsegmentation", "VainF/DeepLabV3Plus-Pytorch"
+SMP, VAINF = "segmentation_models.pytorch", "VainF/DeepLabV3Plus-Pytorch"
+MMSEGMENTATION = "decode_head."  # how names of its tensors begin
 WRAPPERS = ("model", "net", "module", "_orig_mod")  # a Lightning module's name for its network, and torch's own
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 EPSILON = 1e-5  # of all batch norms here and there
@@ -64,7 +64,6 @@ def translate(state: State) -> Translation | None:
     for inner in (state, *(_below(state, wrapper) for wrapper in WRAPPERS)):
         for mark, read in (
             ("decoder.aspp.0.convs.0.0.weight", _segmentation_models),
-            ("decode_head.c1_bottleneck.conv.weight", _mmsegmentation),
             ("classifier.aspp.convs.0.0.weight", _vainf),
         ):
             if mark in inner:
@@ -92,7 +91,7 @@ def _refused(key: str, how: str, expected: str) -> ConfigError:
     )
 
 
-# ---- the three projects ---------------------------------------------------------------------
+# ---- the two projects -----------------------------------------------------------------------
 
 
 def _segmentation_models(state: State) -> Translation:
@@ -146,30 +145,6 @@ def _vainf(state: State) -> Translation:
     return Translation(VAINF, name, head, tensors, unlike, identity, remarks)
 
 
-def _mmsegmentation(state: State) -> Translation:
-    """EncoderDecoder of MobileNetV2, ResNet or ResNetV1c and DepthwiseSeparableASPPHead."""
-    norm_between = "theirs has a norm and a ReLU between depthwise and 1x1"
-    unlike = {f"aspp.branches.{i}": norm_between for i in range(1, ASPP_BRANCHES - 1)}
-    unlike |= dict.fromkeys(("decoder.fusions.0", "decoder.refinements.0"), norm_between)
-    unlike["aspp.fusion"] = "theirs is a 3x3, ours a 1x1"
-    unlike["decoder.classifier"] = "the features before it are new"
-    unlike["auxiliary_heads"] = "theirs reads another map"
-    tensors: dict[str, Tensor] = {}
-    for theirs, ours in (("aspp_modules.0", "aspp.branches.0"), ("c1_bottleneck", "decoder.laterals.0")):
-        tensors |= _conv_norm(state, f"decode_head.{theirs}.conv", f"decode_head.{theirs}.bn", ours)
-    tensors |= _folded(state, "decode_head.image_pool.1.conv", "decode_head.image_pool.1.bn", "aspp.pooling.0")
-    backbone = _below(state, "backbone")
-    remarks: tuple[str, ...] = ()
-    name: str | None
-    if "conv1.conv.weight" in backbone:
-        name, renamed = "mobilenetv2_100", _mmsegmentation_mobilenet(backbone)
-        remarks = ("their MobileNetV2 dilates the first block of a dilated stage alone, and here it is the others",)
-    else:
-        name, renamed = _torchvision_backbone({_deep_stem(key): value for key, value in backbone.items()})
-    tensors |= {f"backbone.{key}": value for key, value in renamed.items()}
-    return Translation(MMSEG, name, "", tensors, unlike, remarks=remarks)
-
-
 # ---- backbones ------------------------------------------------------------------------------
 
 
@@ -197,24 +172,6 @@ def _mobilenet_layers() -> Iterable[tuple[str, str, tuple[int, tuple[str, str]]]
             for i, name in enumerate(names):
                 theirs = (f"conv.{last}", f"conv.{last + 1}") if i == last else (f"conv.{i}.0", f"conv.{i}.1")
                 yield f"{ours}.{name}", f"{ours}.bn{i + 1}", (index, theirs)
-
-
-def _mmsegmentation_mobilenet(state: State) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for ours, norm, _ in _mobilenet_layers():
-        if ours == "conv_stem":
-            theirs = "conv1"
-        else:
-            _, stage, block, _ = ours.split(".")
-            theirs = f"layer{int(stage) + 1}.{block}.conv.{int(norm[-1]) - 1}"
-        tensors |= _renamed(state, f"{theirs}.conv", ours, ("weight",))
-        tensors |= _renamed(state, f"{theirs}.bn", norm, BATCH_NORM)
-    return tensors
-
-
-def _deep_stem(key: str) -> str:
-    """ResNetV1c's three first convolutions, which timm has in "conv1" with the last norm as "bn1"."""
-    return re.sub(r"^stem\.", "conv1.", re.sub(r"^stem\.7\.", "bn1.", key))
 
 
 def _resnet_name(state: State) -> str | None:

@@ -1,6 +1,5 @@
 """Other projects' DeepLabv3+ written anew, in the forms and under the names that they gave them."""
 
-from collections import OrderedDict
 
 import torch
 import torchvision
@@ -89,62 +88,3 @@ class SMP(nn.Module):
             }
         )
         self.segmentation_head = nn.Sequential(nn.Conv2d(WIDTH, classes, 1), nn.Identity())
-
-
-def conv_module(i: int, o: int, k: int = 1, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
-    conv = nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(o), activate=nn.ReLU6() if act else nn.Identity()))
-
-
-class Residual(nn.Module):
-    def __init__(self, i: int, o: int, stride: int, times: int) -> None:
-        super().__init__()
-        wide = i * times
-        expand = [conv_module(i, wide)] if times > 1 else []
-        self.conv = nn.Sequential(*expand, conv_module(wide, wide, 3, stride, wide), conv_module(wide, o, act=False))
-        self.skip = stride == 1 and i == o
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) + x if self.skip else self.conv(x)
-
-
-class MMSeg(nn.Module):
-    """EncoderDecoder of MobileNetV2 (undilated), DepthwiseSeparableASPPHead and FCNHead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        stages, width = [("conv1", conv_module(3, 32, 3, 2))], 32
-        table = [
-            (1, 16, 1, 1),
-            (6, 24, 2, 2),
-            (6, 32, 3, 2),
-            (6, 64, 4, 2),
-            (6, 96, 3, 1),
-            (6, 160, 3, 2),
-            (6, 320, 1, 1),
-        ]
-        for number, (times, out, count, stride) in enumerate(table, 1):
-            blocks = [Residual(width if i == 0 else out, out, stride if i == 0 else 1, times) for i in range(count)]
-            stages.append((f"layer{number}", nn.Sequential(*blocks)))
-            width = out
-        self.backbone = nn.Sequential(OrderedDict(stages))
-
-        def separable(i: int, o: int) -> nn.Module:
-            return nn.ModuleDict({"depthwise_conv": conv_module(i, i, 3, 1, i), "pointwise_conv": conv_module(i, o)})
-
-        self.decode_head = nn.ModuleDict(
-            {
-                "conv_seg": nn.Conv2d(WIDTH, 5, 1),
-                "image_pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_module(320, WIDTH)),
-                "aspp_modules": nn.ModuleList([conv_module(320, WIDTH), *(separable(320, WIDTH) for _ in RATES)]),
-                "bottleneck": conv_module(5 * WIDTH, WIDTH, 3),
-                "c1_bottleneck": conv_module(24, 48),
-                "sep_bottleneck": nn.Sequential(separable(WIDTH + 48, WIDTH), separable(WIDTH, WIDTH)),
-            }
-        )
-        self.auxiliary_head = nn.ModuleDict(
-            {"convs": nn.Sequential(conv_module(96, 8, 3)), "conv_seg": nn.Conv2d(8, 5, 1)}
-        )
-        for m in (*self.decode_head.modules(), *self.auxiliary_head.modules()):
-            if hasattr(m, "activate"):
-                m.activate = nn.ReLU()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from roadseg.errors import ConfigError
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.weights.foreign import LoadedWeights, load_foreign
-from tests.weights.foreign_forms import RATES, SMP, WIDTH, ForeignASPP, MMSeg, VainF, conv_bn
+from tests.weights.foreign_forms import RATES, SMP, WIDTH, ForeignASPP, VainF, conv_bn
 
 RESNET = Architecture(
     num_classes=5,
@@ -228,58 +228,6 @@ def test_real_smp(tmp_path: Path) -> None:
         assert taken.made_anew == ("decoder.refinements.0",)
 
 
-# ---- mmsegmentation -------------------------------------------------------------------------
-
-
-def test_mmsegmentation_with_mobilenet(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    theirs = lived_in(MMSeg())
-    a = Architecture(**{**vars(MOBILENET), "auxiliary": True})
-    before = build(a, seed=3).state_dict()
-    ours, taken = loaded(theirs, a, tmp_path)
-    image, high, low = normal(1, 3, 64, 96), normal(2, 320, 5, 7), normal(2, 24, 9, 11)
-    with torch.inference_mode():
-        maps, x = ours.backbone(image), image
-        for number, stage in enumerate(theirs.backbone):
-            x = stage(x)
-            if number in (1, 2, 3, 5, 7):
-                same(maps[(1, 2, 3, 5, 7).index(number)], x)
-        same(ours.aspp.branches[0](high), theirs.decode_head["aspp_modules"][0](high))
-        same(ours.aspp.pooling(high.mean((2, 3), keepdim=True)), theirs.decode_head["image_pool"](high))
-        same(ours.decoder.laterals[0](low), theirs.decode_head["c1_bottleneck"](low))
-    assert taken.parts == ("aspp.branches.0", "aspp.pooling", "backbone", "decoder.laterals.0")
-    kept = [k for k in before if k.startswith(taken.made_anew)]
-    assert {k.split(".")[0] for k in kept} == {"aspp", "decoder", "auxiliary_heads"}
-    assert all(torch.equal(ours.state_dict()[k], before[k]) for k in kept)
-
-
-def test_mmsegmentation_with_a_resnet_of_a_deep_stem(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    theirs = MMSeg()
-    a = Architecture(
-        num_classes=5,
-        backbone="resnet50c",
-        output_stride=32,
-        fusion="concat",
-        head="separable",
-        channels=WIDTH,
-        atrous_rates=RATES,
-        low_levels=(4,),
-    )
-    resnet = lived_in(build(a, seed=8)).backbone
-    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("backbone.")}
-    for key, value in resnet.state_dict().items():
-        stem = key.replace("conv1.", "stem.", 1) if key.startswith("conv1.") else key
-        state["backbone." + (stem.replace("bn1.", "stem.7.", 1) if stem.startswith("bn1.") else stem)] = value
-    state["decode_head.c1_bottleneck.conv.weight"] = normal(48, 256, 1, 1)
-    for name in ("image_pool.1", "aspp_modules.0"):
-        state[f"decode_head.{name}.conv.weight"] = normal(WIDTH, 2048, 1, 1)
-    save_file(state, tmp_path / "r50.safetensors")
-    ours = build(a, seed=3)
-    load_foreign(ours, tmp_path / "r50.safetensors")
-    assert all(torch.equal(v, resnet.state_dict()[k]) for k, v in ours.backbone.state_dict().items())
-
-
 # ---- refusals -------------------------------------------------------------------------------
 
 
@@ -323,17 +271,6 @@ def test_another_model_section_is_refused_and_the_right_one_named(
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
 
 
-def test_a_projection_of_another_width_is_made_anew(tmp_path: Path) -> None:
-    """mmsegmentation's ResNet-18 configs have 12 channels there, which no setting here gives."""
-    state = {k: v.contiguous() for k, v in MMSeg().state_dict().items()}
-    for key in [k for k in state if k.startswith("decode_head.c1_bottleneck.")]:
-        state[key] = state[key][:12].clone() if state[key].dim() else state[key]
-    save_file(state, tmp_path / "narrow.safetensors")
-    taken = load_foreign(build(MOBILENET, seed=0), tmp_path / "narrow.safetensors")
-    assert taken.parts == ("aspp.branches.0", "aspp.pooling", "backbone")
-    assert "decoder.laterals.0" in taken.made_anew
-
-
 def test_names_inside_a_trainers_module(tmp_path: Path) -> None:
     theirs = nn.ModuleDict({"model": VainF("")})
     theirs.register_buffer("std", torch.ones(3))
@@ -367,3 +304,10 @@ def test_files_of_nothing_known_are_refused(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match=f"{folder} is a folder"):
             load_foreign(ours, folder)
+
+
+def test_weights_of_mmsegmentation_are_refused_by_name(tmp_path: Path) -> None:
+    save_file({"decode_head.conv_seg.weight": torch.zeros(5, 8, 1, 1)}, tmp_path / "theirs.safetensors")
+    with pytest.raises(ConfigError) as e:
+        load_foreign(build(MOBILENET, seed=0), tmp_path / "theirs.safetensors")
+    assert "mmsegmentation" in e.value.found and e.value.where == "training.weights_from"
