@@ -26,13 +26,13 @@ READING = (
     "data/masks/*.py",
 )
 SOURCES: dict[str, tuple[str, ...]] = {
-    "ingest": ("ingest/**/*", "town/*.py", *READING),
+    "ingest": ("ingest/**/*.py", "ingest/**/*.html", "town/*.py", *READING),
     "transform": ("transform/*.py", "data/shards/*.py", *READING),
     "train": (
         "train/**/*.py", "model/*.py", "weights/*.py", "data/augment/*.py", "data/batches/*.py", "data/shards/*.py",
         "review/data_profile.py", "metrics/*.py", "release/archive.py", "release/export.py", "labels.py",
     ),
-    "evaluate": ("evaluate/*", "report/*", "metrics/*.py", "inference/predictor.py", "inference/upsample.py", *READING),
+    "evaluate": ("evaluate/*.*", "report/*.*", "metrics/*.py", "inference/predictor.py", "inference/upsample.py", *READING),
 }  # fmt: skip
 MODULE = {"train": "roadseg.train.version"}  # where not in its stage.py
 NO_OUTPUT = {"push"}  # never cached: its decision is about the champion of the moment

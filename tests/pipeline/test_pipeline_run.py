@@ -71,7 +71,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
             "first phase has none of the 6 steps",
         ),
         ({"training": {"freeze": ["backbone", "aspp", "decoder"]}}, "training.freeze: backbone, aspp, decoder are all"),
-        ({"training": {"frames_on_gpu": "always"}}, "training.frames_on_gpu: always, training on cpu"),
+        ({"training": {"frames_on_gpu": "always"}}, "training.frames_on_gpu: always, but training runs on cpu"),
         ({"training": {"augment_device": "cuda"}}, "training.augment_device: cuda, but training runs on cpu"),
         ({"training": {"gpus": 2, "batch_size": 6, "augment": {"class_mix": 0.5}}}, "set 4 or 8, or training.augment"),
         ({"training": {"phases": [{"after": 0.5, "output_stride": 32}]}}, "rates 1/2/3 at output stride 16 would be"),
@@ -641,5 +641,5 @@ def test_damaged_given_shards_are_refused(micro: Micro, tmp_path: Path) -> None:
         nowhere = given.model_copy(update={"shards": str(tmp_path / "nowhere")})
         run(config.model_copy(update={"transform": nowhere}), until="train", workspace=tmp_path / "w")
     (shards / "shards.json").write_text("{")
-    with pytest.raises(DataError, match="not a readable shard index.*copy the shards there again"):
+    with pytest.raises(DataError, match="not a readable shard index"):
         run(config, until="train", workspace=tmp_path / "w")

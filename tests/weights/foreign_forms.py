@@ -1,6 +1,5 @@
 """Other projects' DeepLabv3+ written anew, in the forms and under the names that they gave them."""
 
-
 import torch
 import torchvision
 from torch import Tensor, nn
