@@ -32,7 +32,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "train/**/*.py", "model/*.py", "weights/*.py", "data/augment/*.py", "data/batches/*.py", "data/shards/*.py",
         "review/data_profile.py", "metrics/*.py", "release/archive.py", "release/export.py", "labels.py",
     ),
-    "evaluate": ("evaluate/*.*", "report/*.*", "metrics/*.py", "inference/predictor.py", "inference/upsample.py", *READING),
+    "evaluate": (
+        "evaluate/*.*", "report/*.*", "metrics/*.py", "inference/predictor.py", "inference/upsample.py", *READING,
+    ),
 }  # fmt: skip
 MODULE = {"train": "roadseg.train.version"}  # where not in its stage.py
 NO_OUTPUT = {"push"}  # never cached: its decision is about the champion of the moment
