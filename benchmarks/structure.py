@@ -68,8 +68,7 @@ def figures(root: Path) -> dict[str, int]:
     reading = [
         name
         for name, others in graph.items()
-        if name.startswith("roadseg.train")
-        and any(other.startswith(CONFIG) and other != YAML_ONLY for other in others)
+        if name.startswith("roadseg.train") and any(other.startswith(CONFIG) and other != YAML_ONLY for other in others)
     ]
     source = list(known.values())
     lengths = [length for path in source for length in functions(path)]
