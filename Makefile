@@ -1,10 +1,10 @@
-# make demo | test | test-all | lint | format | versions | clean
+# make demo | test | test-all | lint | format | docs | versions | clean
 PYTHON ?= python3
 VENV := .venv
 # An index for torch and torchvision, such as PyTorch's own index of CPU-only wheels; see README.md.
 TORCH_INDEX ?=
 
-.PHONY: demo test test-all lint format versions clean
+.PHONY: demo test test-all lint format docs versions clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/roadseg run --config configs/town.yaml --name demo
@@ -23,6 +23,10 @@ lint: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix roadseg tests benchmarks
 	$(VENV)/bin/ruff format roadseg tests benchmarks
+
+# Bring the list of files in docs/architecture.md up to date.
+docs: $(VENV)/.ready
+	$(VENV)/bin/python tests/test_architecture.py --write
 
 # Record the hashes of the stages' sources, after deciding whether a VERSION moves.
 versions: $(VENV)/.ready
