@@ -1,6 +1,6 @@
-"""Peak memory of ingest at 100 and at 1,000 frames: it must not grow with their number.
+"""Peak memory of ingest with 100 and with 1,000 frames, which must not grow with the number of frames.
 
-Writes a Cityscapes tree of smooth random frames, ingests it in a process of its own, and sums the
+Writes a Cityscapes tree of smooth random frames, ingests it in a separate process, and sums the
 resident memory of that process and its workers every 20 ms. Linux only. Usage:
 
     python benchmarks/ingest_memory.py [--frames 100 1000] [--width 512] [--height 256] [--workers 0]
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 
 def write_tree(root: Path, frames: int, width: int, height: int) -> None:
-    """Four frames in five in train, the others in val, every id in each."""
+    """Write frames with every id in each: four fifths in train, the others in val."""
     rng = np.random.default_rng(0)
     for i in range(frames):
         split = "val" if i % 5 == 4 else "train"
@@ -50,7 +50,7 @@ def write_tree(root: Path, frames: int, width: int, height: int) -> None:
 
 
 def tree_rss_bytes(pid: int) -> int:
-    """Resident memory of a process and all below it; shared pages count once for each."""
+    """Resident memory of a process and its descendants; shared pages count once per process."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         children = [c for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
@@ -60,7 +60,7 @@ def tree_rss_bytes(pid: int) -> int:
 
 
 def peak(root: Path, frames: int, workers: int) -> tuple[int, float]:
-    """(peak bytes, seconds) of one ingest of a Cityscapes tree, in a process of its own."""
+    """(peak bytes, seconds) of ingesting a Cityscapes tree in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         work, script = Path(folder, "work"), Path(folder, "ingest.py")
         work.mkdir()

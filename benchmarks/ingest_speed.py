@@ -1,10 +1,10 @@
-"""Ingest with all checks against decoders that only read image and label, on as many processes.
+"""Speed of ingest with all checks, against decoders that only read image and label with as many processes.
 
-The frames are 2048x1024 PNGs in Cityscapes' tree, all in train: scenes of the rendered town, or those of a
-real tree (--root), shifted, flipped and brightened so that no two are the same, and encoded anew to
-about the size they had. Rounds are interleaved; of each row it prints the median rate, the median of each round's
-ratio to kornia_rs, and the same ratio of processor time (user and system, of all processes), which other
-work on the machine hardly touches. Starting the processes counts, in every row. Usage:
+The frames are 2048x1024 PNGs in the Cityscapes tree, all in train: scenes of the rendered town or of a real tree
+(--root), shifted, flipped and brightened so that no two are equal, and encoded to about their original size. Rounds
+are interleaved. Each row prints the median rate, the median over rounds of its ratio to kornia_rs, and the same
+ratio for CPU time (user and system, all processes), which other load hardly affects. All rows include starting the
+processes. Usage:
 
     python benchmarks/ingest_speed.py [--frames 1000] [--root TREE] [--keep FOLDER] [--rounds 3] [--processes 2]
 """
@@ -34,8 +34,8 @@ from roadseg.processes import start_worker
 
 WIDTH, HEIGHT = 2048, 1024
 SCENES = 24
-# Decodes as fast as Cityscapes' own files, which choose a filter for each row too. Files filtered in one
-# way, as many tools write labels, decode in less.
+# Decodes as fast as Cityscapes' own files, which also choose a filter per row. Files with one fixed filter, as many
+# tools write labels, decode faster.
 ENCODING = [cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_ALL_FILTERS]
 Files = tuple[str, str]
 
@@ -54,7 +54,7 @@ def scene(root: Path | None, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_variants(root: Path, source: Path | None, frames: int, scenes: int, index: int) -> None:
-    """Of one scene, every frame that is made of it."""
+    """Write all frames derived from one scene."""
     image, ids = scene(source, index)
     for number in range(index, frames, scenes):
         variant = number // scenes
@@ -129,7 +129,7 @@ def all_checks(root: Path, pairs: list[Files], processes: int) -> None:
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of wall and of processor time, of this process and of those it started and ended meanwhile."""
+    """Wall and CPU seconds of a call, including its child processes."""
 
     def cpu_s() -> float:
         usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -150,8 +150,8 @@ def measure(root: Path, frames: int, rounds: int, processes: int) -> None:
         f"cv2 alone, {processes} processes": (len(few), lambda: decode(by_cv2, root, few, processes)),
         "cv2 loop, 1 process": (len(few), lambda: decode(by_cv2, root, few, 1)),
     }
-    decode(by_kornia, root, pairs, processes)  # brings the files into the page cache
-    walls: dict[str, list[float]] = {name: [] for name in rows}  # seconds a pair
+    decode(by_kornia, root, pairs, processes)  # fills the page cache
+    walls: dict[str, list[float]] = {name: [] for name in rows}  # seconds per pair
     cpus: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds):
         for name, (count, work) in rows.items():
@@ -168,7 +168,7 @@ def measure(root: Path, frames: int, rounds: int, processes: int) -> None:
 
 
 def memory(root: Path, frames: int, processes: int) -> None:
-    """Of trees of links to the first tenth and to all frames."""
+    """Peak memory on the first tenth of the frames and on all of them."""
     tops = []
     for count in (frames // 10, frames):
         with tempfile.TemporaryDirectory(dir=root.parent) as folder:
@@ -176,7 +176,7 @@ def memory(root: Path, frames: int, processes: int) -> None:
                 Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                 os.link(root / path, Path(folder, path))
             tops.append(peak(Path(folder), count, processes)[0])
-            print(f"{count:6,d} frames: parent and workers {tops[-1] / 2**20:.0f} MiB at most")
+            print(f"{count:6,d} frames: peak of parent and workers {tops[-1] / 2**20:.0f} MiB")
     print(f"ratio {tops[1] / tops[0]:.3f}")
 
 
@@ -194,7 +194,7 @@ def main() -> None:
         if not tree.exists():
             write_tree(tree, a.root, a.frames, a.processes)
         sizes = [sum((tree / path).stat().st_size for path in files(i)) for i in range(a.frames)]
-        print(f"{cpu_name()}, {a.frames:,} frames of {WIDTH}x{HEIGHT}, {sum(sizes) / len(sizes) / 1e6:.2f} MB a pair")
+        print(f"{cpu_name()}, {a.frames:,} frames of {WIDTH}x{HEIGHT}, {sum(sizes) / len(sizes) / 1e6:.2f} MB per pair")
         measure(tree, a.frames, a.rounds, a.processes)
         memory(tree, a.frames, a.processes)
 

@@ -1,16 +1,16 @@
-"""Near-duplicates: what share of altered copies and neighbouring frames is found, what share of other scenes is not.
+"""Near-duplicates: share of altered copies and neighboring frames found, and false matches among other scenes.
 
-Rendered town always: copies of frames, and the same scene from a camera that stands further ahead, as
-the next frame but one of a drive is (0.93 m: 50 km/h at 30 frames a second; 0.5 m: 27 km/h). CamVid, in
-the SegNet split, with --camvid DIR: copies, true neighbours two frames apart (0016E5 07959 to 08159), and
-as other scenes the frames of other drives and of the same drive 10 s (300 frames) or more apart. Left out
-of the latter: 0016E5 04740 to 05700 among themselves, where the car waits at one junction and crosses it.
+Rendered town: copies of frames, and the same scene from a camera further ahead, like the second next frame of a
+drive (0.93 m: 50 km/h at 30 frames/s; 0.5 m: 27 km/h). CamVid in the SegNet split, with --camvid DIR: copies, true
+neighbors two frames apart (0016E5 07959 to 08159), and as other scenes the frames of other drives and those of the
+same drive at least 10 s (300 frames) apart, except pairs within 0016E5 04740 to 05700, where the car waits at a
+junction and crosses it.
 
-`NEAR` was chosen on town seed 1 and on CamVid's 0006R0 and 0001TP: half way between the most alike frames
-of one drive 10 s apart (0.64) and what 95 % of the scenes seen from 0.93 m ahead reach (0.82). Reported by
-default is town seed 0 and, of CamVid, 0016E5; --chosen-on reports what it was chosen on.
+`NEAR` was chosen on town seed 1 and on CamVid's 0006R0 and 0001TP: halfway between the most similar frames of one
+drive 10 s apart (0.64) and the value that 95 % of the scenes seen from 0.93 m ahead reach (0.82). The default report
+is on town seed 0 and CamVid's 0016E5; --chosen-on reports on the data of the choice.
 
-False is counted by frame, not by pair: a frame is false if any frame of another scene is said to be near.
+False matches are counted per frame, not per pair: a frame is false if any frame of another scene matches it.
 The peer is pHash, 64 bits of a 32 x 32 cosine transform, near at 10 bits (imagededup's default).
 
     python benchmarks/near_duplicates.py [--frames 500] [--camvid DIR] [--chosen-on] [--times 30000]
@@ -80,7 +80,7 @@ COPIES: dict[str, Callable[[Image], Image]] = {
 
 
 class Compared:
-    """Similarity [N, M] of the images of one list to those of another, ours and the peer's (-bits)."""
+    """Similarity [N, M] between two lists of images, ours and the peer's (negative bits)."""
 
     def __init__(self, a: Sequence[Image], b: Sequence[Image]) -> None:
         both = [*a, *b]
@@ -94,7 +94,7 @@ class Compared:
 
 
 def phash(image: Image) -> np.ndarray:
-    """bool [64]: the low frequencies of luma at 32 x 32, above their median or not."""
+    """bool [64]: whether each low frequency of luma at 32 x 32 is above their median."""
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
     low = cv2.dct(grey.astype(np.float32))[:8, :8].ravel()
     return low > np.median(low[1:])
@@ -106,7 +106,7 @@ def found(name: str, ours: np.ndarray, peer: np.ndarray) -> None:
 
 
 def false(name: str, compared: Compared, others: np.ndarray) -> None:
-    """others [N, M]: which pairs are of different scenes."""
+    """others: bool [N, M], the pairs of different scenes."""
     rows = others.any(axis=1)
     ours = np.where(others, compared.ours, -1)[rows].max(axis=1)
     peer = np.where(others, compared.peer, 64)[rows].min(axis=1)
@@ -119,7 +119,7 @@ def heading(title: str, last: str) -> None:
 
 
 def ahead(seed: int, index: int, metres: float) -> Image:
-    """The scene from a camera so much further along the street; nothing else moves."""
+    """The scene with the camera moved along the street; nothing else moves."""
     draw = town.draw_camera
 
     def moved(rng: Random, width_px: int, height_px: int, right_m: float) -> Camera:
@@ -165,7 +165,7 @@ def on_camvid(root: Path, reported: Callable[[str], bool]) -> None:
         found("neighbours two frames apart", compared.ours[neighbours], compared.peer[neighbours])
     waiting = (drive == "0016E5") & (number >= 4740) & (number <= 5700)
     heading("false", "most alike")
-    # What the threshold was chosen on may not look at the drive that is reported.
+    # Choosing the threshold must not use the reported drive.
     against = rows if not reported("0016E5") else np.ones_like(rows)
     false("any frame of another drive", compared, ~same & rows[:, None] & against)
     far = same & (apart >= TEN_SECONDS) & ~(waiting[:, None] & waiting)
@@ -182,7 +182,7 @@ def times(largest: int) -> None:
         start = time.perf_counter()
         image_stats(image)
         rounds.append(time.perf_counter() - start)
-    print(f"a frame's whole look at 2048x1024: {1e3 * statistics.median(rounds):.2f} ms, one core")
+    print(f"all statistics of a frame of 2048x1024: {1e3 * statistics.median(rounds):.2f} ms, one core")
     rng = np.random.default_rng(0)
     for train, val in ((3000, 500), (largest, 0)):
         width, height = DESCRIPTOR_PX
@@ -196,8 +196,8 @@ def times(largest: int) -> None:
         start = time.perf_counter()
         near_pairs(measured)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"every one of {len(measured):,d} frames with every other: {time.perf_counter() - start:.1f} s; "
-              f"the process has used {memory:,.0f} MB at most", flush=True)  # fmt: skip
+        print(f"{len(measured):,d} frames, each compared with all others: {time.perf_counter() - start:.1f} s; "
+              f"peak memory of the process {memory:,.0f} MB", flush=True)  # fmt: skip
 
 
 def main() -> None:

@@ -1,10 +1,9 @@
-"""Faults planted in a rendered town and in CamVid: are all of them found, and named, and nothing else?
+"""Plant faults in a rendered town and in CamVid; check that all are found and that there are no false errors.
 
 Renders a town in the Cityscapes tree, plants faults in copies of it (hard links) and of CamVid, checks
-them as `roadseg ingest` does, and prints for each whether it was found: a finding of the expected code
-that names the planted file. Faults that exclude one another lie in different copies. Also checked: the
-clean trees, and that no error names a file in which nothing was planted. Exits with 1 if a fault is
-missed or a false error arises. Usage:
+them as `roadseg ingest` does, and prints for each fault whether it was found: a finding of the expected code
+that names the planted file. Faults that exclude each other are in different copies. Also checks the clean trees,
+and that no error names a file without a fault. Exits with 1 if a fault is missed or an error is false. Usage:
 
     python benchmarks/planted_faults.py [--frames 500] [--camvid DIR] [--cityscapes DIR] [--workers 0]
 """
@@ -43,7 +42,7 @@ _SPLITS = ("train", "val", "test")
 
 
 def copy_tree(source: Path, target: Path) -> Path:
-    """Of hard links; `Tree.write` puts a new file in a link's place."""
+    """Copy a tree as hard links; `Tree.write` replaces a link by a new file."""
     shutil.copytree(source, target, copy_function=os.link)
     return target
 
@@ -88,7 +87,7 @@ def town_files(root: Path, times: int) -> Tree:
             fault(t)
     for _ in range(times):
         plants.same_sequence(t)
-    used = {t.free["train"][-1].sequence.partition("_")[0]}  # the city of the sequences that are shared
+    used = {t.free["train"][-1].sequence.partition("_")[0]}  # the city of the shared sequences
     for a, b in (("train", "val"), ("train", "val"), ("val", "test"))[:times]:
         plants.same_city(t, a, b, used)
     return t
@@ -103,7 +102,7 @@ def pictures(root: Path, data: Data, times: int) -> Tree:
 
 
 def town_train_ids(root: Path, split: str) -> Tree:
-    """Without 255, so that only the spread of the ids tells."""
+    """Without 255, so that only the range of ids reveals the fault."""
     t = open_tree(root, Data(source="cityscapes", root=root))
     for p in t.free[split]:
         train = to_train(t.label(p))
@@ -117,7 +116,7 @@ def town_classes(root: Path, split: str) -> Tree:
     t = open_tree(root, Data(source="cityscapes", root=root))
     for p in t.free[split]:
         label = t.label(p)
-        label[np.isin(label, (27, 28, 31))] = 7  # no truck, bus and train: road in their place
+        label[np.isin(label, (27, 28, 31))] = 7  # road instead of truck, bus and train
         label[label == 11] = 21
         t.set_label(p, label)
     t.expect("classes missing from a split", "class-missing", f"{split} has no pixel of", "truck")
@@ -133,7 +132,7 @@ def to_train(label: np.ndarray) -> np.ndarray:
 
 
 def to_colors(label: np.ndarray) -> np.ndarray:
-    """BGR, as OpenCV writes it; void is white."""
+    """BGR for OpenCV; void is white."""
     train = to_train(label)
     return np.where((train == IGNORE)[..., None], 255, CITYSCAPES.palette[train])[..., ::-1].astype(np.uint8)
 
@@ -143,7 +142,7 @@ def to_binary(label: np.ndarray) -> np.ndarray:
 
 
 def folder_tree(town: Path, root: Path, mask: Callable[[np.ndarray], np.ndarray], yaml: str) -> Tree:
-    """The town as images/<split>/ and masks/<split>/, its label ids brought to other masks."""
+    """The town as images/<split>/ and masks/<split>/, with its label ids converted to another mask form."""
     for split in _SPLITS:
         (root / "images" / split).mkdir(parents=True)
         (root / "masks" / split).mkdir(parents=True)
@@ -159,7 +158,7 @@ def folder_tree(town: Path, root: Path, mask: Callable[[np.ndarray], np.ndarray]
 
 
 def yaml_classes(*more: str, by_color: bool = False) -> str:
-    """The 19 classes of Cityscapes by train id or by colour."""
+    """The 19 classes of Cityscapes by train id or by color."""
     rows = [f"{{id: {c.train_id}, name: {c.name}, color: {list(c.color)}}}" for c in CITYSCAPES.trained]
     return ("masks: colors\n" if by_color else "") + "classes:\n" + "".join(f"  - {r}\n" for r in (*rows, *more))
 
@@ -185,7 +184,7 @@ def folder_undeclared(town: Path, root: Path) -> Tree:
 
 
 def folder_binary(town: Path, root: Path) -> Tree:
-    """Road as 255, in a label set that has declared 255 to be void."""
+    """Road stored as 255, in a label set that declares 255 as void."""
     t = folder_tree(town, root, to_binary, yaml_classes(_VOID))
     t.touched.add("masks/")
     for split in _SPLITS:
@@ -218,11 +217,11 @@ def exchange(a: Path, b: Path) -> None:
 
 
 def folder_padded(town: Path, root: Path, side: str) -> Tree:
-    """A twelfth of the picture made black, and 0, which is road, in the label; the void of the rest stays."""
+    """A twelfth of the image black and 0 (road) in the label; other void stays."""
     t = folder_tree(town, root, to_train, yaml_classes(_VOID))
     for p in t.free["val"]:
         image, label = t.image(p), t.label(p)
-        for pixels in (image, label):  # rot90 gives views, so the bar is drawn on the pixels themselves
+        for pixels in (image, label):  # rot90 returns views, so this draws on the original arrays
             across = np.rot90(pixels, {"top": 0, "right": 1, "left": 3}[side])
             across[: len(across) // 12] = 0
         t.set_image(p, image)
@@ -239,7 +238,7 @@ def camvid_files(root: Path) -> Tree:
     t = open_tree(root, Data(source="camvid", root=root))
     for fault in (*plants.ANY_FILE, plants.label_ids, plants.label_ids):
         fault(t)
-    t.expect("a sequence in two splits", "same-sequence", "0016E5")  # which CamVid has by itself
+    t.expect("a sequence in two splits", "same-sequence", "0016E5")  # true for the original CamVid
     return t
 
 
@@ -284,13 +283,13 @@ def findings_of(root: Path, data: Data, workers: int) -> list[Finding]:
 
 
 def is_found(plant: Plant, findings: list[Finding]) -> bool:
-    """In one entry of a finding of that code, or in its message."""
+    """True if a finding of the code has the text in one entry or in its message."""
     texts = [text for f in findings if f.code == plant.code for text in (*f.files, f.message)]
     return any(plant.named in text and plant.says in text for text in texts)
 
 
 def false_errors(tree: Tree, findings: list[Finding]) -> list[str]:
-    """Entries of errors that name nothing planted."""
+    """Entries of errors that name no planted fault."""
     errors = [f for f in findings if f.severity == "error"]
     entries = [f"{f.code}: {entry}" for f in errors for entry in f.files]
     wrong = [e for e in entries if not any(name in e for name in tree.touched)]
@@ -298,7 +297,7 @@ def false_errors(tree: Tree, findings: list[Finding]) -> list[str]:
 
 
 def judge(name: str, tree: Tree, workers: int) -> tuple[list[Plant], list[Plant], list[str]]:
-    """(planted, missed, false errors) of one tree, printed."""
+    """Print and return (planted, missed, false errors) of one tree."""
     findings = findings_of(tree.root, tree.data, workers)
     missed = [p for p in tree.plants if not is_found(p, findings)]
     wrong = false_errors(tree, findings)
@@ -311,7 +310,7 @@ def judge(name: str, tree: Tree, workers: int) -> tuple[list[Plant], list[Plant]
 
 
 def clean(name: str, root: Path, data: Data, workers: int) -> list[str]:
-    """The errors of a tree in which nothing was planted; all its findings are printed."""
+    """The errors of a tree without planted faults; prints all its findings."""
     findings = findings_of(root, data, workers)
     print(f"\n{name}, clean: {len(findings)} findings")
     for f in findings:
@@ -356,7 +355,7 @@ def main() -> None:
 
 
 def copy_of(source: Path, target: Path) -> Path:
-    """Of files: the real data may lie on another file system, from which nothing can be linked."""
+    """Copy files: real data may be on another file system, where hard links are impossible."""
     shutil.copytree(source, target)
     return target
 

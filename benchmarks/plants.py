@@ -1,4 +1,4 @@
-"""Faults, each planted in frames of its own: of files, names and labels; plants_pictures.py has those of images."""
+"""Faults of files, names and labels, each planted in separate frames; plants_pictures.py has faults of images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CAMVID_AS_CITYSCAPES = np.array([23, 11, 17, 7, 8, 21, 20, 13, 26, 24, 25, 0], 
 
 @dataclass(frozen=True)
 class Plant:
-    """A fault: `code` is expected, with `named` and `says` in one entry of the finding or in its message."""
+    """A planted fault. Expected: a finding `code` with `named` and `says` in one entry or in its message."""
 
     kind: str
     code: str
@@ -34,7 +34,7 @@ class Plant:
 
 @dataclass
 class Tree:
-    """A copy of a data set in which faults are planted, each in frames of its own.
+    """A copy of a data set in which faults are planted, each in separate frames.
 
     free: pairs in which nothing was planted yet, by split. touched: parts of paths that an error may name.
     """
@@ -46,13 +46,13 @@ class Tree:
     touched: set[str] = field(default_factory=set)
 
     def take(self, split: str = "train") -> Pair:
-        """A frame that no other fault has, the last one first, so that splits and sequences keep their beginnings."""
+        """An unused frame, taken from the end, so that splits and sequences keep their first frames."""
         pair = self.free[split].pop()
         self.touched |= {pair.image, pair.label, pair.instances} - {""}
         return pair
 
     def write(self, path: str, data: bytes) -> None:
-        """A new file in place of the link, so that other copies keep theirs."""
+        """Replace the hard link by a new file, so that other copies are unchanged."""
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
         (self.root / path).unlink(missing_ok=True)
         (self.root / path).write_bytes(data)
@@ -181,7 +181,7 @@ def other_size(t: Tree) -> None:
 
 
 def turned(t: Tree) -> None:
-    """A photograph that its EXIF data turns upright, and a label drawn on it as it was stored."""
+    """An image that is upright only by its EXIF data, with a label drawn on the stored image."""
     p = t.take()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -215,7 +215,7 @@ def rgb_mask(t: Tree) -> None:
 
 
 def palette_mask(t: Tree) -> None:
-    """A palette that a drawing program numbered by how common a class is."""
+    """A palette renumbered by class frequency, as some drawing programs do."""
     p = t.take()
     label = t.label(p)
     ids, counts = np.unique(label, return_counts=True)
@@ -279,7 +279,7 @@ def one_class(t: Tree) -> None:
 
 
 def other_case(t: Tree) -> None:
-    """A frame named like another one, but for upper and lower case."""
+    """A frame whose name differs from another one only in case."""
     p, other = t.take(), t.take()
     name = other.name.rpartition("/")[2]
     image, label = (path.replace(name, name.swapcase()) for path in (other.image, other.label))
@@ -325,7 +325,7 @@ def same_sequence(t: Tree) -> None:
 
 
 def same_city(t: Tree, a: str, b: str, unused: set[str]) -> None:
-    """All that is left of the last sequence of a city goes to another split; it has others that stay."""
+    """Move the rest of a city's last sequence to another split; its other sequences stay."""
     city = next(c for c in sorted({p.sequence.partition("_")[0] for p in t.free[a]}) if c not in unused)
     unused.add(city)
     last = max(p.sequence for p in t.free[a] if p.sequence.startswith(city))

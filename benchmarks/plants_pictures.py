@@ -1,4 +1,4 @@
-"""Faults of images, each planted in frames of its own: copies, exact and nearly so, and pictures that stand out."""
+"""Faults of images, each planted in separate frames: exact copies, near-copies and unusual images."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""How far colour and position alone get on the rendered town: per-pixel classifiers without any context.
+"""Score of per-pixel classifiers that use only color and position on the rendered town.
 
-Two of them, trained on the train split and scored on val: a small MLP on (R, G, B, x, y), plain and
-with classes weighed by 1 / sqrt(frequency), and a histogram (Bayes) over quantised (R, G, B, x, y).
-Had the town's colours given its classes away, these would score well.
+Trained on train, scored on val: a small MLP on (R, G, B, x, y), plain and with class weights 1 / sqrt(frequency),
+and a histogram (Bayes) over quantized (R, G, B, x, y). If colors revealed the classes, these would score well.
 
     python benchmarks/town_difficulty.py [--train 200] [--val 60] [--steps 6000]
 """
@@ -25,7 +24,7 @@ COLOUR_BINS, X_BINS, Y_BINS = 10, 6, 16
 
 
 def pixels(seed: int, split: str, splits: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [N, 5] of R, G, B, x, y in 0..1, and uint8 [N] train ids, of all pixels that aren't void."""
+    """float32 [N, 5] of R, G, B, x, y in 0..1, and uint8 [N] train ids, of all pixels that are not void."""
     v, u = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
     place = np.stack([u / WIDTH, v / HEIGHT], axis=-1)
     inputs, targets = [], []

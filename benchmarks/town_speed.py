@@ -1,4 +1,4 @@
-"""Frames a second of the rendered town on one core: rendering alone, and rendering with writing the five files.
+"""Frames per second of the rendered town on one core: rendering only, and rendering plus writing five files.
 
 python benchmarks/town_speed.py [--width 512] [--height 256] [--frames 40]
 """
@@ -24,7 +24,7 @@ ROUNDS = 5
 
 
 def rate(work: Callable[[int], object], frames: int) -> tuple[float, float]:
-    """Median and best frames/s of wall time over ROUNDS rounds, each of other frames."""
+    """Median and best frames/s (wall time) over ROUNDS rounds of different frames."""
     rates = []
     for r in range(ROUNDS):
         start = time.perf_counter()
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=40)
     a = parser.parse_args()
     cv2.setNumThreads(0)
-    render(0, 0, a.width, a.height)  # the textures are made once a process
+    render(0, 0, a.width, a.height)  # textures are made once per process
     print(f"{cpu_name()}, one core, {a.width}x{a.height}, {ROUNDS} rounds of {a.frames} frames")
     for weather in WEATHERS:
         median, best = rate(partial(_draw, a.width, a.height, weather), a.frames)

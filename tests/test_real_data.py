@@ -13,7 +13,7 @@ def run(*arguments: object) -> int:
     return main([str(a) for a in arguments])
 
 
-def test_cityscapes_frames_go_the_whole_way(
+def test_real_cityscapes_frames_through_all_stages(
     real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = tmp_path / "workspace"

@@ -82,7 +82,7 @@ def everything(tree):
     return page_of(tree, all_findings(), [alike("train/t1.png", "train/t3.png"), alike("train/t2.png", "val/v0.png")])
 
 
-def test_is_one_inert_accessible_page(tree):
+def test_the_report_is_one_inert_accessible_page(tree):
     page = assert_inert(everything(tree))
     assert_accessible(page)
     for section in ("findings", "files", "splits", "sheets", "classes", "places", "looks", "alike"):
@@ -107,7 +107,7 @@ def test_the_same_data_gives_the_same_bytes_in_any_order(tree):
     assert first == render("a", root, THREE, FORMS, see(root, pairs[::-1]), all_findings()[::-1], [])
 
 
-def test_says_refused_and_lists_errors_before_warnings(tree):
+def test_the_report_says_refused_and_lists_errors_first(tree):
     text = Page(everything(tree)).text
     assert "Refused. 3 errors and 1 warning." in text
     html = everything(tree)
@@ -122,13 +122,13 @@ def test_says_refused_and_lists_errors_before_warnings(tree):
         assert f.message in text and f.fix.capitalize() in text and all(e in text for e in f.files)
 
 
-def test_says_fine_and_warnings(tree):
+def test_the_report_says_fine_or_counts_warnings(tree):
     assert "Fine. Every check passed." in Page(page_of(tree)).text
     html = page_of(tree, [error("same-sequence", (), "", "warning")])
     assert "No errors. 1 warning" in Page(html).text and 'class="verdict promoted"' in html
 
 
-def test_long_lists_are_folded_and_capped_with_the_count_of_the_rest(tree):
+def test_long_lists_are_folded_and_capped(tree):
     files = [f"train/gone{i:04}.txt: odd" for i in range(1234)]
     html = page_of(tree, [error("bad-name", files)])
     table = html[html.index('id="findings"') : html.index('id="splits"')]
@@ -151,7 +151,7 @@ def test_counts_are_those_of_the_masks(tree):
     assert f"{100 * 7 / 8:.1f}% of all pixels" in text
 
 
-def test_places_are_where_the_class_is(tree):
+def test_place_maps_show_where_a_class_is(tree):
     html = page_of(tree)
     part = html[html.index('id="places"') : html.index('id="looks"')]
     sky = re.search(r'aria-label="Where sky.*?</svg>', part)[0]
@@ -159,7 +159,7 @@ def test_places_are_where_the_class_is(tree):
     assert re.findall(r"<span>(\d+%)</span>", part)[:2] == ["100%", "100%"]
 
 
-def test_a_file_that_cannot_be_read_is_a_grey_tile_with_the_reason(tree):
+def test_an_unreadable_file_is_a_gray_tile_with_the_reason(tree):
     root, pairs = tree
     (root / "train/t1.png").write_bytes(b"")
     (root / "trainannot/t2.png").write_bytes((root / "trainannot/t2.png").read_bytes()[:40])
@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_read_is_a_grey_tile_with_the_reason(tree):
     assert gone.count("No such file") > 20 and Page(gone).named("img") == []
 
 
-def test_nothing_that_could_be_paired_still_makes_a_report(tmp_path):
+def test_data_without_pairs_still_makes_a_report(tmp_path):
     page = assert_inert(render("a", tmp_path, THREE, FORMS, [], [error("empty-split", ())], []))
     assert "Refused. 1 error and 0 warnings" in page.text and "repair empty-split".capitalize() in page.text
     assert {a["href"] for a in page.named("a")} == {"#findings"}
@@ -192,7 +192,7 @@ def test_every_image_broken_still_makes_a_report(tree):
     assert "0 of 3" in page.text and "unreadable" in page.text and "NaN" not in page.text
 
 
-def test_the_processes_that_read_the_data_make_the_same_pictures(tree):
+def test_worker_processes_make_the_same_thumbnails(tree):
     root, pairs = tree
     (root / "train/t2.png").write_bytes(b"broken")
     wanted = [w for p in pairs for w in (ThumbnailFile(p.image), ThumbnailFile(p.label, p.part))] + [
@@ -204,7 +204,7 @@ def test_the_processes_that_read_the_data_make_the_same_pictures(tree):
     assert list(here) == wanted and [bool(t.reason) for t in here.values()].count(True) == 2
 
 
-def test_a_colour_mask_among_ids_is_shown_as_it_is(tree):
+def test_a_color_mask_among_id_masks_is_shown_as_stored(tree):
     root, pairs = tree
     colours = np.zeros((32, 64, 3), np.uint8)
     colours[:, :32] = (0, 0, 250)  # BGR: red
@@ -215,7 +215,7 @@ def test_a_colour_mask_among_ids_is_shown_as_it_is(tree):
     assert "RGB" in one.reason and small[10, 10, 2] > 200 > 60 > small[10, 50].max()
 
 
-def test_alike_pairs_stand_side_by_side_those_of_two_splits_first(tree):
+def test_near_pairs_are_shown_those_across_splits_first(tree):
     near = [alike("train/t1.png", f"train/t{i}.png", 1, True) for i in range(2, 7)] * 2
     near += [alike("train/t1.png", "val/v0.png", 0.97), alike("train/t2.png", "val/v1.png", 0.96)]
     html = page_of(tree, [], near)
@@ -226,7 +226,7 @@ def test_alike_pairs_stand_side_by_side_those_of_two_splits_first(tree):
     assert re.findall(r'alt="image of ([^"]+)"', part)[:4] == ["t1", "v0", "t2", "v1"]
 
 
-def test_extremes_are_the_darkest_and_carry_the_codes_that_name_them(tree):
+def test_extremes_show_the_darkest_with_their_codes(tree):
     html = page_of(tree, [error("too-dark", ("train/t4.png: mean luma 3",), "train", "warning")])
     part = html[html.index("<h4>Darkest</h4>") : html.index("<h4>Brightest</h4>")]
     assert re.findall(r'alt="image of ([^"]+)"', part)[0] == "t4"  # named by a finding: before the darker ones
@@ -235,7 +235,7 @@ def test_extremes_are_the_darkest_and_carry_the_codes_that_name_them(tree):
 
 
 @pytest.mark.parametrize("a, b", [("x/a.png", "y/b.png"), ("x/a = b.png", "x/a.png"), ("x/a: b ~ c.png", "x/a")])
-def test_paths_are_found_in_entries_whatever_their_names(a, b):
+def test_paths_are_parsed_from_entries_with_any_names(a, b):
     pair = Pair("train", "n", "", a, b)
     (known,) = see_nothing([pair])
     by_path = index([known])
@@ -252,7 +252,7 @@ def see_nothing(pairs):
     return [MeasuredPair(p, ()) for p in pairs]
 
 
-def test_frames_behind_findings():
+def test_examples_of_findings():
     measured = see_nothing([Pair("train", f"n{i}", "", f"i{i}.png", f"l{i}.png") for i in range(30)])
     findings = [
         error("unknown-id", [f"l{i}.png: id 9" for i in range(20)]),
@@ -274,7 +274,7 @@ def test_frames_behind_findings():
     assert len(groups["one-class"][0]) == 3 and groups["one-class"][1] == 6
 
 
-def test_labels_are_painted_and_one_stray_pixel_shows():
+def test_labels_are_colored_and_one_unknown_pixel_is_visible():
     ids = np.full((1024, 2048), ROAD, np.uint16)
     ids[:, 1024:] = VOID
     ids[300, 500] = 40_000

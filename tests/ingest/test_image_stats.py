@@ -17,7 +17,7 @@ def scene(seed: int, width: int = 256, height: int = 128) -> np.ndarray:
     return (0.5 * full[0] + 0.3 * full[1] + 0.2 * full[2]).astype(np.uint8)
 
 
-def test_exposure_is_numpys_where_nothing_is_reduced():
+def test_exposure_matches_numpy_without_reduction():
     image = scene(0)
     image[:16], image[16:40] = 0, 255
     stats = image_stats(image)
@@ -36,7 +36,7 @@ def test_reducing_keeps_the_mean(width, height):
 
 
 @pytest.mark.parametrize("width,height", [(1, 1), (1, 300), (3000, 1), (255, 127), (513, 257)])
-def test_no_size_is_too_odd(width, height):
+def test_any_image_size_is_accepted(width, height):
     stats = image_stats(np.full((height, width, 3), 77, np.uint8))
     assert stats.mean_rgb == (77, 77, 77) and stats.std_rgb == (0, 0, 0)
     assert (stats.dark, stats.bright, stats.sharpness) == (0, 0, 0) and stats.descriptor == bytes([128]) * (48 * 24)
@@ -49,20 +49,20 @@ def test_sharpness_is_the_ratio_of_squared_differences():
     assert sharpness(image) == pytest.approx(near / far, rel=1e-9)
 
 
-def test_blur_lowers_sharpness_and_exposure_hardly_does():
+def test_blur_lowers_sharpness_but_exposure_hardly_does():
     image = scene(3, 512, 256)
     sharp = [sharpness(cv2.GaussianBlur(image, (0, 0), s) if s else image) for s in (0, 1, 2, 4)]
     assert sharp == sorted(sharp, reverse=True) and sharp[2] < 0.5 * sharp[0]
     assert sharpness(image // 2) == pytest.approx(sharp[0], rel=0.02)
 
 
-def test_blur_counts_by_its_share_of_the_picture():
+def test_blur_is_relative_to_the_image_width():
     image = scene(4, 512, 256)
     double = cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     assert sharpness(double) == pytest.approx(sharpness(image), rel=0.05)
 
 
-def test_the_descriptor_is_of_content_not_of_contrast():
+def test_the_descriptor_depends_on_content_not_contrast():
     image = scene(5, 512, 256)
     first, second, other = (
         np.frombuffer(image_stats(i).descriptor, np.uint8).astype(float)
@@ -72,7 +72,7 @@ def test_the_descriptor_is_of_content_not_of_contrast():
     assert np.corrcoef(first, second)[0, 1] > 0.98 and np.corrcoef(first, other)[0, 1] < 0.4
 
 
-def test_a_look_is_small_and_the_same_each_time():
+def test_image_stats_are_small_and_deterministic():
     image = scene(7, 2048, 1024)
     assert image_stats(image) == image_stats(image.copy())
     assert len(image_stats(image).descriptor) <= 1500 and len(astuple(image_stats(image))) == 6

@@ -83,7 +83,7 @@ def measured(
         np.kron(mask(4), np.ones((5, 5), np.uint16))[:, 2:].astype(np.uint16) * 2000,
     ],
 )
-def test_counted_ids_are_those_of_numpy(ids):
+def test_id_counts_match_numpy(ids):
     values, pixels = np.unique(ids, return_counts=True)
     expected = sorted(zip(values.tolist(), pixels.tolist(), strict=True), key=lambda c: (-c[1], c[0]))
     assert count_ids(ids) == expected
@@ -95,7 +95,7 @@ def test_counts_beyond_what_float32_holds_are_exact():
     assert count_ids(ids) == [(5, half), (9, half)]
 
 
-def test_what_is_seen_of_a_pair(tmp_path):
+def test_measurements_of_a_pair(tmp_path):
     ids, exif = mask(0), Image.Exif()
     exif[0x0112] = 3
     image = saved(scene(0)[::-1, ::-1], "JPEG", quality=95, exif=exif)
@@ -115,7 +115,7 @@ def test_what_is_seen_of_a_pair(tmp_path):
     assert s.stats is not None and abs(s.stats.mean_rgb[0] - scene(0)[..., 0].mean()) < 3
 
 
-def test_the_histogram_has_the_classes_that_are_learned_not_those_of_the_source(tmp_path):
+def test_the_histogram_has_the_learned_classes(tmp_path):
     s = measured(tmp_path, saved(scene(0)), encode_label_png(mask(0)), classes=19)
     assert len(s.histogram) == 20 and sum(s.histogram) == WIDTH * HEIGHT and not any(s.histogram[3:19])
     gaps = replace(THREE, classes=tuple(replace(c, train_id=13) if c.name == "car" else c for c in THREE.classes))
@@ -123,7 +123,7 @@ def test_the_histogram_has_the_classes_that_are_learned_not_those_of_the_source(
     assert len(measure_pairs(tmp_path, pair, {"": MaskForm("ids", gaps)}, Limits(), 1)[0].histogram) == 15
 
 
-def test_colours_are_ids(tmp_path):
+def test_colors_are_mapped_to_ids(tmp_path):
     ids = mask(0)
     s = measured(tmp_path, saved(scene(0)), saved(colored(ids)), COLORS)
     as_ids = measured(tmp_path, saved(scene(0)), encode_label_png(ids))
@@ -131,7 +131,7 @@ def test_colours_are_ids(tmp_path):
     assert (s.id_pixels, s.histogram, s.places) == (as_ids.id_pixels, as_ids.histogram, as_ids.places)
 
 
-def test_unknown_ids_and_colours_are_named_with_their_pixels(tmp_path):
+def test_unknown_ids_and_colors_are_reported_with_pixel_counts(tmp_path):
     ids = mask(0)
     ids[0, :5] = 99
     ids[1, :3] = 250
@@ -145,7 +145,7 @@ def test_unknown_ids_and_colours_are_named_with_their_pixels(tmp_path):
     assert sum(s.histogram) == WIDTH * HEIGHT
 
 
-def test_of_a_label_of_noise_few_ids_are_kept(tmp_path):
+def test_at_most_max_ids_are_kept_of_a_noisy_label(tmp_path):
     noise = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) // 2
     s = measured(tmp_path, saved(scene(0)), cv2.imencode(".png", noise)[1].tobytes())
     assert s.mask_mode == "grey16" and len(s.id_pixels) == MAX_IDS and sum(s.histogram) == WIDTH * HEIGHT
@@ -163,7 +163,7 @@ def test_swapped_files(tmp_path, form):
     assert measured(tmp_path, saved(scene(0)), label, form).problems == ()
 
 
-def test_what_cannot_be_read_is_told_and_the_rest_is_measured(tmp_path):
+def test_unreadable_files_are_problems_and_the_rest_is_measured(tmp_path):
     image, label = saved(scene(0)), encode_label_png(mask(0))
     s = measured(tmp_path, image[:-20], label)
     assert s.problems == (("unreadable-image", "a.jpg", "the png is truncated; expected a whole file"),)
@@ -193,7 +193,7 @@ def test_sizes_are_compared_with_the_label(tmp_path):
     assert [code for code, _, _ in measure_pair(task, pair).problems] == ["unreadable-instances", "size-differs"]
 
 
-def test_processes_see_what_one_sees_in_the_order_of_the_pairs(tmp_path):
+def test_workers_give_the_same_results_in_order(tmp_path):
     pairs = []
     for i in range(19):
         pairs.append(Pair("train", str(i), "", f"{i}.png", f"{i}_label.png", part="ab"[i % 2]))
@@ -216,7 +216,7 @@ def test_workers_start_without_the_slow_imports_and_results_stay_small(tmp_path)
     assert s.problems == () and len(pickle.dumps(s)) < 4096
 
 
-def test_names_of_polygons_that_are_no_class_are_told(tmp_path):
+def test_unknown_polygon_names_are_reported(tmp_path):
     def outline(label: str, left: int) -> dict[str, object]:
         return {"label": label, "polygon": [[left, 0], [left + 9, 0], [left + 9, 20], [left, 20]]}
 
@@ -228,7 +228,7 @@ def test_names_of_polygons_that_are_no_class_are_told(tmp_path):
     assert s.label_sha256 == hashlib.sha256(label).hexdigest()
 
 
-def test_of_a_coco_file_each_image_has_its_own_part(tmp_path):
+def test_each_image_uses_its_own_part_of_a_coco_file(tmp_path):
     square = [0.0, 0.0, 30.0, 0.0, 30.0, 20.0, 0.0, 20.0]
     content = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT} for i in (1, 2)],

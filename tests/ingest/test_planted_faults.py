@@ -45,7 +45,7 @@ def test_every_planted_fault_is_found_and_nothing_else(planted_faults, town, tmp
     assert planted >= 60 and len(kinds) >= 40
 
 
-def test_a_fault_that_is_not_there_is_missed(planted_faults, town):
+def test_a_missing_fault_is_reported_as_missed(planted_faults, town):
     """The judge itself can say no."""
     found = planted_faults.findings_of(town, Data(source="cityscapes", root=town), 1)
     assert not planted_faults.is_found(planted_faults.Plant("none", "swapped", "leftImg8bit"), found)
@@ -56,7 +56,7 @@ def test_a_fault_that_is_not_there_is_missed(planted_faults, town):
     assert planted_faults.false_errors(tree, [error]) == []
 
 
-def test_camvid_too(planted_faults, real_data, tmp_path):
+def test_planted_faults_in_camvid(planted_faults, real_data, tmp_path):
     camvid = planted_faults.copy_of(real_data / "camvid", tmp_path / "camvid")
     found = planted_faults.findings_of(camvid, Data(source="camvid", root=camvid), 2)
     assert [f.code for f in found if f.severity == "error"] == []

@@ -53,7 +53,7 @@ def camvid(**options: object) -> Data:
     return Data(source="camvid", workers=1, **options)  # type: ignore[arg-type]
 
 
-def test_output_is_complete_deterministic_and_free_of_places(root, work, tmp_path):
+def test_output_is_complete_deterministic_and_free_of_paths(root, work, tmp_path):
     manifest = ingest(camvid(), root, work)
     assert Manifest.load(work) == manifest and manifest.splits == ("test", "train", "val")
     assert sorted(p.name for p in work.iterdir()) == ["dataset.json", "findings.json", "log", "manifest.jsonl"]
@@ -79,7 +79,7 @@ def test_held_out_sequences_become_a_split(root, work):
     assert e.value.where == "data.holdout_sequences"
 
 
-def test_only_splits_looks_at_no_others(root, work):
+def test_only_splits_reads_no_others(root, work):
     write(root / "train/A_1.png", b"")
     assert ingest(camvid(), root, work, ("val",)).splits == ("val",)
     shutil.rmtree(root / "train")
@@ -93,7 +93,7 @@ def test_only_the_held_out_split(root, work):
     assert ingest(camvid(holdout_sequences=("A",)), root, work, ("holdout",)).splits == ("holdout",)
 
 
-def test_errors_refuse_and_leave_only_the_findings(root, work):
+def test_errors_leave_only_findings_and_report(root, work):
     write(root / "train/A_1.png", b"")
     write(root / "valannot/C_1.png", mask(20))
     with pytest.raises(DataError) as caught:
@@ -108,7 +108,7 @@ def test_errors_refuse_and_leave_only_the_findings(root, work):
     ]
 
 
-def test_the_report_lies_in_the_run_also_when_the_data_is_refused(root, work, tmp_path):
+def test_the_report_is_copied_to_the_run_even_if_the_data_is_refused(root, work, tmp_path):
     ingest(camvid(), root, work, report_in=tmp_path)
     report = tmp_path / "data_report.html"
     assert report.read_bytes() == (work / "log" / "data_report.html").read_bytes()
@@ -131,13 +131,13 @@ def test_codes_are_allowed_and_forbidden(root, work):
     assert "'duplicate'" in e.value.found
 
 
-def test_download_is_for_cityscapes_alone(root, work):
+def test_only_cityscapes_can_be_downloaded(root, work):
     with pytest.raises(ConfigError) as e:
         prepare(camvid(download=True, root=root), work)
     assert "camvid" in e.value.found
 
 
-def test_warnings_are_logged_once_each_and_go_on(root, work, caplog):
+def test_warnings_are_logged_once_and_do_not_stop(root, work, caplog):
     write(root / "train/A_2.png", (root / "train/A_1.png").read_bytes())
     write(root / "valannot/C_1.png", mask(9))
     with caplog.at_level(logging.WARNING):
@@ -146,7 +146,7 @@ def test_warnings_are_logged_once_each_and_go_on(root, work, caplog):
     assert "train/A_1.png = train/A_2.png" in caplog.text
 
 
-def test_source_digest_sees_every_change_and_no_place(root, tmp_path):
+def test_source_digest_covers_every_change_but_not_the_location(root, tmp_path):
     data = camvid()
     first = source_digest(data, root)
     assert source_digest(data, root) == first
@@ -263,7 +263,7 @@ def test_dangling_links_and_all_images_broken_are_listed_with_a_report(root, wor
     assert "unreadable-image" in (tmp_path / "data_report.html").read_text()
 
 
-def test_what_was_left_out_is_said_when_nothing_is_left(root, work, caplog):
+def test_if_no_pair_is_left_the_error_points_to_the_report(root, work, caplog):
     for path in root.glob("*annot/*"):
         write(path, b"")
     with caplog.at_level(logging.WARNING), pytest.raises(DataError) as e:

@@ -30,7 +30,7 @@ def town(path: Path, **options: object) -> str:
     return str(path)
 
 
-def test_a_release_knows_what_it_was_trained_on(micro: Micro) -> None:
+def test_a_release_stores_its_data_profile(micro: Micro) -> None:
     release = load_release(micro.result.outputs["train"].folder / "model.tar.gz")
     profile = Profile.from_json(release.model["data_profile"])
     assert profile.images == len(profile.values["exposure"]) == len(profile.embeddings)
@@ -47,7 +47,7 @@ def test_a_release_against_its_own_data_and_against_night(micro: Micro, workspac
     assert {r.quantity for r in other.rows} == set(by_name)
 
 
-def test_night_is_another_population_than_day(micro: Micro, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_night_is_a_different_population_than_day(micro: Micro, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     day, again = town(tmp_path / "day.yaml"), town(tmp_path / "again.yaml", seed=1)
     night = town(tmp_path / "night.yaml", seed=1, weather="night")
     workspace = ["--workspace", str(tmp_path / "w")]
@@ -61,7 +61,9 @@ def test_night_is_another_population_than_day(micro: Micro, tmp_path: Path, caps
     assert "verdict  " in text and "verdict  different" not in text
 
 
-def test_wrong_sides_are_told(micro: Micro, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_arguments_are_refused(
+    micro: Micro, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     empty = ["--workspace", str(tmp_path / "w")]
     assert main(["data", "diff", "one", *empty]) == 2
     assert "roadseg data diff A B" in capsys.readouterr().err

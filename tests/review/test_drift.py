@@ -42,7 +42,7 @@ def test_two_halves_of_one_population_are_the_same() -> None:
     assert all(verdict(rows) != "different" for rows in found)
 
 
-def test_a_darker_set_differs_in_exposure_and_to_the_network_but_not_in_classes() -> None:
+def test_a_darker_set_differs_in_exposure_and_embedding_only() -> None:
     found = by_name(profile(frames(0)), profile(frames(1, brightness=0.4)))
     assert found["exposure"] == found["backbone's view"] == "different"
     assert found["classes"] == "same"
@@ -65,7 +65,7 @@ def test_classes_of_one_set_only_are_named() -> None:
     assert row.verdict != "same" and "in one of the two only" in row.note and "bicyclist" in row.note
 
 
-def test_few_frames_and_other_networks_are_not_compared() -> None:
+def test_few_frames_and_different_networks_are_not_compared() -> None:
     found = by_name(profile(frames(0, 5)), profile(frames(1, 5)))
     assert found["exposure"] == found["backbone's view"] == "not compared"
     assert by_name(profile(frames(0), by="m"), profile(frames(1), by="n"))["backbone's view"] == "not compared"
@@ -79,7 +79,7 @@ def test_psi_against_its_definition() -> None:
     assert psi(a, a) == 0 and np.isfinite(psi(a, np.array([100.0, 0, 0])))
 
 
-def test_separability_of_the_same_and_of_apart() -> None:
+def test_separability_of_equal_and_distinct_sets() -> None:
     rng = np.random.default_rng(0)
     same = [separability(rng.normal(size=(100, 8)), rng.normal(size=(60, 8))) for _ in range(10)]
     assert abs(np.mean(same) - 0.5) < 0.06
@@ -105,7 +105,7 @@ def test_a_broken_profile_is_refused(broken: object) -> None:
     assert e.value.todo
 
 
-def test_resolution_is_no_drift() -> None:
+def test_resolution_is_not_drift() -> None:
     big = np.random.default_rng(0).integers(0, 256, (512, 1024, 3)).astype(np.uint8)
     assert shrink(big).shape == (256, 512, 3)
     assert sampled_indexes(3) == [0, 1, 2] and len(set(sampled_indexes(10_000))) == FRAMES

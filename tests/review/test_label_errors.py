@@ -57,7 +57,7 @@ def tree(folder: Path, wrong: set[int]) -> Any:
     return write_frames(folder, RGB, {"val": frames})
 
 
-def test_images_with_wrong_objects_come_first_and_say_what_for_what(tmp_path: Path) -> None:
+def test_images_with_wrong_objects_come_first_with_class_pairs(tmp_path: Path) -> None:
     manifest = tree(tmp_path, {3, 7})
     found = find_suspects(Seer(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
     names = [s.sample.name for s in found]
@@ -69,7 +69,7 @@ def test_images_with_wrong_objects_come_first_and_say_what_for_what(tmp_path: Pa
     assert found[0].mask.any() and f"labeled {labelled}, predicted {predicted}" in table(found)
 
 
-def test_class_offsets_say_nothing_of_how_sure_it_is(tmp_path: Path) -> None:
+def test_class_offsets_do_not_change_confidence(tmp_path: Path) -> None:
     manifest = tree(tmp_path, {3})
     plain, shifted = (
         find_suspects(seer, manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_class_offsets_say_nothing_of_how_sure_it_is(tmp_path: Path) -> None:
     assert [(s.sample.name, round(s.share, 3)) for s in plain] == [(s.sample.name, round(s.share, 3)) for s in shifted]
 
 
-def test_the_page_shows_them_and_is_inert(tmp_path: Path) -> None:
+def test_the_page_lists_suspects_and_is_inert(tmp_path: Path) -> None:
     manifest = tree(tmp_path, {3})
     found = find_suspects(Seer(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
     evil = replace(found[0].sample, name="<img onerror=alert(1)>")
@@ -101,7 +101,7 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
     assert e.value.where == "test val" and "--config" in e.value.todo
 
 
-def test_without_cleanlab_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cleanlab_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def refuse(name: str, *rest: Any, **more: Any) -> Any:

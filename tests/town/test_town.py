@@ -63,7 +63,7 @@ def test_the_scene_does_not_depend_on_the_size() -> None:
     assert np.mean(small.label_ids == large.label_ids[::2, ::2]) > 0.94
 
 
-def test_a_weather_that_is_none_and_a_tiny_frame_are_refused() -> None:
+def test_unknown_weather_and_tiny_frames_are_refused() -> None:
     with pytest.raises(UsageError) as e:
         render(0, 0, 128, 64, "hail")  # type: ignore[arg-type]
     assert "hail" in e.value.found
@@ -100,7 +100,7 @@ def test_all_classes_occur_in_any_twelve_frames_in_a_row() -> None:
         assert best.min() >= 30, f"frames {first}.. show too little of {CITYSCAPES.names[int(best.argmin())]}"
 
 
-def test_there_is_void_too(frames: list[Frame]) -> None:
+def test_some_pixels_are_void(frames: list[Frame]) -> None:
     seen = set(np.unique(np.stack([f.label_ids for f in frames])).tolist())
     assert IDS["ego vehicle"] in seen and seen & {IDS["static"], IDS["dynamic"]}
 
@@ -157,7 +157,7 @@ def test_painting_the_polygons_in_order_gives_the_labels(frames: list[Frame]) ->
 
 
 @pytest.mark.parametrize("weather", ["clear", "night"])
-def test_what_is_culled_could_not_have_been_seen(monkeypatch: pytest.MonkeyPatch, weather: str) -> None:
+def test_culling_does_not_change_the_frame(monkeypatch: pytest.MonkeyPatch, weather: str) -> None:
     culled = [render(3, i, 256, 128, weather) for i in range(10, 18)]  # type: ignore[arg-type]
     monkeypatch.setattr(frame, "visible", lambda camera, scene: list(scene.items))
     for index, f in enumerate(culled, 10):
@@ -254,7 +254,7 @@ def test_splits_share_neither_scenes_nor_towns() -> None:
     assert len(hashes) == 70
 
 
-def test_splits_that_cannot_be_are_refused() -> None:
+def test_invalid_splits_are_refused() -> None:
     with pytest.raises(UsageError) as e:
         list(places({"train": -1}))
     assert e.value.exit_code == 2

@@ -48,7 +48,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return data
 
 
-def test_equal_pixels_have_equal_digests_whatever_the_file(tmp_path, decoded):
+def test_equal_pixels_in_any_format_have_equal_digests(tmp_path, decoded):
     changed = scene(0)
     changed[HEIGHT // 2, WIDTH // 2, 1] ^= 1
     files = {
@@ -70,7 +70,7 @@ def test_equal_pixels_have_equal_digests_whatever_the_file(tmp_path, decoded):
     assert decoded.count(files["a.png"]) == 1 and files["other.png"] not in decoded
 
 
-def test_what_looks_the_same_and_is_not_has_digests_of_its_own(tmp_path, decoded):
+def test_similar_images_have_different_digests(tmp_path, decoded):
     """A pixel in a row that no measure of a large picture samples."""
     image = cv2.resize(scene(0), (2048, 1024))
     changed = image.copy()
@@ -81,20 +81,20 @@ def test_what_looks_the_same_and_is_not_has_digests_of_its_own(tmp_path, decoded
     assert a != b and len(decoded) == 2
 
 
-def test_equal_files_need_no_second_look(tmp_path, decoded):
+def test_equal_files_are_not_decoded_again(tmp_path, decoded):
     task, measured = looked_at(tmp_path, {"a.png": saved(scene(0)), "b.png": saved(scene(0)), "c.png": saved(scene(1))})
     assert with_pixel_digests(tmp_path, task.limits, measured, None) == measured and not decoded
     assert [(p.image_a, p.image_b) for p in near_pairs(measured) if p.exact] == [("a.png", "b.png")]
 
 
-def test_a_file_that_is_gone_meanwhile_is_nobodys_copy(tmp_path):
+def test_a_deleted_file_is_no_copy(tmp_path):
     task, measured = looked_at(tmp_path, {"a.png": saved(scene(0)), "b.bmp": saved(scene(0), "BMP")})
     (tmp_path / "b.bmp").unlink()
     a, b = with_pixel_digests(tmp_path, task.limits, measured, None)
     assert a.pixels_digest != b.pixels_digest
 
 
-def test_processes_tell_the_same(tmp_path):
+def test_workers_compute_the_same_digests(tmp_path):
     files = {f"{i}.{end}": saved(scene(i), form) for i in range(9) for end, form in (("png", "PNG"), ("bmp", "BMP"))}
     task, measured = looked_at(tmp_path, files)
     alone = with_pixel_digests(tmp_path, task.limits, measured, None)

@@ -63,7 +63,7 @@ def test_config_allows_and_forbids():
     assert [f.severity for f in with_severity([error, warning], {"one-class"}, {"swapped"})] == ["error", "warning"]
 
 
-def test_wrong_codes_are_all_named_at_once():
+def test_all_wrong_codes_are_listed():
     with pytest.raises(ConfigError) as caught:
         require_codes(["near-duplicates", "swapped", "xyzzy"], ["swapped"])
     assert caught.value.exit_code == 2

@@ -27,7 +27,7 @@ def plainly(ids: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_the_share_of_steps_is_that_of_the_definition(dtype):
+def test_the_share_matches_its_definition(dtype):
     ids = cv2.GaussianBlur(regions(100), (3, 3), 0).astype(dtype)  # no more rows than are sampled
     if dtype is np.uint16:
         ids[::3, ::5] = UNKNOWN
@@ -35,7 +35,7 @@ def test_the_share_of_steps_is_that_of_the_definition(dtype):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_masks_are_told_from_mixed_ones(seed):
+def test_interpolated_masks_are_distinguished_from_originals(seed):
     label = regions(seed=seed)
     assert interpolated_share(label) < INTERPOLATED_SHARE / 2
     assert (
@@ -49,7 +49,7 @@ def test_masks_are_told_from_mixed_ones(seed):
         assert interpolated_share(mixed) > INTERPOLATED_SHARE
 
 
-def test_too_little_or_too_much_to_tell():
+def test_too_few_or_too_many_changes_give_zero():
     assert interpolated_share(np.zeros((4, 1), np.uint8)) == 0.0
     ramp = np.repeat(np.arange(100, dtype=np.uint8), 3)[None]
     ramp[:, ::7] += 1

@@ -107,7 +107,7 @@ def test_an_unreadable_image(tree, data, says):
     assert f.files[0].startswith("train/A_2.png: ") and says in f.files[0]
 
 
-def test_an_unreadable_label_an_absent_file_and_a_mask_of_colours(tree):
+def test_an_unreadable_label_a_missing_file_and_a_color_mask(tree):
     write(tree / "trainannot/A_1.png", b"")
     write(tree / "trainannot/B_1.png", png(CAMVID.palette[stripes(list(range(11)))]))
     (tree / "trainannot/A_2.png").unlink()
@@ -143,12 +143,12 @@ def sideways(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def test_a_sideways_photograph_is_compared_upright(tree):
+def test_an_exif_rotated_image_is_compared_upright(tree):
     write(tree / "train/A_1.png", sideways(scene(8)))
     assert only(tree).code == "exif-rotated"
 
 
-def test_a_label_drawn_on_a_sideways_photograph_is_told_why_its_size_differs(tree):
+def test_a_label_of_an_exif_rotated_image_explains_its_size(tree):
     write(tree / "train/A_1.png", sideways(cv2.resize(scene(8), (HEIGHT, WIDTH))))
     write(tree / "val/C_1.png", png(np.ascontiguousarray(np.rot90(scene(9)))))
     train, val = (f for f in findings_of(tree) if f.code == "size-differs")
@@ -171,7 +171,7 @@ def test_unknown_ids_are_named_with_their_pixels(tree):
     assert "camvid has the ids 0..11" in f.fix
 
 
-def test_instance_ids_as_labels_are_told(tree):
+def test_instance_ids_as_labels_are_reported(tree):
     deep = stripes(list(range(12))).astype(np.uint16)
     deep[0, :7] = 8001
     write(tree / "valannot/C_2.png", png(deep))
@@ -196,7 +196,7 @@ def test_a_class_missing_from_a_split(tree):
     assert f.message == "val has no pixel of 2 of 11 classes: car, pedestrian"
 
 
-def test_exact_copies_inside_and_across_splits_are_told(tree):
+def test_exact_copies_inside_and_across_splits_are_reported(tree):
     write(tree / "train/A_2.png", png(scene(0)))
     write(tree / "val/C_2.png", png(scene(2)))
     found = {f.code: (f.severity, f.split) for f in findings_of(tree)}
@@ -224,7 +224,7 @@ def exchange(a: Path, b: Path) -> None:
     b.write_bytes(a_bytes)
 
 
-def test_image_and_label_exchanged(tree):
+def test_image_and_label_swapped(tree):
     """One finding explains both files."""
     exchange(tree / "train/A_1.png", tree / "trainannot/A_1.png")
     f = only(tree)
@@ -232,7 +232,7 @@ def test_image_and_label_exchanged(tree):
     assert f.files[0].startswith("train/A_1.png: ") and "trainannot/A_1.png" in f.files[0]
 
 
-def test_a_label_in_the_place_of_its_image(tree):
+def test_a_label_in_place_of_its_image(tree):
     write(tree / "train/A_1.png", (tree / "trainannot/A_1.png").read_bytes())
     result = checked(tree, allow={"same-file"})
     (f,) = (f for f in result.findings if f.code == "same-file")
@@ -240,7 +240,7 @@ def test_a_label_in_the_place_of_its_image(tree):
     assert "A_1" not in names(result) and len(result.samples) == 4
 
 
-def test_whole_folders_exchanged(tree):
+def test_whole_folders_swapped(tree):
     for name in ("C_1", "C_2"):
         exchange(tree / f"val/{name}.png", tree / f"valannot/{name}.png")
     f = next(f for f in findings_of(tree) if f.severity == "error")
@@ -266,7 +266,7 @@ def test_train_ids_in_place_of_label_ids(tmp_path, void):
     assert f.message == "all 2 labels of train hold only 0..18 and 255: they are train ids" and "_labelIds.png" in f.fix
 
 
-def test_few_low_ids_are_no_train_ids(tmp_path):
+def test_few_low_ids_are_not_train_ids(tmp_path):
     cityscapes_tree(tmp_path, "train", ["ulm_000000_000019"], stripes([1, 3, 4, 7, 8, 11, 17]))
     assert {f.code for f in findings_of(tmp_path, label_set=CITYSCAPES)} == {"class-missing"}
 
@@ -312,7 +312,7 @@ def names(result: Checked) -> list[str]:
     return [s.name for s in result.samples]
 
 
-def test_what_an_allowed_error_concerns_is_left_out(tree):
+def test_an_allowed_error_leaves_out_its_data(tree):
     write(tree / "train/A_1.png", b"")
     write(tree / "trainannot/A_2.png", encode_label_png(stripes([11])))
     write(tree / "valannot/C_1.png", encode_label_png(stripes([*range(12), 200])))
@@ -329,7 +329,7 @@ def test_what_an_allowed_error_concerns_is_left_out(tree):
     )
 
 
-def test_a_pair_with_values_that_mean_something_else_is_left_out(tree):
+def test_a_pair_with_wrong_values_is_left_out(tree):
     write(tree / "trainannot/A_1.png", encode_label_png(stripes([0, 255])))
     write(tree / "trainannot/A_2.png", encode_label_png(stripes([*range(11), 255])))
     result = checked(tree, allow={"binary-mask", "undeclared-void"})
@@ -340,7 +340,7 @@ def test_a_pair_with_values_that_mean_something_else_is_left_out(tree):
     assert names(result) == ["A_2", "B_1", "C_1", "C_2"]
 
 
-def test_a_broken_instance_map_costs_itself_and_not_the_pair(tmp_path):
+def test_a_broken_instance_map_is_left_out_without_its_pair(tmp_path):
     cityscapes_tree(tmp_path, "train", ["ulm_000000_000019"], ALL_CITYSCAPES)
     stem = tmp_path / "gtFine/train/ulm/ulm_000000_000019_gtFine_instanceIds.png"
     write(stem, png(ALL_CITYSCAPES[1:]))
@@ -354,14 +354,14 @@ def test_a_forbidden_warning_is_an_error(tree):
     assert (f.code, f.severity) == ("one-class", "error")
 
 
-def test_codes_that_there_are_not_are_refused_before_anything_is_read(tmp_path):
+def test_unknown_codes_are_refused_before_reading(tmp_path):
     pairs = [Pair("train", "a", "", "nowhere.png", "nowhere.png")]
     with pytest.raises(ConfigError) as e:
         check(tmp_path, pairs, CAMVID, {"": MaskForm("ids", CAMVID)}, Limits(), 1, allow={"unreadable-imge"})
     assert "unreadable-imge" in e.value.found
 
 
-def test_parts_are_judged_by_their_own_masks(tree, tmp_path):
+def test_parts_are_checked_with_their_own_masks(tree, tmp_path):
     """CamVid's ids in one part, those of Cityscapes in another; learned are the 19 classes of Cityscapes."""
     forms = {part: MaskForm("ids", in_cityscapes(s)) for part, s in (("c", camvid.LABEL_SET), ("k", CITYSCAPES))}
     write(tmp_path / "k.png", png(scene(40)))
@@ -376,7 +376,7 @@ def test_parts_are_judged_by_their_own_masks(tree, tmp_path):
     assert (f.code, f.message) == ("train-ids", "1 label of train of k holds only 0..18 and 255: they are train ids")
 
 
-def test_all_faults_are_listed_in_one_error_in_plain_words(tree):
+def test_all_errors_are_listed_in_one_message(tree):
     write(tree / "train/A_1.png", b"")
     write(tree / "val/C_2.png", png(scene(2)))
     write(tree / "train/Z.png", png(scene(30)))

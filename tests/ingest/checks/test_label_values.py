@@ -62,20 +62,20 @@ def test_the_cause_of_ids(label_set, ids, code):
     assert cause(measured(*ids, pixels=zero_is_road), label_set) == code
 
 
-def test_without_255_train_ids_are_told_by_how_much_road_is_there():
+def test_train_ids_without_255_are_detected_by_road_pixels():
     ids = (0, 1, 2, 5, 6, 7, 8, 10, 11, 13)
     assert cause(measured(*ids, pixels={0: 900, 7: 10}), CITYSCAPES) == "train-ids"
     assert cause(measured(*ids, pixels={0: 100, 7: 900}), CITYSCAPES) == ""
 
 
-def test_train_ids_of_a_whole_split_are_told_by_all_labels_together():
+def test_train_ids_of_a_split_are_detected_from_all_labels():
     halves = [measured(0, 1, 2, 3, 4, name="a"), measured(5, 6, 7, 8, 9, 10, name="b")]
     assert set(causes(halves, MaskForm("ids", CITYSCAPES)).values()) == {"train-ids"}
     assert causes([*halves, measured(7, 23, name="c")], MaskForm("ids", CITYSCAPES)) == {}
     assert causes(halves, MaskForm("ids", ONE_BASED)) == {}
 
 
-def test_0_and_255_throughout_is_one_thing_also_where_255_is_void():
+def test_splits_of_0_and_255_are_binary_masks_even_with_void_255():
     split = [measured(0, 255, name=str(i)) for i in range(9)]
     form = MaskForm("ids", TRAIN_IDS_AND_VOID)
     assert set(causes(split, form).values()) == {"binary-mask"}
@@ -89,7 +89,7 @@ def unreadable(text: str) -> dict[str, object]:
     return {"problems": (("unreadable-label", "a_ids.png", text),)}
 
 
-def test_the_cause_of_masks_that_are_stored_in_another_way():
+def test_the_cause_of_masks_in_another_form():
     assert cause(measured(mask_mode="rgb", **unreadable("a mask of RGB colours")), CAMVID) == "color-mask"
     assert cause(measured(mask_mode="rgba", **unreadable("a mask of RGBA colours")), CAMVID) == "color-mask"
     assert (
@@ -102,7 +102,7 @@ def test_the_cause_of_masks_that_are_stored_in_another_way():
     assert cause(measured(problems=(*photo, swapped), mask_mode="rgb"), CAMVID) == ""  # type: ignore[misc]
 
 
-def test_the_cause_of_colours():
+def test_the_cause_of_colors():
     few = (("unknown-color", "a_ids.png", "#010203 on 9 pixels"),)
     many = (("unknown-color", "a_ids.png", "#010203 on 9 pixels, #010204 on 8 pixels and 1,312 more colours"),)
     for problems, mode, interpolated, code in (
@@ -117,7 +117,7 @@ def test_the_cause_of_colours():
         assert cause(one, CAMVID, "colors") == code
 
 
-def test_findings_say_what_where_and_what_to_do():
+def test_findings_have_message_files_and_fix():
     labels = [measured(*ORDINARY, name="a"), measured(*ORDINARY, name="b"), measured(*range(12), name="c")]
     (f,), explained = value_findings("train of x", "train", labels, MaskForm("ids", CAMVID))
     assert (f.code, f.severity, f.split, f.count) == ("label-ids", "error", "train", 2)
@@ -126,7 +126,7 @@ def test_findings_say_what_where_and_what_to_do():
     assert explained == {"a_ids.png": "label-ids", "b_ids.png": "label-ids"}
 
 
-def test_unknown_ids_tell_what_there_is_and_of_a_palette_what_else_it_may_be():
+def test_unknown_ids_name_the_known_ones_and_hint_at_palettes():
     text = "id 40 on 100 pixels"
     label = measured(1, 40, problems=(("unknown-id", "a_ids.png", text),), mask_mode="palette")
     (f,), explained = value_findings("val", "val", [label], MaskForm("ids", CAMVID))
@@ -134,7 +134,7 @@ def test_unknown_ids_tell_what_there_is_and_of_a_palette_what_else_it_may_be():
     assert "camvid has the ids 0..11" in f.fix and "`masks: colors`" in f.fix
 
 
-def test_palettes_among_grey_masks():
+def test_palettes_among_gray_masks():
     labels = [measured(1, 2, name=str(i)) for i in range(5)]
     labels[3] = replace(labels[3], mask_mode="palette")
     (f,), _ = value_findings("val", "val", labels, MaskForm("ids", CAMVID))
@@ -144,7 +144,7 @@ def test_palettes_among_grey_masks():
     assert value_findings("val", "val", labels, MaskForm("colors", CAMVID)) == ([], {})
 
 
-def test_0_and_255_in_nearly_every_frame_is_right_where_255_is_void_and_another_class_occurs():
+def test_void_255_with_another_class_is_no_binary_mask():
     split = [measured(0, 255, name=str(i)) for i in range(30)]
     form = MaskForm("ids", TRAIN_IDS_AND_VOID)
     assert causes([*split, measured(0, 1, 255, name="x")], form) == {}

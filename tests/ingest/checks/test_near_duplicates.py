@@ -90,14 +90,14 @@ def test_different_scenes_are_not_near(scenes):
     assert duplicates([measured(i, f"train/{k}.png") for k, i in enumerate(scenes)]) == []
 
 
-def test_pictures_without_content_are_like_nothing():
+def test_flat_images_match_nothing():
     black, white = np.zeros((64, 128, 3), np.uint8), np.full((64, 128, 3), 255, np.uint8)
     assert (
         near_pairs([measured(black, "train/a.png"), measured(black, "train/b.png"), measured(white, "val/c.png")]) == []
     )
 
 
-def test_a_frame_that_could_not_be_read_is_left_out(scenes):
+def test_unreadable_frames_are_skipped(scenes):
     broken = MeasuredPair(Pair("val", "b", "", "val/b.png", "valannot/b.png"), ())
     assert duplicates([measured(scenes[0], "train/a.png"), broken, broken]) == []
 
@@ -131,7 +131,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
-def test_blocks_change_nothing(scenes, monkeypatch):
+def test_block_size_does_not_change_the_result(scenes, monkeypatch):
     frames = [measured(i, f"train/{k:02}.png", f"s{k % 3}") for k, i in enumerate(scenes)]
     frames += [measured(jpeg(i, 50), f"val/{k:02}.png", f"s{k % 4}") for k, i in enumerate(scenes)]
     whole = near_pairs(frames)
@@ -140,7 +140,7 @@ def test_blocks_change_nothing(scenes, monkeypatch):
     assert near_pairs(frames) == whole and len(whole) == 20
 
 
-def test_the_best_of_a_drive_and_the_best_of_others_are_kept(scenes):
+def test_the_best_match_of_the_same_and_of_other_sequences_is_kept(scenes):
     image = scenes[0]
     frames = [
         measured(image, "train/a.png", "one"),
@@ -161,7 +161,7 @@ def test_the_earlier_split_comes_first(scenes):
     assert (pair.split_b, pair.image_b, pair.sequence_b) == ("test", "test/a.png", "x")
 
 
-def test_exact_copies_across_splits_are_an_error_and_not_near(scenes):
+def test_exact_copies_across_splits_are_an_error_not_near_duplicates(scenes):
     frames = [measured(scenes[0], "train/a.png", "one", "same"), measured(scenes[0], "val/b.png", "two", "same")]
     (finding,) = duplicates(frames)
     assert (finding.code, finding.severity, finding.split) == ("duplicate-across-splits", "error", "train and val")
@@ -170,7 +170,7 @@ def test_exact_copies_across_splits_are_an_error_and_not_near(scenes):
     assert pair.exact and pair.similarity == 1
 
 
-def test_every_exact_copy_is_told(scenes):
+def test_every_exact_copy_is_reported(scenes):
     frames = [measured(i, f"train/{k:02}.png", digest=str(k)) for k, i in enumerate(scenes)]
     frames += [measured(i, f"val/{k:02}.png", digest=str(k)) for k, i in enumerate(scenes)]
     found = by_code(duplicates(frames))
@@ -200,7 +200,7 @@ def test_a_near_copy_across_splits_names_similarity_and_sequences(scenes):
     assert finding.message == "1 image of val that looks almost like one of train"
 
 
-def test_near_copies_in_a_split_list_other_drives_first_and_sum_up_the_rest(scenes):
+def test_near_copies_in_a_split_list_other_sequences_first(scenes):
     frames = [measured(i, f"train/{k}.png", "one") for k, i in enumerate(scenes[:4])]
     frames += [measured(jpeg(scenes[k], 50), f"train/{k}b.png", "one") for k in (0, 1)]
     frames += [measured(jpeg(scenes[3], 50), "train/zz.png", "two")]
@@ -215,21 +215,21 @@ def test_near_copies_in_a_split_list_other_drives_first_and_sum_up_the_rest(scen
     assert own.startswith("train/") and own.endswith("4 of the 6 images of one look almost like another of it")
 
 
-def test_where_sequences_are_not_known_every_pair_is_listed(scenes):
+def test_every_pair_is_listed_if_sequences_are_unknown(scenes):
     frames = [measured(i, f"train/{k}.png") for k, i in enumerate(scenes[:3])]
     frames += [measured(jpeg(i, 50), f"train/{k}b.png") for k, i in enumerate(scenes[:3])]
     (finding,) = duplicates(frames)
     assert len(finding.files) == 3 and "not known" in finding.message
 
 
-def test_pairs_that_are_known_already_are_not_sought_again(scenes, monkeypatch):
+def test_given_near_pairs_are_not_computed_again(scenes, monkeypatch):
     frames = [measured(scenes[0], "train/a.png"), measured(jpeg(scenes[0], 50), "val/b.png")]
     near = near_pairs(frames)
     monkeypatch.setattr(module, "alike", None)
     assert [f.code for f in duplicates(frames, near)] == ["near-duplicate"]
 
 
-def test_camvids_neighbours_are_near_and_its_other_drives_are_not(real_data: Path):
+def test_camvid_neighbors_are_near_and_other_drives_are_not(real_data: Path):
     root = real_data / "camvid"
     pairs, _ = camvid.pairs(root)
     frames = [

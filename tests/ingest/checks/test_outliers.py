@@ -52,7 +52,7 @@ def test_ordinary_frames_give_no_warning(ordinary):
 
 
 @pytest.mark.parametrize("code,which", [(code, k) for code, alters in PLANTED.items() for k in range(len(alters))])
-def test_an_odd_image_among_ordinary_ones_is_named(images, ordinary, code, which):
+def test_an_outlier_is_reported(images, ordinary, code, which):
     for k in (0, 7, 21):
         planted = measured(PLANTED[code][which](images[k]), "train/odd.png")
         found = {f.code: f for f in outliers([*ordinary, planted])}
@@ -62,12 +62,12 @@ def test_an_odd_image_among_ordinary_ones_is_named(images, ordinary, code, which
         assert (finding.severity, finding.split, finding.count) == ("warning", "train", 1)
 
 
-def test_a_black_image_is_dark_and_nothing_else(images, ordinary):
+def test_a_black_image_is_only_too_dark(images, ordinary):
     (finding,) = outliers([*ordinary, measured(np.zeros_like(images[0]), "train/odd.png")])
     assert finding.code == "too-dark" and finding.files == ("train/odd.png: 100 % of it black",)
 
 
-def test_black_and_white_are_told_of_however_few_there_are(images):
+def test_black_and_white_images_are_reported_in_small_sets(images):
     few = [
         measured(images[0], "train/a.png"),
         measured(images[0] * 0, "train/b.png"),
@@ -77,18 +77,18 @@ def test_black_and_white_are_told_of_however_few_there_are(images):
 
 
 @pytest.mark.parametrize("code", ["blurred", "odd-color", "odd-size"])
-def test_below_thirty_images_nothing_is_usual(images, ordinary, code):
+def test_fewer_than_thirty_images_have_no_outliers(images, ordinary, code):
     planted = measured(PLANTED[code][0](images[0]), "train/odd.png")
     assert outliers([*ordinary[: FEWEST - 2], planted]) == []
     assert [f.code for f in outliers([*ordinary[: FEWEST - 1], planted])] == [code]
 
 
-def test_what_many_images_are_is_no_outlier(images, ordinary):
+def test_frequent_values_are_no_outliers(images, ordinary):
     blurred = [measured(cv2.GaussianBlur(i, (0, 0), 2), f"train/b{k}.png") for k, i in enumerate(images[:8])]
     assert outliers(ordinary + blurred) == []
 
 
-def test_a_grey_set_is_not_odd_and_parts_are_judged_apart(images, ordinary):
+def test_gray_sets_are_not_odd_and_parts_are_compared_separately(images, ordinary):
     grey = [
         measured(cv2.cvtColor(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB), f"train/g{k}.png", "infrared")
         for k, i in enumerate(images)
@@ -100,7 +100,7 @@ def test_a_grey_set_is_not_odd_and_parts_are_judged_apart(images, ordinary):
     assert finding.code == "odd-color" and finding.count == 3
 
 
-def test_sets_of_many_sizes_are_judged_by_shape(images):
+def test_sets_of_many_sizes_are_compared_by_aspect(images):
     def varied(k: int) -> np.ndarray:
         return cv2.resize(images[k], (200 + 8 * k, 100 + 4 * k + k % 7))
 
@@ -110,7 +110,7 @@ def test_sets_of_many_sizes_are_judged_by_shape(images):
     assert finding.code == "odd-size" and finding.files[0].startswith("train/tall.png: 64x128")
 
 
-def test_images_stored_on_their_side_are_named_one_by_one(images):
+def test_exif_rotated_images_are_listed(images):
     frames = [measured(images[k], f"val/{k}.jpg", orientation=o) for k, o in enumerate((1, 6, 8))]
     (finding,) = outliers(frames)
     assert (finding.code, finding.severity, finding.split, finding.count) == ("exif-rotated", "warning", "val", 2)
@@ -118,7 +118,7 @@ def test_images_stored_on_their_side_are_named_one_by_one(images):
     assert "masks are taken as they are stored" in finding.fix
 
 
-def test_what_could_not_be_read_is_left_out(ordinary):
+def test_unreadable_images_are_skipped(ordinary):
     assert outliers([*ordinary, MeasuredPair(Pair("train", "x", "", "train/x.png", ""), ())]) == []
 
 
@@ -149,7 +149,7 @@ def test_classes_that_differ_between_splits_are_named_with_their_shares():
     assert finding.count == 2
 
 
-def test_void_small_shifts_and_small_splits_are_no_drift():
+def test_void_small_shifts_and_small_splits_are_not_drift():
     even, shifted = [0.5, 0.5] + [0.0] * 17, [0.6, 0.4] + [0.0] * 17
     train = labelled("train", even, 40)
     assert histogram_drift(train + labelled("val", even, 40, void=90_000), CITYSCAPES) == []

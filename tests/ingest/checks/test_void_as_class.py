@@ -40,7 +40,7 @@ def judge(scenes: list[np.ndarray], first: str, form: MaskForm | None = None) ->
 
 
 @pytest.mark.parametrize("first", ["road", "sky"])
-def test_scenes_as_they_are(first):
+def test_clean_scenes_give_no_warning(first):
     assert judge([scene(i, first) for i in range(20)], first) == []
 
 
@@ -49,7 +49,7 @@ def test_scenes_as_they_are(first):
     ("side", "at"),
     [("top", np.s_[:1]), ("bottom", np.s_[-2:]), ("left", np.s_[:, :1]), ("right", np.s_[:, -3:])],
 )
-def test_padding(side, at, first):
+def test_padding_is_reported(side, at, first):
     scenes = [scene(i, "sky" if first == "sky" else "road") for i in range(20)]
     for s in scenes:
         s[at] = 0
@@ -66,7 +66,7 @@ def test_padding(side, at, first):
 
 
 @pytest.mark.parametrize(("first", "zone"), [("road", "top"), ("sky", "bottom")])
-def test_void_written_as_0_shows_where_the_class_cannot_be(first, zone):
+def test_void_written_as_0_is_found_in_impossible_places(first, zone):
     scenes = [np.where(s == IGNORE, 0, s) for s in (scene(i, first) for i in range(20))]
     (message,) = judge(scenes, first)
     assert "without void" in message and f"at the {zone} of the picture" in message
@@ -77,7 +77,7 @@ def test_void_written_as_0_shows_where_the_class_cannot_be(first, zone):
     assert judge(with_void, first) == []
 
 
-def test_only_where_0_is_a_class_that_is_learned():
+def test_only_if_0_is_a_learned_class():
     scenes = [scene(i, "road") for i in range(20)]
     for s in scenes:
         s[:1] = 0

@@ -62,7 +62,7 @@ def test_masks_of_0_and_255(tmp_path):
     np.testing.assert_array_equal(learned(tmp_path, described(tmp_path, text))["a"], EXPECTED != IGNORE)
 
 
-def test_palette_masks_by_index_and_by_colour(tmp_path):
+def test_palette_masks_by_index_and_by_color(tmp_path):
     palette = np.zeros((256, 3), np.uint8)
     palette[[3, 9]] = [(128, 64, 128), (0, 0, 142)]
     write(tmp_path / "images/a.jpg", PICTURE)
@@ -79,7 +79,7 @@ ignore: ['#000000']
     assert [c.id for c in description.label_set.classes] == [0, 1, 2]
 
 
-def test_masks_of_rgb_colours(tmp_path):
+def test_rgb_color_masks(tmp_path):
     rgb = np.zeros((8, 10, 3), np.uint8)
     rgb[EXPECTED == 0], rgb[EXPECTED == 1] = (10, 20, 30), (10, 20, 31)
     write(tmp_path / "images/a.jpg", PICTURE)
@@ -135,14 +135,14 @@ def test_coco_json(tmp_path):
 
 
 @pytest.mark.parametrize("written", ["x/a.jpg", "./x/a.jpg", "images/x/a.jpg", "C:\\data\\x\\a.jpg", "x/a.png", "x/a"])
-def test_coco_names_images_with_more_folders_or_another_ending(tmp_path, written):
+def test_coco_file_names_may_differ_in_folders_and_extension(tmp_path, written):
     write(tmp_path / "images/x/a.jpg", PICTURE)
     write(tmp_path / "coco/train.json", coco_file({"id": 7, "file_name": written}))
     pairs, findings = folder.pairs(tmp_path, described(tmp_path, COCO))
     assert findings == [] and [(p.name, p.label) for p in pairs] == [("x/a", "coco/train.json#7")]
 
 
-def test_coco_files_and_images_that_do_not_fit_are_named(tmp_path):
+def test_unmatched_coco_images_are_listed(tmp_path):
     for name in ("a", "b", "twice"):
         write(tmp_path / f"images/{name}.jpg", PICTURE)
     images = [(7, "a.jpg"), (8, "gone.jpg"), (9, "bad\x1b.jpg"), (10, "twice.jpg"), (11, "y/twice.jpg")]
@@ -159,7 +159,7 @@ def test_coco_files_and_images_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("data", "says"), [(None, "No such file"), (b"{", "cut off"), (b" " * 5000, "5,000 bytes; expected at most 4,000")]
 )
-def test_a_coco_file_that_cant_be_read_is_a_finding(tmp_path, data, says):
+def test_an_unreadable_coco_file_is_a_finding(tmp_path, data, says):
     write(tmp_path / "images/a.jpg", PICTURE)
     if data is not None:
         write(tmp_path / "coco/train.json", data)
@@ -168,7 +168,7 @@ def test_a_coco_file_that_cant_be_read_is_a_finding(tmp_path, data, says):
     assert findings[0].files[0].startswith("coco/train.json: ") and says in findings[0].files[0]
 
 
-def test_the_background_is_void_unless_it_is_named(tmp_path):
+def test_the_background_is_void_by_default(tmp_path):
     text = f"masks: polygons\n{NAMES}{SPLITS}"
     for more, id_, train_id in (("", 255, IGNORE), ("background: car\n", 1, 1), ("background: 0\n", 0, 0)):
         description = described(tmp_path, text + more)
@@ -177,7 +177,7 @@ def test_the_background_is_void_unless_it_is_named(tmp_path):
     assert own.background == 2 and [c.name for c in own.label_set.classes] == ["road", "car", "unlabeled"]
 
 
-def test_ids_may_be_given_where_masks_hold_none(tmp_path):
+def test_ids_are_optional_for_masks_without_ids(tmp_path):
     text = (
         f"masks: coco\nclasses: [{{name: road}}, {{id: 0, name: car}}, {{id: 2, name: van}}, {{name: bus}}]\n{SPLITS}"
     )
@@ -216,13 +216,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_what_is_wrong_is_said_with_what_was_expected(tmp_path, text):
+def test_errors_state_what_was_expected(tmp_path, text):
     with pytest.raises(ConfigError) as caught:
         described(tmp_path, text + f"\nclasses: [{{id: 0, name: road}}, {{id: 1, name: car}}]\n{SPLITS}")
     assert WRONG[text] in str(caught.value)
 
 
-def test_everything_wrong_is_listed_at_once(tmp_path):
+def test_all_errors_are_listed_at_once(tmp_path):
     text = """
 masks: colors
 classes:
@@ -265,7 +265,7 @@ def test_more_than_256_classes_are_refused(tmp_path):
     assert "257" in e.value.found
 
 
-def test_the_examples_of_the_documentation_are_read(tmp_path):
+def test_the_examples_in_the_docs_are_valid(tmp_path):
     page = (Path(__file__).parents[3] / "docs/folder.md").read_text()
     examples = [block.partition("```")[0] for block in page.split("```yaml\n")[1:]]
     assert len(examples) >= 5
@@ -283,7 +283,7 @@ def test_annotations_of_no_image_are_a_finding(tmp_path):
     assert finding.files == ("coco/train.json#8: 3 annotations", "coco/train.json#9: x: 1 annotation")
 
 
-def test_ids_of_coco_images_may_hold_what_entries_are_cut_at(tmp_path):
+def test_coco_image_ids_may_contain_separators(tmp_path):
     write(tmp_path / "images/a.jpg", PICTURE)
     images = (("a: b", "gone.jpg"), ("a", "A.jpg"), ("c: d", "a.jpg"))
     write(tmp_path / "coco/train.json", coco_file(*({"id": i, "file_name": name} for i, name in images)))
@@ -293,7 +293,7 @@ def test_ids_of_coco_images_may_hold_what_entries_are_cut_at(tmp_path):
     ]
 
 
-def test_a_split_whose_folder_is_not_there_is_a_finding(tmp_path):
+def test_a_missing_split_folder_is_a_finding(tmp_path):
     write(tmp_path / "images/a.jpg", PICTURE)
     write(tmp_path / "masks/a.png", values(0, 0, 1))
     classes = "classes: [{id: 0, name: road}, {id: 1, name: car}]\n"
@@ -304,7 +304,7 @@ def test_a_split_whose_folder_is_not_there_is_a_finding(tmp_path):
     assert "no folder imagse/val/" in finding.message and "splits.val.images" in finding.fix
 
 
-def test_a_wrong_label_suffix_is_said_and_case_does_not_matter(tmp_path):
+def test_a_wrong_label_suffix_is_reported_and_case_is_ignored(tmp_path):
     write(tmp_path / "images/a.jpg", PICTURE)
     write(tmp_path / "masks/a_Mask.png", values(0, 0, 1))
     text = f"classes: [{{id: 0, name: road}}, {{id: 1, name: car}}]\n{SPLITS}label_suffix: "
@@ -316,7 +316,7 @@ def test_a_wrong_label_suffix_is_said_and_case_does_not_matter(tmp_path):
     assert "masks/a_Mask.png" in finding.fix
 
 
-def test_train_ids_end_below_that_of_void(tmp_path):
+def test_at_most_255_classes_are_learned(tmp_path):
     def rows(count: int) -> str:
         return "masks: polygons\nclasses:\n" + "".join(f"  - {{name: c{i}}}\n" for i in range(count)) + SPLITS
 

@@ -39,7 +39,7 @@ SETS = {
 
 
 @pytest.mark.parametrize(("labels", "classes", "learned", "reached"), SETS.values(), ids=SETS)
-def test_classes_and_what_they_count_as(labels: LabelSet, classes: int, learned: int, reached: int):
+def test_classes_and_their_cityscapes_counterparts(labels: LabelSet, classes: int, learned: int, reached: int):
     assert (len(labels.classes), labels.num_classes) == (classes, learned)
     assert len({c.id for c in labels.classes}) == classes and len(set(labels.names)) == learned
     assert all(0 <= c.id <= 255 for c in labels.classes)
@@ -122,7 +122,7 @@ def test_camvids_mapping_changes_nothing_else():
     assert camvid.LABEL_SET.mapping_digest == CAMVID.mapping_digest
 
 
-def test_the_guide_tells_every_source():
+def test_the_docs_list_every_source():
     guide = (Path(__file__).parents[3] / "docs/datasets.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z0-9.-]+)` \|", guide, re.MULTILINE)
     assert rows == ["data.source", *get_args(Source)]

@@ -80,7 +80,7 @@ def ingested(data: Data, tmp_path: Path) -> tuple[Manifest, Path]:
     return Manifest.load(work), root
 
 
-def test_parts_come_together_in_the_nineteen_classes(mix: Data, tmp_path: Path) -> None:
+def test_parts_map_to_the_nineteen_classes(mix: Data, tmp_path: Path) -> None:
     manifest, root = ingested(mix, tmp_path)
     assert manifest.label_set.names == CITYSCAPES.names and manifest.part_weights == {"cs": 3.0, "own": 1.0}
     assert [s.part for s in manifest.split("train")] == ["cs"] * 3 + ["own"] * 4
@@ -101,7 +101,7 @@ def test_shards_carry_parts_and_weights(mix: Data, tmp_path: Path) -> None:
     assert [f.part for f in shards.split("train").frames] == ["cs"] * 3 + ["own"] * 4
 
 
-def test_the_fingerprint_does_not_tell_where_parts_lie_but_what_their_values_mean(mix: Data, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_label_meaning_not_location(mix: Data, tmp_path: Path) -> None:
     before, _ = ingested(mix, tmp_path / "a")
     (tmp_path / "mine").rename(tmp_path / "moved")
     own = mix.mix["own"].model_copy(update={"root": tmp_path / "moved"})
@@ -115,13 +115,13 @@ def test_the_fingerprint_does_not_tell_where_parts_lie_but_what_their_values_mea
     assert other.fingerprint("val") == before.fingerprint("val")
 
 
-def test_only_some_splits_of_a_part_are_taken(mix: Data, tmp_path: Path) -> None:
+def test_only_the_chosen_splits_of_a_part_are_used(mix: Data, tmp_path: Path) -> None:
     part = mix.mix["cs"].model_copy(update={"splits": ("val",)})
     manifest, _ = ingested(mix.model_copy(update={"mix": {**mix.mix, "cs": part}}), tmp_path)
     assert {s.part for s in manifest.split("train")} == {"own"} and {s.part for s in manifest.split("val")} == {"cs"}
 
 
-def test_a_split_that_a_part_lacks_is_told(mix: Data, tmp_path: Path) -> None:
+def test_a_missing_split_of_a_part_is_refused(mix: Data, tmp_path: Path) -> None:
     part = mix.mix["cs"].model_copy(update={"splits": ("trian",)})
     with pytest.raises(ConfigError) as e:
         ingested(mix.model_copy(update={"mix": {**mix.mix, "cs": part}}), tmp_path)
@@ -134,7 +134,7 @@ def test_terms_of_all_parts_are_kept(mix: Data, tmp_path: Path) -> None:
     assert find(data, mixed_root(data, tmp_path / "links")).label_set.terms.count("Cityscapes") >= 2
 
 
-def test_own_classes_of_different_sets_can_not_be_mixed(mix: Data, tmp_path: Path) -> None:
+def test_native_classes_of_different_sets_cannot_be_mixed(mix: Data, tmp_path: Path) -> None:
     root = mixed_root(mix, tmp_path / "links")
     with pytest.raises(ConfigError) as e:
         find(mix.model_copy(update={"taxonomy": "native"}), root)
@@ -148,7 +148,7 @@ def test_a_part_without_any_of_the_classes_is_refused(mix: Data, tmp_path: Path)
     assert e.value.where == "data.taxonomy" and "own" in e.value.found
 
 
-def test_a_part_that_is_not_there_is_named(mix: Data, tmp_path: Path) -> None:
+def test_a_missing_part_is_named(mix: Data, tmp_path: Path) -> None:
     part = mix.mix["cs"].model_copy(update={"root": tmp_path / "nowhere"})
     with pytest.raises(DataError) as e:
         mixed_root(mix.model_copy(update={"mix": {**mix.mix, "cs": part}}), tmp_path / "links")
@@ -163,7 +163,7 @@ def test_findings_name_the_part(mix: Data, tmp_path: Path) -> None:
     assert "cs/leftImg8bit/train/" in str(caught.value) and "own/masks/20.png" in str(caught.value)
 
 
-def test_a_changed_file_of_any_part_is_another_source(mix: Data, tmp_path: Path) -> None:
+def test_a_changed_file_of_any_part_changes_the_source_digest(mix: Data, tmp_path: Path) -> None:
     root = mixed_root(mix, tmp_path / "links")
     before = source_digest(mix, root)
     assert source_digest(mix, root) == before

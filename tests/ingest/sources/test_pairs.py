@@ -15,7 +15,7 @@ def matched(images: dict[str, list[str]], labels: dict[str, list[str]]) -> dict[
     return {f.code: f for f in match("val", images, labels)[1]}
 
 
-def test_what_has_no_partner_is_listed_whole():
+def test_all_unpaired_files_are_listed():
     found = matched(named("i", "a", "b", "c"), named("l", "b", "d"))
     assert {code: f.files for code, f in found.items()} == {
         "missing-label": ("i/a.png", "i/c.png"), "missing-image": ("l/d.png",),
@@ -24,19 +24,19 @@ def test_what_has_no_partner_is_listed_whole():
     assert found["missing-image"].message == "1 label of val without an image"
 
 
-def test_a_partner_that_differs_in_case_is_named():
+def test_a_counterpart_that_differs_in_case_is_named():
     found = matched(named("i", "Ulm_1", "b"), named("l", "ulm_1", "b"))
     assert found["missing-label"].files == ("i/Ulm_1.png: but for upper and lower case, l/ulm_1.png",)
     assert found["missing-image"].files == ("l/ulm_1.png: but for upper and lower case, i/Ulm_1.png",)
 
 
-def test_names_of_which_none_fits_tell_to_look_at_suffixes():
+def test_if_no_name_matches_the_fix_mentions_suffixes():
     fix = matched(named("i", "a", "b"), named("l", "a_mask", "b_mask"))["missing-label"].fix
     assert "as in i/a.png and l/a_mask.png" in fix and "label_suffix" in fix
     assert "label_suffix" not in matched(named("i", "a", "b"), named("l", "a"))["missing-label"].fix
 
 
-def test_names_that_differ_in_case_or_unicode_form_only():
+def test_names_that_differ_only_in_case_or_unicode_form():
     names = ("Ulm", "ulm", "stra\N{LATIN SMALL LETTER SHARP S}e", "STRASSE", "caf\u00e9", "cafe\u0301", "other")
     f = matched(named("i", *names), named("l", *names))["case-clash"]
     assert f.severity == "warning" and f.count == 6

@@ -45,7 +45,7 @@ def test_camvid_in_colors_is_split_by_name_as_segnet_did(tmp_path, images, label
     assert pairs[0].label == f"{labels}/0001TP_008520_L.png"
 
 
-def test_camvid_in_colors_takes_the_split_of_folders(tmp_path):
+def test_camvid_in_colors_keeps_the_split_of_folders(tmp_path):
     touch(tmp_path, "train/0016E5_07959.png", "train_labels/0016E5_07959_L.png")
     touch(tmp_path, "test/0016E5_07961.png", "test_labels/0016E5_07963_L.png", "class_dict.csv", "val/x.png")
     pairs, findings = camvid_colors.pairs(tmp_path)
@@ -53,7 +53,7 @@ def test_camvid_in_colors_takes_the_split_of_folders(tmp_path):
     assert codes(findings) == [("missing-label", "test", 1), ("missing-image", "test", 1)]
 
 
-def test_camvid_in_colors_names_missing_and_stray_frames(tmp_path):
+def test_camvid_in_colors_lists_missing_and_unknown_frames(tmp_path):
     touch(tmp_path, "images/0006R0_f00930.png", "images/holiday.png", "labels/holiday_L.png")
     touch(tmp_path, "labels/Seq05VD_f00000_L.png", "images/b\nd.png", "images/0001TP_006690.png")
     touch(tmp_path, "labels/0001TP_006690_L.png")
@@ -71,14 +71,14 @@ def test_camvid_in_colors_names_missing_and_stray_frames(tmp_path):
     assert e.value.expected == camvid_colors.LOOKED_FOR
 
 
-def test_camvid_in_colors_with_nothing_of_camvid_is_an_empty_split(tmp_path):
+def test_camvid_in_colors_without_camvid_frames_is_an_empty_split(tmp_path):
     touch(tmp_path, "images/a.png", "labels/a_L.png")
     pairs, findings = camvid_colors.pairs(tmp_path)
     assert pairs == [] and codes(findings) == [("source-note", "train", 1), ("empty-split", "train", 0)]
 
 
 @pytest.mark.skipif(not os.environ.get("ROADSEG_REAL_DATA"), reason="ROADSEG_REAL_DATA is not set")
-def test_the_rule_of_names_is_segnets_list():
+def test_the_name_rule_reproduces_segnets_lists():
     root = Path(os.environ["ROADSEG_REAL_DATA"]) / "camvid"
     for split, count in (("train", 367), ("val", 101)):
         names = [p.stem for p in (root / split).glob("*.png")]
@@ -99,7 +99,7 @@ def test_camvid_colors_become_ids():
     ("images", "labels", "suffix"),
     [("images/10k", "labels/sem_seg/masks", ""), ("seg/images", "seg/labels", "_train_id")],
 )
-def test_bdd100k_in_both_its_trees(tmp_path, base, images, labels, suffix):
+def test_bdd100k_in_both_trees(tmp_path, base, images, labels, suffix):
     for split, name in (("train", "0a0a0b1a-7c39d841"), ("val", "7d06fefd-f7be05a6")):
         touch(tmp_path, f"{base}{images}/{split}/{name}.jpg", f"{base}{labels}/{split}/{name}{suffix}.png")
     touch(tmp_path, f"{base}{images}/val/alone.jpg", f"{base}{images}/test/cabc30fc-e7726578.jpg")
@@ -120,7 +120,7 @@ def mapillary_tree(root: Path, *labels: str) -> None:
     touch(root, "testing/images/__CRfqWAkNAUJpWxA1CfkA.jpg")
 
 
-def test_mapillary_takes_the_labels_of_the_version_asked_for(tmp_path):
+def test_mapillary_reads_the_labels_of_the_requested_version(tmp_path):
     mapillary_tree(tmp_path, "v1.2/labels", "v2.0/labels")
     for read, version in ((mapillary.pairs, "v2.0"), (mapillary.pairs_v1_2, "v1.2")):
         pairs, findings = read(tmp_path)
@@ -129,7 +129,7 @@ def test_mapillary_takes_the_labels_of_the_version_asked_for(tmp_path):
         assert codes(findings) == [("no-labels", "test", 1)]
 
 
-def test_mapillary_of_an_older_package_holds_v1_2_only(tmp_path):
+def test_an_older_mapillary_package_has_only_v1_2(tmp_path):
     mapillary_tree(tmp_path, "labels")
     touch(tmp_path, "training/labels/stray.png")
     pairs, findings = mapillary.pairs_v1_2(tmp_path)
@@ -158,7 +158,7 @@ def kitti_tree(root: Path, count: int = 3) -> None:
         touch(root, f"training/instance/{i:06d}_10.png", f"training/semantic_rgb/{i:06d}_10.png")
 
 
-def test_kitti_is_train_and_says_so(tmp_path):
+def test_kitti_is_all_train_with_a_note(tmp_path):
     kitti_tree(tmp_path)
     touch(tmp_path, "testing/image_2/000000_10.png", "training/semantic/000009_10.png")
     pairs, findings = kitti.pairs(tmp_path)
@@ -201,7 +201,7 @@ def test_comma10k_validates_on_names_that_end_in_9(tmp_path):
     assert findings[0].files == (f"imgs2/00013_e_{fisheye}_43_803.png",)
 
 
-def test_comma10k_names_what_has_no_partner(tmp_path):
+def test_comma10k_lists_unpaired_files(tmp_path):
     touch(tmp_path, "imgs/0000.png", "masks/0000.png", "imgs/0001.png", "imgs/0009.png", "masks/0019.png")
     pairs, findings = comma10k.pairs(tmp_path)
     assert pair_rows(pairs) == [("train", "0000", "")]

@@ -36,7 +36,7 @@ def test_cityscapes_pairs_images_with_ids_and_instances(tmp_path):
     assert (val.split, val.name) == ("val", "bonn/bonn_000001_000019")
 
 
-def test_cityscapes_names_what_has_no_partner(tmp_path):
+def test_cityscapes_lists_unpaired_files(tmp_path):
     touch(tmp_path, *frame("train", "ulm_000000_000019", "image", "labelIds", "instanceIds"))
     touch(tmp_path, *frame("train", "ulm_000001_000019", "image"), *frame("train", "ulm_000002_000019", "labelIds"))
     touch(tmp_path, *frame("train", "ulm_000004_000019", "image", "labelIds"))
@@ -58,7 +58,7 @@ def test_cityscapes_test_split_without_labels_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("pairs", [cityscapes.pairs, camvid.pairs])
-def test_a_wrong_root_says_what_was_looked_for_and_what_is_there(pairs, tmp_path):
+def test_a_wrong_root_lists_expected_paths_and_contents(pairs, tmp_path):
     touch(tmp_path, "holiday.png", "other/a.png")
     with pytest.raises(DataError) as e:
         pairs(tmp_path)
@@ -85,7 +85,7 @@ def test_camvid_pairs_by_name_and_not_by_order(tmp_path):
     ]
 
 
-def test_a_name_given_twice_is_never_guessed(tmp_path):
+def test_ambiguous_names_are_errors(tmp_path):
     touch(tmp_path, "val/a.png", "val/a.JPG", "valannot/a.png", "val/b.png", "valannot/b.png", "valannot/b.bmp")
     pairs, findings = camvid.pairs(tmp_path)
     assert pairs == []
@@ -104,7 +104,7 @@ def test_an_empty_split_and_a_bad_name_are_errors(tmp_path):
     assert findings[0].files == (r"'train/a\x1b[31m.png'",)
 
 
-def test_links_that_go_in_a_circle_end(tmp_path):
+def test_circular_links_are_followed_once(tmp_path):
     touch(tmp_path, "train/a.png", "trainannot/a.png")
     (tmp_path / "train" / "again").symlink_to(tmp_path / "train")
     assert [p.name for p in camvid.pairs(tmp_path)[0]] == ["a"]
@@ -233,7 +233,7 @@ def test_folder_classes_may_share_a_train_id(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[1]", "a: [", "classes: {}", "splits: {}\nclasses: []", "classes: !!python/tuple [1]"]
 )
-def test_folder_with_a_useless_description_is_a_config_error(tmp_path, text):
+def test_an_invalid_description_is_a_config_error(tmp_path, text):
     with pytest.raises(ConfigError) as e:
         described(tmp_path, text)
     assert e.value.where == str(tmp_path / "labels.yaml")
@@ -242,7 +242,7 @@ def test_folder_with_a_useless_description_is_a_config_error(tmp_path, text):
     assert e.value.where == str(tmp_path / "absent.yaml")
 
 
-def test_reading_order_of_the_file_system_does_not_matter(tmp_path):
+def test_file_system_order_does_not_matter(tmp_path):
     names = [f"{i:03d}" for i in np.random.default_rng(0).permutation(40)]
     image = cv2.imencode(".png", np.zeros((2, 2), np.uint8))[1].tobytes()
     for name in names:

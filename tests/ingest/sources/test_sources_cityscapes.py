@@ -37,7 +37,7 @@ def test_coarse_trains_on_train_extra_and_is_scored_on_fine_labels(tmp_path):
     assert (val.label, val.instances) == ("gtFine/val/lindau/lindau_000001_000019_gtFine_labelIds.png", "")
 
 
-def test_coarse_says_what_stands_in_for_train_extra_and_fine_val(tmp_path):
+def test_coarse_reports_replacements_for_train_extra_and_fine_val(tmp_path):
     coarse_tree(tmp_path, "train", "val")
     touch(tmp_path, "gtCoarse/train_extra/bamberg/bamberg_000000_000000_gtCoarse_labelIds.png")
     pairs, findings = cityscapes.coarse_pairs(tmp_path)
@@ -61,7 +61,7 @@ def test_coarse_leaves_out_the_black_frame_and_names_it(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["gtCoarse", "leftImg8bit"])
-def test_coarse_without_labels_or_images_is_a_wrong_root(tmp_path, missing):
+def test_coarse_without_labels_or_images_is_refused(tmp_path, missing):
     coarse_tree(tmp_path, "train")
     (tmp_path / missing).rename(tmp_path / "elsewhere")
     with pytest.raises(DataError) as e:
@@ -153,7 +153,7 @@ def test_idd_polygons_are_drawn_with_its_names(tmp_path):
         (("labelcsTrainIds.png",), idd.TRAIN_IDS),
     ],
 )
-def test_idd_reads_masks_where_the_tool_made_them(tmp_path, kinds, label_set):
+def test_idd_reads_masks_made_by_the_tool(tmp_path, kinds, label_set):
     idd_tree(tmp_path, *kinds)
     form = idd.form(tmp_path)
     assert (form.kind, form.label_set) == ("ids", label_set)
@@ -161,7 +161,7 @@ def test_idd_reads_masks_where_the_tool_made_them(tmp_path, kinds, label_set):
     assert len(pairs) == 3 and {p.label.rpartition("_")[2] for p in pairs} <= set(kinds)
 
 
-def test_idd_takes_the_kind_of_label_that_is_complete(tmp_path):
+def test_idd_reads_the_most_frequent_kind_of_label(tmp_path):
     idd_tree(tmp_path, "polygons.json")
     touch(tmp_path, "gtFine/train/0/005506_gtFine_labelids.png")
     assert idd.form(tmp_path).kind == "polygons"
@@ -185,7 +185,7 @@ def test_idd_joins_its_two_parts(tmp_path):
         assert e.value.where == str(wrong) and e.value.expected == idd.LOOKED_FOR
 
 
-def test_idd_without_any_label_says_which_are_missing(tmp_path):
+def test_idd_without_labels_lists_the_missing_ones(tmp_path):
     idd_tree(tmp_path)
     pairs, findings = idd.pairs(tmp_path)
     assert pairs == [] and codes(findings)[:2] == [("missing-label", "train", 2), ("missing-label", "val", 1)]
