@@ -1,4 +1,4 @@
-"""The rendered town: street scenes in perspective with labels, drawn from (seed, index)."""
+"""The rendered town: synthetic street scenes with labels, a pure function of (seed, index)."""
 
 from roadseg.town.frame import WEATHERS, Frame, render
 from roadseg.town.tree import write_tree

@@ -1,7 +1,7 @@
 """The pinhole camera of a scene: metres to pixels and, on the ground plane, back.
 
 World: x right, y up, z forward, in metres; the ground is y = 0. Pixels: u right, v down, the
-centre of the first pixel at (0, 0), as OpenCV has it. `depth` is the distance along the optical axis.
+center of the first pixel at (0, 0), as in OpenCV. `depth` is the distance along the optical axis.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from random import Random
 import numpy as np
 
 NEAR_M = 0.5
-FAR_PX = 1e5  # far outside any frame, near enough for OpenCV's arithmetic
+FAR_PX = 1e5  # far outside any frame, but within OpenCV's number range
 
 
 @dataclass(frozen=True)
 class Camera:
-    """`matrix` [3, 3] takes (world point - position) to homogeneous pixels, depth last."""
+    """`matrix` [3, 3] maps (world point - position) to homogeneous pixels; the last component is depth."""
 
     width_px: int
     height_px: int
@@ -80,7 +80,7 @@ def _cut(q: np.ndarray, ahead: np.ndarray) -> np.ndarray:
 def draw_camera(rng: Random, width_px: int, height_px: int, right_m: float) -> Camera:
     """A camera on a vehicle at x = right_m, z = 0; height, direction, roll and focal length vary."""
     height = rng.uniform(1.2, 2.1) if rng.random() < 0.8 else rng.uniform(2.1, 3.0)
-    # The focal length follows the area, so that other aspects than 2:1 still see a street.
+    # The focal length depends on the area, so that aspect ratios other than 2:1 still show a street.
     focal = rng.uniform(0.78, 1.15) * math.sqrt(2 * width_px * height_px)
     yaw, pitch, roll = rng.gauss(0, 0.05), rng.gauss(0.03, 0.045), rng.gauss(0, 0.012)
     pitch = min(max(pitch, -0.06), 0.13)

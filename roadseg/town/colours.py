@@ -1,4 +1,4 @@
-"""Colours that say little about the class: nearly everything draws from the same wide range.
+"""Random colors that hardly reveal the class: nearly all objects use the same wide range.
 
 RGB, floats of 0..255, before light.
 """

@@ -1,4 +1,4 @@
-"""One frame of the town: the scene painted, photographed, and its labels read off."""
+"""Render one frame of the town: paint the scene, simulate the camera, and extract the labels."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _NAMES = {c.id: c.name for c in CITYSCAPES.classes}
 
 @dataclass(frozen=True)
 class Frame:
-    """image: uint8 [H, W, 3] RGB. label_ids: uint8 [H, W], Cityscapes ids. instance_ids: uint16
-    [H, W], the label id, or label id * 1000 + n for what has instances. polygons: the outlines of
-    what is visible, {"label": name, "polygon": [[x, y], ...]}, far to near: painted in this order
-    they give label_ids, but for single pixels on borders and what is seen through gaps of something nearer."""
+    """image: uint8 [H, W, 3] RGB. label_ids: uint8 [H, W], Cityscapes ids. instance_ids: uint16 [H, W], the
+    label id, or label id * 1000 + n for classes with instances. polygons: the visible outlines,
+    {"label": name, "polygon": [[x, y], ...]}, far to near. Painted in this order they reproduce label_ids, except
+    single pixels on borders and what is visible through gaps of a nearer object."""
 
     image: np.ndarray
     label_ids: np.ndarray
@@ -41,8 +41,8 @@ class Frame:
 def render(seed: int, index: int, width_px: int, height_px: int, weather: Weather = "clear") -> Frame:
     """The scene (seed, index) at this size; a pure function of its arguments.
 
-    The weather changes the image and nothing of the labels. Raises UsageError for a weather that
-    there is not and for frames smaller than 32 px a side.
+    The weather changes the image but not the labels. Raises UsageError for an unknown weather and for frames
+    smaller than 32 px per side.
     """
     if weather not in WEATHERS or min(width_px, height_px) < 32:
         raise UsageError(
@@ -106,7 +106,7 @@ _BESIDE = {"pole": roadside.paint_pole, "sign": roadside.paint_sign, "light": ro
 
 
 def _bodies(scene: Scene) -> list[tuple[np.ndarray, float]]:
-    """Base rectangle and height of everything that throws a shadow."""
+    """Base rectangle and height of every object that casts a shadow."""
     sizes = {"car": (0.9, 1.4), "truck": (1.2, 3.2), "bus": (1.25, 3.0), "train": (1.2, 3.3)}
     street = scene.street
     bodies = []
@@ -153,7 +153,7 @@ def _polygons(canvas: Canvas) -> list[dict[str, Any]]:
         shown = (canvas.objects[y0:y1, x0:x1] == number).view(np.uint8)
         outlines, _ = cv2.findContours(shown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=(x0, y0))
         for outline in outlines:
-            # Staircases become lines, as a hand would draw them; the labels move by less than a pixel.
+            # Simplify staircases to lines, as in hand-drawn polygons; labels move by less than a pixel.
             corners = cv2.approxPolyDP(outline, 0.6, True)
             if len(corners) >= 3:
                 found.append({"label": _NAMES[canvas.labels[number]], "polygon": corners[:, 0].tolist()})

@@ -1,4 +1,4 @@
-"""Bodies made of flat faces: how they are built once and painted many times.
+"""Meshes of flat faces, built once and painted many times.
 
 A body's own axes: x right, y up, z forward, origin on the ground in its middle.
 """
@@ -24,8 +24,8 @@ Box = tuple[Span, Span, Span]  # x, y, z
 
 @dataclass(frozen=True)
 class Mesh:
-    """Faces in painting order within each group; groups are painted far to near. A face is seen from
-    its outside only. A detail lies on a face and is not part of the outline."""
+    """Faces are in painting order within each group; groups are painted far to near. A face is visible
+    only from outside. A detail lies on a face and is not part of the outline."""
 
     vertices: np.ndarray  # [V, 3]
     bounds: tuple[tuple[int, int], ...]  # of each face, in the vertices

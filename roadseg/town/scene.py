@@ -60,14 +60,14 @@ class Scene:
 
 
 class _Draft:
-    """The items drawn so far; hands each its own seed."""
+    """The items placed so far; gives each item its own seed."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.items: list[Item] = []
 
     def free(self, lateral: float, along: float, half_x: float, half_z: float) -> bool:
-        """Whether no vehicle stands within this rectangle."""
+        """True if no vehicle overlaps this rectangle."""
         for item in self.items:
             if item.kind in LENGTH_M:
                 x0, x1, z0, z1 = item.extent
@@ -97,8 +97,8 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 
 def _far_to_near(items: list[Item]) -> tuple[Item, ...]:
-    """The painting order. A thing can hide another only if it begins nearer to the camera, along the
-    street or sideways; sorting by distance alone would put people behind a long tram in front of it."""
+    """Sort items into painting order. An item can hide another only if it begins nearer to the camera, along the
+    street or sideways; sorting by distance alone would paint people behind a long tram in front of it."""
     x0, x1, z0, z1 = np.array([i.extent for i in items]).T
     x0, x1, z0, z1 = x0 + 0.1, x1 - 0.1, z0 + 0.1, z1 - 0.1
     nearer = z1[:, None] <= z0[None, :]
@@ -107,8 +107,8 @@ def _far_to_near(items: list[Item]) -> tuple[Item, ...]:
     middle = z0 + z1
     unclear = ~before & ~before.T
     hides = (before & ~before.T) | (unclear & (middle[:, None] < middle[None, :]))
-    # Whatever still hides nothing unpainted may be painted, the farthest first; where things hide each
-    # other in a ring, the farthest of those with least before them.
+    # Paint next the farthest item that hides no unpainted item. If items hide each other in a cycle, take the
+    # farthest of those that hide the fewest.
     penalty = np.where(hides, 1e6, 0.0)
     score = middle - penalty.sum(axis=1)
     order = []
@@ -121,7 +121,7 @@ def _far_to_near(items: list[Item]) -> tuple[Item, ...]:
 
 
 def _traffic(draft: _Draft, rng: Random, street: Street, index: int) -> tuple[float, ...]:
-    """Vehicles lane by lane; the scheduled ones first and near. Returns where tram tracks lie."""
+    """Place vehicles lane by lane, the scheduled ones first and near. Returns lateral positions of tram tracks."""
     heroes = list(_HEROES[index % len(_HEROES)])
     if rng.random() < 0.4:
         heroes.reverse()

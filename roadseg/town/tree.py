@@ -1,4 +1,4 @@
-"""The town as a folder in the official Cityscapes layout."""
+"""Write the town as a folder in the official Cityscapes layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from roadseg.processes import start_worker
 from roadseg.town.frame import Frame, render
 from roadseg.town.light import Weather
 
-# Lossless, and fast: one row filter instead of trying all five halves the time for noisy photographs.
+# Lossless and fast: one fixed row filter instead of trying all five halves the time for noisy images.
 _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
 _PHOTO_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):
@@ -31,12 +31,12 @@ _TOWNS = (
 )  # fmt: skip
 TOWNS_PER_SPLIT = 3
 KNOWN_SPLITS = ("train", "val", "test")
-FRAMES_A_SPLIT = 10_000_000  # far more than anyone renders, and a multiple of every cycle of the scenes
+FRAMES_A_SPLIT = 10_000_000  # more than ever needed, and a multiple of all periods in the scenes
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one frame goes: its split, its stem, and the index it is rendered from."""
+    """Location of one frame: split, town, file stem, and the index of its scene."""
 
     split: str
     town: str
@@ -45,11 +45,11 @@ class Place:
 
 
 def places(splits: Mapping[str, int]) -> Iterator[Place]:
-    """Every frame of the tree. Splits share neither towns nor indices; a town has 20 frames a sequence.
+    """Yield every frame of the tree. Splits share neither towns nor indexes; sequences have 20 frames.
 
-    A frame's place and index follow from its split's name and its number there, so that a smaller tree
-    is a part of a larger one, and val is never a part of another tree's train. Raises UsageError for more
-    splits than there are towns, or a number of frames out of range.
+    Place and index of a frame depend only on its split's name and its number there. So a smaller tree is part of a
+    larger one, and val is never part of another tree's train. Raises UsageError for too many splits for the
+    available towns, or a number of frames out of range.
     """
     order = [*KNOWN_SPLITS, *sorted(set(splits) - set(KNOWN_SPLITS))]
     if len(order) * TOWNS_PER_SPLIT > len(_TOWNS) or any(not 0 <= n <= FRAMES_A_SPLIT for n in splits.values()):
@@ -77,9 +77,9 @@ def write_tree(
 ) -> None:
     """Render splits {name: frames} into leftImg8bit/ and gtFine/ below root, which may exist.
 
-    The bytes don't depend on `workers`. Nothing is synced to disk; a run that was cut off leaves part
-    of a tree, so write beside the place it is for and rename. done: called after each frame. All 19 classes
-    occur in any split of 12 frames or more.
+    The bytes do not depend on `workers`. Nothing is synced to disk, and an interrupted run leaves a partial tree, so
+    write to a temporary folder and rename it. done: called after each frame. All 19 classes occur in any split of
+    at least 12 frames.
     """
     todo = list(places(splits))
     make_folders(root, sorted({(p.split, p.town) for p in todo}))
@@ -96,7 +96,7 @@ def write_tree(
 
 
 def make_folders(root: Path, towns: Iterable[tuple[str, str]]) -> None:
-    """The folders of (split, town) pairs."""
+    """Create the folders of (split, town) pairs."""
     for split, town in towns:
         for kind in ("leftImg8bit", "gtFine"):
             (root / kind / split / town).mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _write_place(root: Path, seed: int, width_px: int, height_px: int, weather: 
 
 
 def write_frame(root: Path, place: Place, frame: Frame) -> None:
-    """The five files of one frame; its folders exist. The image comes last: where it is, all are."""
+    """Write the five files of one frame into existing folders. The image is last: if it exists, all do."""
     truth = root / "gtFine" / place.split / place.town / f"{place.stem}_gtFine_"
     h, w = frame.label_ids.shape
     colour = cv2.applyColorMap(frame.label_ids, _COLOURS)

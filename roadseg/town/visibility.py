@@ -1,6 +1,6 @@
-"""Which items can be seen at all: half of a street hides behind its nearest vehicles and houses.
+"""Cull invisible items: half of a street is hidden behind its nearest vehicles and houses.
 
-Only what is surely out of the frame or surely covered is left out, so the frame stays the same.
+Only items that are certainly outside the frame or certainly covered are dropped, so the frame is unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from roadseg.town.mesh import Box
 from roadseg.town.scene import Item, Scene
 from roadseg.town.street import Street
 
-# Upper bounds: height, and how far looks may reach beyond the base, in metres.
+# Upper bounds in meters: height, and how far the drawing may extend beyond the base.
 _REACH = {
     "wall": (3.8, 0.5), "fence": (2.8, 0.5), "hedge": (2.8, 1.2), "car": (2.4, 0.5), "truck": (4.1, 0.8),
     "bus": (5.0, 0.5), "train": (5.2, 1.2), "pole": (9.2, 3.4), "light": (7.5, 5.6), "sign": (6.0, 1.8),
@@ -27,7 +27,7 @@ _CELL_PX = 4
 
 
 def visible(camera: Camera, scene: Scene) -> list[Item]:
-    """The scene's items that may show, still far to near."""
+    """The scene's items that may be visible, far to near."""
     covered = np.zeros((-(-camera.height_px // _CELL_PX), -(-camera.width_px // _CELL_PX)), np.uint8)
     bounds = _bounds(camera, scene)
     shown = []
@@ -42,7 +42,7 @@ def visible(camera: Camera, scene: Scene) -> list[Item]:
 
 
 def _bounds(camera: Camera, scene: Scene) -> list[tuple[int, int, int, int]]:
-    """Cells x0, y0, x1, y1 that each item may touch; all of them if it begins beside the camera."""
+    """Cells x0, y0, x1, y1 that each item may touch; all cells if it begins next to the camera."""
     extents = np.array([i.extent for i in scene.items])
     reach = np.array([_reach(i) for i in scene.items])
     x0, x1, z0, z1 = extents.T + reach[:, 1] * np.array([[-1], [1], [-1], [1]])
@@ -71,7 +71,7 @@ def _reach(item: Item) -> tuple[float, float]:
 
 
 def _core(item: Item) -> Box | None:
-    """A box, about the item's place, that is surely inside what will be painted."""
+    """A box, relative to the item's position, that is certainly inside the painted shape."""
     far = item.far_m - item.along_m
     if item.kind in ("truck", "bus", "train"):
         core = vehicles.draw_mesh(item.kind, Random(item.seed)).core
@@ -88,7 +88,7 @@ def _core(item: Item) -> Box | None:
 
 
 def _cover(camera: Camera, street: Street, item: Item, box: Box, covered: np.ndarray) -> None:
-    """Mark the cells that lie wholly inside the box's silhouette."""
+    """Mark the cells that are completely inside the box's silhouette."""
     corners = np.array(list(product(*box)), float)
     if item.kind in vehicles.LABELS:
         yaw = item.yaw + street.heading(item.along_m)
@@ -104,5 +104,5 @@ def _cover(camera: Camera, street: Street, item: Item, box: Box, covered: np.nda
     hull = cv2.convexHull((uv / _CELL_PX).astype(np.float32))
     cells = np.zeros_like(covered)
     cv2.fillConvexPoly(cells, np.clip(hull * 16, -1e6, 1e6).astype(np.int32), 1, cv2.LINE_8, 4)
-    # Beyond the frame counts as covered, so that eroding only eats at the silhouette.
+    # Outside the frame counts as covered, so that erosion affects only the silhouette.
     covered |= cv2.erode(cells, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=1)
