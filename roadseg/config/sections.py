@@ -48,15 +48,17 @@ Source = Literal[
 
 
 class Part(Section):
-    """One data set of a mixed one."""
+    """One data set of a mix."""
 
-    source: Source = Field(description="the data set's form")
-    root: Path | None = Field(None, description="where it lies", json_schema_extra=OUT)
+    source: Source = Field(description="layout of the data set")
+    root: Path | None = Field(None, description="folder of the data set", json_schema_extra=OUT)
     labels: Path | None = Field(
         None, description="YAML of classes and folders, for source folder", json_schema_extra=OUT
     )
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of train's samples, against other weights")
-    splits: tuple[str, ...] = Field((), description="take only these of its splits; empty: all")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="weight of its samples in train, relative to the other parts"
+    )
+    splits: tuple[str, ...] = Field((), description="use only these splits; empty: all")
 
     @model_validator(mode="after")
     def _described(self) -> Part:
@@ -68,33 +70,33 @@ class Part(Section):
 
 
 class Data(Section):
-    """What is learned and scored: a source, where it lies, which parts."""
+    """The data set: its layout, its folder, and which parts of it are used."""
 
-    source: Literal[Source, "town", "mix"] = Field("town", description="the data set's form")
-    root: Path | None = Field(None, description="where the data set lies; the town needs none", json_schema_extra=OUT)
+    source: Literal[Source, "town", "mix"] = Field("town", description="layout of the data set")
+    root: Path | None = Field(None, description="folder of the data set; town needs none", json_schema_extra=OUT)
     labels: Path | None = Field(
         None, description="YAML of classes and folders, for source folder", json_schema_extra=OUT
     )
-    mix: dict[str, Part] = Field({}, description="for source mix: data sets by name, in YAML")
+    mix: dict[str, Part] = Field({}, description="for source mix: several data sets by name (YAML only)")
     taxonomy: Literal["auto", "native", "cityscapes"] = Field(
         "auto",
-        description="classes to learn: the data set's own, or the 19 of Cityscapes that they map to; "
-        "auto: own, and of a mix the 19",
+        description="classes to learn: native (the data set's own) or the 19 of Cityscapes that they map to; "
+        "auto: native, for a mix cityscapes",
     )
     download: bool = Field(
-        False, description="fetch Cityscapes with your own account first, into data.root", json_schema_extra=OUT
+        False, description="download Cityscapes into data.root first, with your own account", json_schema_extra=OUT
     )
-    allow: tuple[str, ...] = Field((), description="codes of errors to go on with; what they concern is left out")
-    forbid: tuple[str, ...] = Field((), description="codes of warnings that refuse, as errors do")
-    split: str = Field("val", description="the split that evaluation scores", json_schema_extra=OUT)
+    allow: tuple[str, ...] = Field((), description="codes of errors to accept; the frames they concern are left out")
+    forbid: tuple[str, ...] = Field((), description="codes of warnings to treat as errors")
+    split: str = Field("val", description="split that evaluation scores", json_schema_extra=OUT)
     holdout_sequences: tuple[str, ...] = Field(
-        (), description="sequences taken out of train into the split 'holdout', scored beside data.split"
+        (), description="sequences moved from train to the split 'holdout', which is scored beside data.split"
     )
     town: Town = Field(Town(), description="the rendered town")
     max_image_pixels: Positive = Field(64_000_000, description="larger images are refused before decoding")
     max_file_bytes: Positive = Field(256_000_000, description="larger files are refused before reading")
     workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="processes that check and convert; 0: one a core", json_schema_extra=OUT
+        0, description="processes that check and convert frames; 0: one per core", json_schema_extra=OUT
     )
 
     @model_validator(mode="after")
@@ -111,14 +113,14 @@ class Data(Section):
 class Transform(Section):
     """Shards: train-ready copies of the frames."""
 
-    shard_frames: Positive = Field(64, description="frames in a shard")
+    shard_frames: Positive = Field(64, description="frames per shard")
     format: Literal["raw", "jpeg", "lossless"] = Field(
-        "raw", description="of the images: raw for speed, jpeg or lossless for size"
+        "raw", description="storage of images: raw is fastest, jpeg and lossless are smaller"
     )
-    jpeg_quality: Annotated[int, Field(ge=50, le=100)] = Field(95, description="of format jpeg")
+    jpeg_quality: Annotated[int, Field(ge=50, le=100)] = Field(95, description="quality of format jpeg")
     shards: str = Field(
         "",
-        description="train from these finished shards (a folder or s3://bucket/prefix) instead",
+        description="train from these finished shards (a folder or s3://bucket/prefix) instead of making them",
         json_schema_extra=OUT,
     )
 
@@ -128,30 +130,38 @@ class Model(Section):
 
     backbone: str = Field("mobilenetv2_100", description="any timm backbone with features_only")
     backbone_options: dict[str, Any] = Field(
-        {}, description="arguments of timm's model, in YAML, such as {channels: [48, 96, 144, 192]} of resnet18"
+        {}, description="arguments of the timm model (YAML only), such as {channels: [48, 96, 144, 192]} for resnet18"
     )
     backbone_weights: str = Field(
-        "imagenet", description="'imagenet' (timm's own), 'none', or a .safetensors file", json_schema_extra=OUT
+        "imagenet", description="imagenet (from timm), none, or a .safetensors file", json_schema_extra=OUT
     )
     early_strides: tuple[Literal[1, 2], Literal[1, 2]] = Field(
-        (2, 2), description="of what first halves the image in the backbone; 1 leaves it out: finer, and slower"
+        (2, 2), description="strides of the backbone's first two halvings; 1 skips a halving: finer maps, slower"
     )
-    output_stride: Literal[8, 16, 32] = Field(16, description="stride of the backbone's last feature")
+    output_stride: Literal[8, 16, 32] = Field(16, description="stride of the backbone's last feature map")
     fusion: Literal["skfusion", "mean", "sknet", "dense", "concat"] = Field(
-        "skfusion", description="how branches are joined in the ASPP and the decoder"
+        "skfusion", description="how feature maps are fused in the ASPP and the decoder"
     )
-    head: Literal["separable", "dense"] = Field("dense", description="3x3 convolutions of ASPP and decoder")
-    channels: Positive = Field(128, description="channels of ASPP and decoder")
-    atrous_rates: tuple[Positive, Positive, Positive] = Field((6, 12, 18), description="dilations of the ASPP")
-    low_levels: tuple[Positive, ...] = Field((8, 4), description="strides that the decoder fuses, coarse to fine")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="before the classifier")
+    head: Literal["separable", "dense"] = Field(
+        "dense", description="kind of 3x3 convolutions in the ASPP and the decoder"
+    )
+    channels: Positive = Field(128, description="channels in the ASPP and the decoder")
+    atrous_rates: tuple[Positive, Positive, Positive] = Field((6, 12, 18), description="dilation rates of the ASPP")
+    low_levels: tuple[Positive, ...] = Field(
+        (8, 4), description="strides of the backbone maps that the decoder fuses, coarse to fine"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout rate before the classifier")
 
 
 class Evaluation(Section):
     """Scoring and the report."""
 
-    scenes: Annotated[int, Field(ge=0, le=50)] = Field(4, description="best and worst scenes shown, of each")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the runtime; 0: one a core", json_schema_extra=OUT)
+    scenes: Annotated[int, Field(ge=0, le=50)] = Field(
+        4, description="best and worst scenes in the report, this many of each"
+    )
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="threads of the runtime; 0: one per core", json_schema_extra=OUT
+    )
 
 
 class Push(Section):
@@ -163,9 +173,9 @@ class Push(Section):
 
 
 class StoreSection(Section):
-    """Where releases live."""
+    """The model store."""
 
-    url: str = Field("", description="a folder or s3://bucket/prefix; empty: WORKSPACE/store")
+    url: str = Field("", description="folder or s3://bucket/prefix of the store; empty: WORKSPACE/store")
 
 
 class Serve(Section):
@@ -173,28 +183,28 @@ class Serve(Section):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8080, description="port; 0: a free one")
-    max_body_bytes: Positive = Field(25_000_000, description="larger requests get 413")
+    max_body_bytes: Positive = Field(25_000_000, description="requests with a larger body get 413")
     max_pixels: Positive = Field(16_777_216, description="larger images get 413")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the runtime; 0: one a core")
-    max_queue: Positive = Field(16, description="requests waiting; more get 503")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="threads of the runtime; 0: one per core")
+    max_queue: Positive = Field(16, description="requests that may wait; further ones get 503")
 
 
 class Aws(Section):
     """SageMaker."""
 
-    region: str = Field("", description="AWS region; empty: the environment's")
-    endpoint_url: str = Field("", description="another address for all AWS calls, for tests")
-    role_arn: str = Field("", description="role that the endpoint runs under")
-    image_uri: str = Field("", description="the serving image in ECR")
-    endpoint_name: str = Field("roadseg", description="the endpoint")
-    instance_type: str = Field("ml.c7i.xlarge", description="of the endpoint")
-    instance_count: Positive = Field(1, description="at first")
-    max_instance_count: Positive = Field(4, description="autoscaling limit")
-    capture_percent: Annotated[int, Field(ge=0, le=100)] = Field(0, description="of requests captured to S3")
+    region: str = Field("", description="AWS region; empty: from the environment")
+    endpoint_url: str = Field("", description="address for all AWS calls, for tests")
+    role_arn: str = Field("", description="IAM role of the endpoint")
+    image_uri: str = Field("", description="serving image in ECR")
+    endpoint_name: str = Field("roadseg", description="name of the endpoint")
+    instance_type: str = Field("ml.c7i.xlarge", description="instance type of the endpoint")
+    instance_count: Positive = Field(1, description="instances at the start")
+    max_instance_count: Positive = Field(4, description="most instances of autoscaling")
+    capture_percent: Annotated[int, Field(ge=0, le=100)] = Field(0, description="percent of requests captured to S3")
 
 
 class Config(Section):
-    """Everything a run needs."""
+    """The whole config."""
 
     data: Data = Data()
     transform: Transform = Transform()

@@ -19,18 +19,20 @@ def _valid_device(name: str) -> str:
 
 
 class Augment(Section):
-    """What is drawn for every training sample."""
+    """Random augmentation of every training sample."""
 
-    scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
-    rotate_deg: Annotated[float, Field(ge=0, le=45)] = Field(0.0, description="largest rotation, either way")
-    flip: Fraction = Field(0.5, description="chance of a left-right flip")
-    brightness: Fraction = Field(0.4, description="brightness factor drawn from 1 - b .. 1 + b")
-    contrast: Fraction = Field(0.4, description="contrast factor drawn from 1 - c .. 1 + c")
-    saturation: Fraction = Field(0.4, description="saturation factor drawn from 1 - s .. 1 + s")
-    tint: Fraction = Field(0.0, description="each channel's factor drawn from 1 - t .. 1 + t: another white balance")
-    blur: Fraction = Field(0.0, description="chance of a Gaussian blur, sigma 0.1 .. 1.5 px")
+    scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale factor")
+    rotate_deg: Annotated[float, Field(ge=0, le=45)] = Field(
+        0.0, description="largest rotation in degrees, in both directions"
+    )
+    flip: Fraction = Field(0.5, description="probability of a left-right flip")
+    brightness: Fraction = Field(0.4, description="b: brightness factor between 1 - b and 1 + b")
+    contrast: Fraction = Field(0.4, description="c: contrast factor between 1 - c and 1 + c")
+    saturation: Fraction = Field(0.4, description="s: saturation factor between 1 - s and 1 + s")
+    tint: Fraction = Field(0.0, description="t: factor of each channel between 1 - t and 1 + t (white balance)")
+    blur: Fraction = Field(0.0, description="probability of a Gaussian blur with sigma 0.1 to 1.5 px")
     class_mix: Fraction = Field(
-        0.0, description="share of crops into which half the classes of another crop of the batch are pasted"
+        0.0, description="share of crops that get half the classes of another crop of the batch pasted in (ClassMix)"
     )
 
     @model_validator(mode="after")
@@ -42,14 +44,16 @@ class Augment(Section):
 
 
 class Loss(Section):
-    """Weights of the terms that are summed; 0 leaves a term out."""
+    """Weights of the loss terms; 0 leaves a term out."""
 
-    cross_entropy: Weight = Field(1.0, description="mean over all valid pixels")
-    ohem: Weight = Field(0.0, description="cross-entropy of the hardest pixels alone (training.ohem_*)")
+    cross_entropy: Weight = Field(1.0, description="cross-entropy, mean over all valid pixels")
+    ohem: Weight = Field(0.0, description="cross-entropy of the hardest pixels only (training.ohem_*)")
     focal: Weight = Field(0.0, description="cross-entropy times (1 - p) ** training.focal_gamma")
-    lovasz: Weight = Field(0.0, description="Lovasz-softmax: the Jaccard index's convex extension")
-    dice: Weight = Field(0.0, description="soft Dice, mean over the classes of the batch")
-    boundary: Weight = Field(0.0, description="cross-entropy of pixels within training.boundary_px of another class")
+    lovasz: Weight = Field(0.0, description="Lovasz-softmax, which optimizes the IoU")
+    dice: Weight = Field(0.0, description="soft Dice, mean over the classes in the batch")
+    boundary: Weight = Field(
+        0.0, description="cross-entropy of pixels within training.boundary_px pixels of another class"
+    )
     rmi: Weight = Field(0.0, description="region mutual information")
 
     @model_validator(mode="after")
@@ -60,122 +64,136 @@ class Loss(Section):
 
 
 class Phase(Section):
-    """What changes from a share of the run on; what is not given stays as before."""
+    """Settings that change after a share of the run; what is not given stays as before."""
 
-    after: Fraction = Field(description="share of the run's steps after which it begins")
+    after: Fraction = Field(description="share of the steps after which the phase begins, between 0 and 1")
     crop_px: tuple[Positive, Positive] | None = Field(None, description="height and width of a training crop")
-    output_stride: Literal[8, 16, 32] | None = Field(None, description="of the backbone; the last one reached ships")
+    output_stride: Literal[8, 16, 32] | None = Field(
+        None, description="output stride of the backbone; the last one that is reached ships"
+    )
 
 
 class Training(Section):
-    """Optimisation. Length is epochs or steps, one of the two; neither means 60 epochs."""
+    """Training. Set either epochs or steps; with neither it takes 60 epochs."""
 
-    epochs: Positive | None = Field(None, description="passes over train (60 when steps is not given either)")
+    epochs: Positive | None = Field(None, description="passes over train (60 if steps is not set either)")
     steps: Positive | None = Field(None, description="optimizer steps, instead of epochs")
-    batch_size: Positive = Field(8, description="samples a step, over all GPUs and micro-batches")
-    accumulate: Positive = Field(1, description="micro-batches that a step's batch is computed in, to save memory")
+    batch_size: Positive = Field(8, description="samples per step, over all GPUs and micro-batches")
+    accumulate: Positive = Field(1, description="micro-batches per step (gradient accumulation), to save memory")
     crop_px: tuple[Positive, Positive] = Field((512, 512), description="height and width of a training crop")
-    phases: tuple[Phase, ...] = Field((), description="later crop sizes and output strides, in YAML")
+    phases: tuple[Phase, ...] = Field((), description="later crop sizes and output strides (YAML only)")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="optimizer")
     learning_rate: Annotated[float, Field(gt=0)] = Field(0.001, description="peak learning rate")
-    backbone_lr_factor: Annotated[float, Field(ge=0)] = Field(1.0, description="times learning_rate, for the backbone")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="on weights only, not on biases or norms")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
-    scheduler: Literal["poly", "cosine", "constant"] = Field("poly", description="learning rate over steps")
-    poly_power: Annotated[float, Field(gt=0)] = Field(0.9, description="exponent of poly")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up; at most half the run is used")
-    loss: Loss = Field(Loss(), description="terms of the main head's loss")
-    auxiliary_loss: Loss = Field(Loss(), description="terms of each auxiliary head's loss")
+    backbone_lr_factor: Annotated[float, Field(ge=0)] = Field(1.0, description="factor of the backbone's learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight decay of weights; biases and norms have none"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
+    scheduler: Literal["poly", "cosine", "constant"] = Field("poly", description="learning rate schedule")
+    poly_power: Annotated[float, Field(gt=0)] = Field(0.9, description="exponent of the poly schedule")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up, at most half the run")
+    loss: Loss = Field(Loss(), description="loss of the main head")
+    auxiliary_loss: Loss = Field(Loss(), description="loss of each auxiliary head")
     auxiliary_weight: Weight = Field(0.4, description="weight of each auxiliary head's loss; 0: no auxiliary heads")
     class_weights: Literal["none", "enet", "median"] = Field(
-        "none", description="of the cross-entropy terms: ENet's, or median frequency over each class's"
+        "none", description="class weights of the cross-entropy terms: ENet's, or median frequency balancing"
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of cross_entropy, ohem and boundary")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="label smoothing of cross_entropy, ohem and boundary"
+    )
     ohem_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.7, description="ohem keeps pixels whose true class has a lower probability"
+        0.7, description="OHEM keeps pixels whose true class has a lower probability than this"
     )
-    ohem_keep: Annotated[float, Field(gt=0, le=1)] = Field(0.0625, description="least share of valid pixels ohem keeps")
-    focal_gamma: Weight = Field(2.0, description="exponent of focal")
-    boundary_px: Positive = Field(3, description="reach of boundary")
+    ohem_keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.0625, description="least share of valid pixels that OHEM keeps"
+    )
+    focal_gamma: Weight = Field(2.0, description="gamma of the focal loss")
+    boundary_px: Positive = Field(3, description="width of the boundary term, in pixels")
     distill_from: str = Field(
-        "", description="a release to learn from (digest, path or s3://): its class scores", json_schema_extra=OUT
+        "", description="teacher release (digest, path or s3://) whose class scores are learned", json_schema_extra=OUT
     )
-    distill_weight: Weight = Field(1.0, description="weight of the divergence from that release")
-    distill_temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="softens both sides of it")
+    distill_weight: Weight = Field(1.0, description="weight of the distillation loss")
+    distill_temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="temperature of the distillation loss")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="of the averaged weights that are reported and shipped; 0: the raw weights"
+        0.999, description="decay of the averaged weights (EMA), which are scored and shipped; 0: no averaging"
     )
     class_offsets: bool = Field(
-        False, description="after training, shift each class's logit to what scores the best mIoU on frames of train"
+        False, description="after training, fit an offset of each class's logit that maximizes mIoU on frames of train"
     )
-    clip_norm: Annotated[float, Field(ge=0)] = Field(5.0, description="gradient norm limit; 0: none")
+    clip_norm: Annotated[float, Field(ge=0)] = Field(5.0, description="limit of the gradient norm; 0: none")
     freeze: tuple[Literal["backbone", "aspp", "decoder", "batch_norm"], ...] = Field(
         (),
-        description="parts that keep their weights (class_offsets shifts a frozen decoder's bias all the same); "
-        "batch_norm: statistics that keep their values",
+        description="parts whose weights stay fixed (class_offsets still shifts a frozen decoder's bias); "
+        "batch_norm: statistics stay fixed",
     )
     patience: Annotated[int, Field(ge=0)] = Field(
-        0, description="validations without a better mIoU of val after which training ends; 0: never"
+        0, description="early stopping: end after this many validations without a better mIoU on val; 0: never"
     )
-    augment: Augment = Field(Augment(), description="random draws")
+    augment: Augment = Field(Augment(), description="random augmentation")
     class_uniform: Fraction = Field(
-        0.0, description="share of samples that are crops around a class drawn uniformly, instead of a frame"
+        0.0, description="share of samples that are crops around a class, drawn uniformly over classes"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of initial weights, order and draws")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="seed of initial weights, sample order and augmentation"
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
     init_from: str = Field(
         "",
-        description="start from this release (digest, path or s3://) instead; a .safetensors counts as weights_from",
+        description="fine-tune from this release (digest, path or s3://); a .safetensors file counts as weights_from",
         json_schema_extra=OUT,
     )
     weights_from: str = Field(
         "",
-        description="start from a .safetensors of segmentation_models.pytorch or VainF's DeepLabv3+, or from a "
-        "checkpoint of a training, instead",
+        description="start from a .safetensors file: DeepLabv3+ of segmentation_models.pytorch or VainF, or a "
+        "checkpoint of roadseg",
         json_schema_extra=OUT,
     )
-    validate_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: ten a run")
+    validate_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: ten per run")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(
         0, description="steps between checkpoints; 0: every 60 s and at validations", json_schema_extra=OUT
     )
     pictures: Annotated[int, Field(ge=0, le=16)] = Field(
-        4, description="frames whose label maps are drawn at validations", json_schema_extra=OUT
+        4, description="frames whose predictions are drawn at every validation", json_schema_extra=OUT
     )
     mirrors: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
-        (), description="where losses and scores are written too", json_schema_extra=OUT
+        (), description="also log losses and scores to TensorBoard or MLflow", json_schema_extra=OUT
     )
     device: Annotated[str, AfterValidator(_valid_device)] = Field(
         "auto", description="auto, cpu, cuda, cuda:1, mps", json_schema_extra=OUT
     )
     gpus: Annotated[int, Field(ge=0)] = Field(
         1,
-        description="processes of this machine, and of each of a SageMaker cluster's, that train together, one a GPU; "
-        "0: as many as GPUs",
+        description="GPUs of this machine (and of each host of a SageMaker cluster) that train together; "
+        "0: all of them",
         json_schema_extra=OUT,
     )
-    sync_batch_norm: bool = Field(True, description="of several GPUs: batch norm's statistics over all of them")
-    cuda_graph: bool = Field(True, description="on CUDA, forward and backward as one graph", json_schema_extra=OUT)
+    sync_batch_norm: bool = Field(True, description="on several GPUs, compute batch norm statistics over all of them")
+    cuda_graph: bool = Field(
+        True, description="on CUDA, run forward and backward as one CUDA graph", json_schema_extra=OUT
+    )
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile; auto: on CUDA, for runs of 2,000 steps or more", json_schema_extra=OUT
     )
     activation_checkpointing: bool = Field(
         False,
-        description="compute the backbone's maps twice instead of keeping them: less memory, a quarter slower",
+        description="recompute the backbone's activations in backward: less memory, a quarter slower",
         json_schema_extra=OUT,
     )
     deterministic: bool = Field(
-        False, description="on CUDA too, the same numbers in every run; slower", json_schema_extra=OUT
+        False, description="the same numbers in every run on CUDA too; slower", json_schema_extra=OUT
     )
     augment_device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="where crops are scaled, turned and coloured; auto: where the training is",
+        description="where crops are augmented; auto: on the training device",
         json_schema_extra=OUT,
     )
     frames_on_gpu: Literal["auto", "never", "always"] = Field(
-        "auto", description="hold all of train in GPU memory; auto: if it fits in a quarter", json_schema_extra=OUT
+        "auto",
+        description="keep all of train in GPU memory; auto: if it takes at most a quarter",
+        json_schema_extra=OUT,
     )
     workers: Annotated[int, Field(ge=-1)] = Field(
-        -1, description="loader processes; 0: none, -1: chosen by the machine", json_schema_extra=OUT
+        -1, description="loader processes; 0: none, -1: chosen for this machine", json_schema_extra=OUT
     )
 
     @model_validator(mode="before")
