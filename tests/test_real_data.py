@@ -1,4 +1,4 @@
-"""The whole way on real frames at their real size; skipped without ROADSEG_REAL_DATA."""
+"""All stages on real frames at full size; skipped without ROADSEG_REAL_DATA."""
 
 import json
 from pathlib import Path

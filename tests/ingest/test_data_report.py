@@ -24,7 +24,7 @@ ROAD, SKY, CAR, VOID = 7, 23, 26, 0
 
 
 def scene(number, width=64, height=32):
-    """Sky above road, void at the right edge, and in every other frame a car."""
+    """Sky above road, void at the right edge, and a car in every second frame."""
     image = np.random.default_rng(number).integers(0, 40, (height, width, 3), dtype=np.uint8) + np.uint8(20 * number)
     label = np.full((height, width), ROAD, np.uint8)
     label[: height // 4] = SKY
@@ -50,7 +50,7 @@ def see(root, pairs, forms=FORMS):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Seven frames of train, three of val; one of train has a name that is markup."""
+    """Seven train frames and three val frames; one train frame has markup as its name."""
     names = [("train", f"t{i}" if i else EVIL, i) for i in range(7)] + [("val", f"v{i}", 8 + 2 * i) for i in range(2)]
     return tmp_path, [write(tmp_path, split, name, *scene(number)) for split, name, number in names]
 
@@ -229,7 +229,7 @@ def test_near_pairs_are_shown_those_across_splits_first(tree):
 def test_extremes_show_the_darkest_with_their_codes(tree):
     html = page_of(tree, [error("too-dark", ("train/t4.png: mean luma 3",), "train", "warning")])
     part = html[html.index("<h4>Darkest</h4>") : html.index("<h4>Brightest</h4>")]
-    assert re.findall(r'alt="image of ([^"]+)"', part)[0] == "t4"  # named by a finding: before the darker ones
+    assert re.findall(r'alt="image of ([^"]+)"', part)[0] == "t4"  # named by a finding, so shown before darker ones
     assert re.findall(r"<code>([\w-]+)</code>", part) == ["too-dark"]
     assert len(re.findall(r"<figure>", part)) == 4 and "&lt;img src=x" in part and "of t1" in part and "of v0" in part
 
@@ -237,7 +237,7 @@ def test_extremes_show_the_darkest_with_their_codes(tree):
 @pytest.mark.parametrize("a, b", [("x/a.png", "y/b.png"), ("x/a = b.png", "x/a.png"), ("x/a: b ~ c.png", "x/a")])
 def test_paths_are_parsed_from_entries_with_any_names(a, b):
     pair = Pair("train", "n", "", a, b)
-    (known,) = see_nothing([pair])
+    (known,) = unmeasured_pairs([pair])
     by_path = index([known])
     assert paths_of(a, by_path) == [a] == paths_of(f"{a}: odd = thing", by_path)
     assert paths_of(f"{a} = {b}", by_path)[0] == a
@@ -246,14 +246,14 @@ def test_paths_are_parsed_from_entries_with_any_names(a, b):
     assert paths_of("x/other.png = x/other.jpg", by_path) == ["x/other.png", "x/other.jpg"]
 
 
-def see_nothing(pairs):
+def unmeasured_pairs(pairs):
     from roadseg.ingest.measure import MeasuredPair
 
     return [MeasuredPair(p, ()) for p in pairs]
 
 
 def test_examples_of_findings():
-    measured = see_nothing([Pair("train", f"n{i}", "", f"i{i}.png", f"l{i}.png") for i in range(30)])
+    measured = unmeasured_pairs([Pair("train", f"n{i}", "", f"i{i}.png", f"l{i}.png") for i in range(30)])
     findings = [
         error("unknown-id", [f"l{i}.png: id 9" for i in range(20)]),
         error("contradicting-labels", ["i1.png = i2.png (sequences a and b)"]),

@@ -1,4 +1,4 @@
-"""Looks against plain numpy, and what they have to keep through."""
+"""Image statistics compared with NumPy, and their invariances."""
 
 from dataclasses import astuple
 
@@ -10,7 +10,7 @@ from roadseg.ingest.image_stats import image_stats, sharpness
 
 
 def scene(seed: int, width: int = 256, height: int = 128) -> np.ndarray:
-    """uint8 [height, width, 3]: patches with hard borders in three sizes, so that there is detail at every scale."""
+    """uint8 [height, width, 3]: patches with hard borders in three sizes, for detail at every scale."""
     rng = np.random.default_rng(seed)
     layers = [rng.integers(0, 256, (height // s + 1, width // s + 1, 3), np.uint8) for s in (32, 8, 2)]
     full = [cv2.resize(x, (width, height), interpolation=cv2.INTER_NEAREST).astype(np.float32) for x in layers]

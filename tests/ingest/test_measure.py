@@ -1,7 +1,6 @@
-"""What the reading pass says of a pair, each number against another way to get it."""
+"""Measurements of a pair, each compared with an independent computation."""
 
 import hashlib
-import io
 import json
 import pickle
 import subprocess
@@ -19,8 +18,8 @@ from roadseg.images.decode import Limits, encode_jpeg, encode_label_png
 from roadseg.ingest.measure import MAX_IDS, MeasuredPair, Task, count_ids, measure_pair, measure_pairs
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES, IGNORE, LabelClass, LabelSet
+from tests.ingest.images import HEIGHT, WIDTH, encode, scene
 
-WIDTH, HEIGHT = 96, 64
 THREE = LabelSet(
     "three",
     (
@@ -34,22 +33,10 @@ IDS, COLORS = MaskForm("ids", THREE), MaskForm("colors", THREE)
 PAIR = Pair("train", "a", "s", "a.jpg", "a.png")
 
 
-def scene(seed: int) -> np.ndarray:
-    """uint8 [64, 96, 3]: smooth noise, different for every seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-
-
 def mask(seed: int, ids: tuple[int, ...] = (0, 7, 23, 26)) -> np.ndarray:
     """uint8 [64, 96] of patches."""
     coarse = np.random.default_rng(seed).choice(np.array(ids, np.uint8), (8, 12))
     return np.kron(coarse, np.ones((8, 8), np.uint8))
-
-
-def saved(image: np.ndarray, format_: str = "PNG", **options: object) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, format_, **options)
-    return out.getvalue()
 
 
 def colored(ids: np.ndarray) -> np.ndarray:
@@ -98,7 +85,7 @@ def test_counts_beyond_what_float32_holds_are_exact():
 def test_measurements_of_a_pair(tmp_path):
     ids, exif = mask(0), Image.Exif()
     exif[0x0112] = 3
-    image = saved(scene(0)[::-1, ::-1], "JPEG", quality=95, exif=exif)
+    image = encode(scene(0)[::-1, ::-1], "JPEG", quality=95, exif=exif)
     label = encode_label_png(ids)
     s = measured(tmp_path, image, label)
     assert s.problems == () and s.pair == PAIR
@@ -116,7 +103,7 @@ def test_measurements_of_a_pair(tmp_path):
 
 
 def test_the_histogram_has_the_learned_classes(tmp_path):
-    s = measured(tmp_path, saved(scene(0)), encode_label_png(mask(0)), classes=19)
+    s = measured(tmp_path, encode(scene(0)), encode_label_png(mask(0)), classes=19)
     assert len(s.histogram) == 20 and sum(s.histogram) == WIDTH * HEIGHT and not any(s.histogram[3:19])
     gaps = replace(THREE, classes=tuple(replace(c, train_id=13) if c.name == "car" else c for c in THREE.classes))
     pair = [PAIR]
@@ -125,8 +112,8 @@ def test_the_histogram_has_the_learned_classes(tmp_path):
 
 def test_colors_are_mapped_to_ids(tmp_path):
     ids = mask(0)
-    s = measured(tmp_path, saved(scene(0)), saved(colored(ids)), COLORS)
-    as_ids = measured(tmp_path, saved(scene(0)), encode_label_png(ids))
+    s = measured(tmp_path, encode(scene(0)), encode(colored(ids)), COLORS)
+    as_ids = measured(tmp_path, encode(scene(0)), encode_label_png(ids))
     assert s.problems == () and s.mask_mode == "rgb"
     assert (s.id_pixels, s.histogram, s.places) == (as_ids.id_pixels, as_ids.histogram, as_ids.places)
 
@@ -135,19 +122,19 @@ def test_unknown_ids_and_colors_are_reported_with_pixel_counts(tmp_path):
     ids = mask(0)
     ids[0, :5] = 99
     ids[1, :3] = 250
-    [(code, path, what)] = measured(tmp_path, saved(scene(0)), encode_label_png(ids)).problems
+    [(code, path, what)] = measured(tmp_path, encode(scene(0)), encode_label_png(ids)).problems
     assert (code, path, what) == ("unknown-id", "a.png", "id 99 on 5 pixels, id 250 on 3 pixels")
     colors = colored(mask(0))
     colors[0, :5] = (1, 2, 3)
     colors[1, 0] = (255, 0, 16)
-    s = measured(tmp_path, saved(scene(0)), saved(colors), COLORS)
+    s = measured(tmp_path, encode(scene(0)), encode(colors), COLORS)
     assert s.problems == (("unknown-color", "a.png", "#010203 on 5 pixels, #ff0010 on 1 pixel"),)
     assert sum(s.histogram) == WIDTH * HEIGHT
 
 
 def test_at_most_max_ids_are_kept_of_a_noisy_label(tmp_path):
     noise = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) // 2
-    s = measured(tmp_path, saved(scene(0)), cv2.imencode(".png", noise)[1].tobytes())
+    s = measured(tmp_path, encode(scene(0)), cv2.imencode(".png", noise)[1].tobytes())
     assert s.mask_mode == "grey16" and len(s.id_pixels) == MAX_IDS and sum(s.histogram) == WIDTH * HEIGHT
     assert s.problems[0][2].endswith(" more ids")
     assert len(pickle.dumps(s)) < 10_000
@@ -155,20 +142,20 @@ def test_at_most_max_ids_are_kept_of_a_noisy_label(tmp_path):
 
 @pytest.mark.parametrize("form", [IDS, COLORS], ids=["ids", "colors"])
 def test_swapped_files(tmp_path, form):
-    label = encode_label_png(mask(0)) if form is IDS else saved(colored(mask(0)))
-    grey = saved(cv2.cvtColor(scene(0), cv2.COLOR_RGB2GRAY))
-    for photo in (saved(scene(0)), encode_jpeg(scene(0)), grey):
+    label = encode_label_png(mask(0)) if form is IDS else encode(colored(mask(0)))
+    grey = encode(cv2.cvtColor(scene(0), cv2.COLOR_RGB2GRAY))
+    for photo in (encode(scene(0)), encode_jpeg(scene(0)), grey):
         codes = [code for code, _, _ in measured(tmp_path, label, photo, form).problems]
         assert "swapped" in codes
-    assert measured(tmp_path, saved(scene(0)), label, form).problems == ()
+    assert measured(tmp_path, encode(scene(0)), label, form).problems == ()
 
 
 def test_unreadable_files_are_problems_and_the_rest_is_measured(tmp_path):
-    image, label = saved(scene(0)), encode_label_png(mask(0))
+    image, label = encode(scene(0)), encode_label_png(mask(0))
     s = measured(tmp_path, image[:-20], label)
     assert s.problems == (("unreadable-image", "a.jpg", "the png is truncated; expected a whole file"),)
     assert (s.width, s.pixels_digest, s.stats) == (0, "", None) and sum(s.histogram) == WIDTH * HEIGHT
-    s = measured(tmp_path, image, saved(scene(1)))
+    s = measured(tmp_path, image, encode(scene(1)))
     assert [code for code, _, _ in s.problems] == ["unreadable-label"] and s.mask_mode == "rgb"
     assert (s.histogram, s.id_pixels, s.places) == ((), (), b"") and s.width == WIDTH
     s = measured(tmp_path, None, None)
@@ -182,7 +169,7 @@ def test_sizes_are_compared_with_the_label(tmp_path):
     instances = np.zeros((HEIGHT, WIDTH // 2), np.uint16)
     pair = replace(PAIR, instances="i.png")
     (tmp_path / "i.png").write_bytes(cv2.imencode(".png", instances)[1].tobytes())
-    (tmp_path / pair.image).write_bytes(saved(scene(0)[:32]))
+    (tmp_path / pair.image).write_bytes(encode(scene(0)[:32]))
     (tmp_path / pair.label).write_bytes(encode_label_png(mask(0)))
     task = Task(tmp_path, {"": IDS}, Limits(), 3)
     assert measure_pair(task, pair).problems == (
@@ -197,9 +184,9 @@ def test_workers_give_the_same_results_in_order(tmp_path):
     pairs = []
     for i in range(19):
         pairs.append(Pair("train", str(i), "", f"{i}.png", f"{i}_label.png", part="ab"[i % 2]))
-        (tmp_path / f"{i}.png").write_bytes(saved(scene(i)) if i != 5 else b"broken")
+        (tmp_path / f"{i}.png").write_bytes(encode(scene(i)) if i != 5 else b"broken")
         ids = mask(i)
-        (tmp_path / f"{i}_label.png").write_bytes(saved(colored(ids)) if i % 2 else encode_label_png(ids))
+        (tmp_path / f"{i}_label.png").write_bytes(encode(colored(ids)) if i % 2 else encode_label_png(ids))
     forms = {"a": IDS, "b": COLORS}
     alone = measure_pairs(tmp_path, pairs, forms, Limits(), 1)
     assert [s.pair for s in alone] == pairs
@@ -212,7 +199,7 @@ def test_workers_start_without_the_slow_imports_and_results_stay_small(tmp_path)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert {"torch", "torchvision", "pydantic", "tyro", "jinja2"}.isdisjoint(done.stdout.split())
     cityscapes = mask(0, tuple(c.id for c in CITYSCAPES.classes if c.id >= 0))
-    s = measured(tmp_path, saved(scene(0)), encode_label_png(cityscapes), MaskForm("ids", CITYSCAPES), 19)
+    s = measured(tmp_path, encode(scene(0)), encode_label_png(cityscapes), MaskForm("ids", CITYSCAPES), 19)
     assert s.problems == () and len(pickle.dumps(s)) < 4096
 
 
@@ -222,7 +209,7 @@ def test_unknown_polygon_names_are_reported(tmp_path):
 
     shapes = [outline("road", 0), outline("tram", 20), outline("tram", 40), outline("car", 60)]
     label = json.dumps({"imgWidth": WIDTH, "imgHeight": HEIGHT, "objects": shapes}).encode()
-    s = measured(tmp_path, saved(scene(0)), label, MaskForm("polygons", THREE))
+    s = measured(tmp_path, encode(scene(0)), label, MaskForm("polygons", THREE))
     assert s.problems == (("unknown-id", "a.png", "the class 'tram' of 2 shapes"),)
     assert s.mask_mode == "json" and s.histogram[0] == s.histogram[2] > 0 == s.histogram[1]
     assert s.label_sha256 == hashlib.sha256(label).hexdigest()
@@ -238,7 +225,7 @@ def test_each_image_uses_its_own_part_of_a_coco_file(tmp_path):
         ],
     }
     (tmp_path / "all.json").write_text(json.dumps(content))
-    (tmp_path / "a.jpg").write_bytes(saved(scene(0)))
+    (tmp_path / "a.jpg").write_bytes(encode(scene(0)))
     task = Task(tmp_path, {"": MaskForm("coco", THREE)}, Limits(), 3)
     first, second = (measure_pair(task, replace(PAIR, label=f"all.json#{key}")) for key in (1, 2))
     assert first.problems == second.problems == ()

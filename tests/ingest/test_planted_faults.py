@@ -1,4 +1,4 @@
-"""benchmarks/planted_faults.py in small: a town of 126 frames, every kind of fault once: all found, none invented."""
+"""A small benchmarks/planted_faults.py: 126 town frames, every kind of fault once, all found, no false errors."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ from roadseg.config.sections import Data
 from roadseg.town.tree import write_tree
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SPLITS = {"train": 66, "val": 30, "test": 30}  # two sequences a city in train; enough to compare splits
+SPLITS = {"train": 66, "val": 30, "test": 30}  # two sequences per city in train; enough to compare splits
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_every_planted_fault_is_found_and_nothing_else(planted_faults, town, tmp
 
 
 def test_a_missing_fault_is_reported_as_missed(planted_faults, town):
-    """The judge itself can say no."""
+    """The benchmark itself can fail."""
     found = planted_faults.findings_of(town, Data(source="cityscapes", root=town), 1)
     assert not planted_faults.is_found(planted_faults.Plant("none", "swapped", "leftImg8bit"), found)
     tree = planted_faults.Tree(town, Data(source="cityscapes", root=town), {})

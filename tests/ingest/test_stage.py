@@ -15,6 +15,7 @@ from roadseg.data.manifest import Manifest
 from roadseg.errors import ConfigError, DataError
 from roadseg.images.decode import encode_label_png
 from roadseg.ingest.stage import ingest, prepare, source_digest
+from tests.ingest.images import write
 
 
 def picture(seed: int) -> bytes:
@@ -24,11 +25,6 @@ def picture(seed: int) -> bytes:
 
 def mask(ids: int) -> bytes:
     return encode_label_png(np.repeat((np.arange(64) % ids).astype(np.uint8)[None], 32, 0))
-
-
-def write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 @pytest.fixture
@@ -188,7 +184,7 @@ def test_folder_source(root, work, tmp_path):
 
 @pytest.fixture
 def rendered(monkeypatch) -> list[dict[str, int]]:
-    """A town of eight cheap frames in place of the renderer; what was asked of it."""
+    """Replace the renderer by eight cheap frames and record its calls."""
     asked: list[dict[str, int]] = []
 
     def write_tree(
@@ -221,7 +217,7 @@ def test_town_is_rendered_into_work_and_read_as_cityscapes(work, rendered, tmp_p
 
 
 def test_one_split_of_the_town_is_the_same_as_in_the_whole_town(work, rendered):
-    """Rendered alone, val would get the scenes of train."""
+    """If val were rendered alone, it would get the scenes of train."""
     data = Data(town=Town(train=4, val=2, test=1, width_px=64, height_px=32), workers=1)
     alone = ingest(data, work / "tree", work, ("val",))
     assert alone.splits == ("val",) and rendered == [{"train": 4, "val": 2, "test": 1}]

@@ -20,7 +20,7 @@ from tests.conftest import MICRO, Micro
 
 @pytest.fixture
 def workspace(micro: Micro, tmp_path: Path) -> Path:
-    """A copy: that of `micro` is for reading only."""
+    """A copy, because the workspace of `micro` is read-only."""
     return Path(shutil.copytree(micro.workspace, tmp_path / "copy"))
 
 
@@ -55,7 +55,7 @@ def test_night_is_a_different_population_than_day(micro: Micro, tmp_path: Path, 
     found = json.loads(capsys.readouterr().out)
     verdicts = {row["quantity"]: row["verdict"] for row in found["rows"]}
     assert found["verdict"] == "different" and verdicts["exposure"] == "different"
-    assert verdicts["backbone's view"] == "not compared"  # there is no release to look with
+    assert verdicts["backbone's view"] == "not compared"  # no release for embeddings
     assert main(["data", "diff", day, again + ":train", *workspace]) == 0
     text = capsys.readouterr().out
     assert "verdict  " in text and "verdict  different" not in text
@@ -81,9 +81,9 @@ def test_errors_lists_suspect_labels_and_writes_a_page(workspace: Path, capsys: 
     pytest.importorskip("cleanlab")
     arguments = ["data", "errors", "--config", str(MICRO), "--workspace", str(workspace), "--name", "doubts"]
     assert main([*arguments, "--json"]) == 0
-    said = capsys.readouterr()
-    assert re.search(r"^labels of town val by release \w{12}, trained on town; --config, or data.s", said.err, re.M)
-    found = json.loads(said.out)
+    output = capsys.readouterr()
+    assert re.search(r"^labels of town val by release \w{12}, trained on town; --config, or data.s", output.err, re.M)
+    found = json.loads(output.out)
     assert all(0 < row["share"] <= 1 and row["pairs"] for row in found)
     assert (workspace / "runs" / "doubts" / "label_errors.html").read_text().startswith("<!doctype html>")
     assert main([*arguments, "extra"]) == 2

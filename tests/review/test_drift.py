@@ -1,4 +1,4 @@
-"""Two data sets compared: what is the same counts as the same, what moved is named."""
+"""Comparing data profiles: equal ones are the same, differences are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong labels are found from a model's own predictions, right ones are left alone."""
+"""Wrong labels are found from a model's predictions; right ones are not suspect."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.html_page import assert_inert
 pytest.importorskip("cleanlab")
 
 
-class Seer:
-    """A predictor that is right with a certainty of its own for each pixel: bright channel = class."""
+class FakePredictor:
+    """A correct predictor with random confidence per pixel: the bright channel is the class."""
 
     label_set = RGB
 
@@ -37,7 +37,7 @@ class Seer:
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image and train ids: three columns of noise, each with its own channel bright."""
+    """Image and train ids: three columns of noise, each with another bright channel."""
     rng = np.random.default_rng(seed)
     label = np.repeat(np.arange(96)[None] // 32, 64, axis=0).astype(np.uint8)
     image = rng.integers(0, 120, (64, 96, 3))
@@ -59,7 +59,7 @@ def tree(folder: Path, wrong: set[int]) -> Any:
 
 def test_images_with_wrong_objects_come_first_with_class_pairs(tmp_path: Path) -> None:
     manifest = tree(tmp_path, {3, 7})
-    found = find_suspects(Seer(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    found = find_suspects(FakePredictor(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
     names = [s.sample.name for s in found]
     expected = [manifest.split("val")[i].name for i in (3, 7)]
     assert sorted(names[:2]) == sorted(expected)
@@ -72,15 +72,15 @@ def test_images_with_wrong_objects_come_first_with_class_pairs(tmp_path: Path) -
 def test_class_offsets_do_not_change_confidence(tmp_path: Path) -> None:
     manifest = tree(tmp_path, {3})
     plain, shifted = (
-        find_suspects(seer, manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
-        for seer in (Seer(), Seer(-4, 0, 6))
+        find_suspects(predictor, manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
+        for predictor in (FakePredictor(), FakePredictor(-4, 0, 6))
     )
     assert [(s.sample.name, round(s.share, 3)) for s in plain] == [(s.sample.name, round(s.share, 3)) for s in shifted]
 
 
 def test_the_page_lists_suspects_and_is_inert(tmp_path: Path) -> None:
     manifest = tree(tmp_path, {3})
-    found = find_suspects(Seer(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    found = find_suspects(FakePredictor(), manifest, tmp_path, Limits(), "val")  # type: ignore[arg-type]
     evil = replace(found[0].sample, name="<img onerror=alert(1)>")
     page = render("<b>t</b>", [replace(found[0], sample=evil), *found[1:]], manifest, tmp_path, Limits())
     assert_inert(page)
@@ -89,15 +89,15 @@ def test_the_page_lists_suspects_and_is_inert(tmp_path: Path) -> None:
 
 
 def test_correct_labels_are_not_suspect(tmp_path: Path) -> None:
-    found = find_suspects(Seer(), tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
+    found = find_suspects(FakePredictor(), tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
     assert all(s.share < 0.01 for s in found)
 
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:
-    seer = Seer()
-    seer.label_set = CITYSCAPES
+    predictor = FakePredictor()
+    predictor.label_set = CITYSCAPES
     with pytest.raises(UsageError) as e:
-        find_suspects(seer, tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
+        find_suspects(predictor, tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
     assert e.value.where == "test val" and "--config" in e.value.todo
 
 
@@ -111,5 +111,5 @@ def test_a_missing_cleanlab_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UsageError) as e:
-        find_suspects(Seer(), tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
+        find_suspects(FakePredictor(), tree(tmp_path, set()), tmp_path, Limits(), "val")  # type: ignore[arg-type]
     assert "roadseg[doctor]" in e.value.todo

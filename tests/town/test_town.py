@@ -118,7 +118,7 @@ def test_weather_changes_the_image_and_not_the_labels(weather: str) -> None:
 
 
 def test_label_borders_lie_on_image_edges(frames: list[Frame]) -> None:
-    """Shifted against each other by two pixels in any direction, labels and image agree worse."""
+    """Labels and image agree worse when shifted by two pixels in any direction."""
     scores = {}
     for dx, dy in ((0, 0), (2, 0), (-2, 0), (0, 2), (0, -2)):
         total = 0.0
@@ -134,7 +134,7 @@ def test_label_borders_lie_on_image_edges(frames: list[Frame]) -> None:
 
 
 def test_signs_have_an_edge_in_the_image_where_their_label_ends() -> None:
-    """Within one pixel; a sign's plate stands out from nearly everything."""
+    """Within one pixel, since a sign's plate contrasts with nearly everything."""
     hits = []
     for index in range(8):
         f = render(6, index, 512, 256)
@@ -166,7 +166,7 @@ def test_culling_does_not_change_the_frame(monkeypatch: pytest.MonkeyPatch, weat
 
 
 def test_long_vehicles_hide_who_walks_behind_them() -> None:
-    """A sidewalk item beside a tram comes before it in painting order, though its middle is nearer."""
+    """A sidewalk item next to a tram is painted before it, although its center is nearer."""
     checked = 0
     for index in range(40):
         items = draw_scene(1, index).items

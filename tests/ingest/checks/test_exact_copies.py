@@ -1,12 +1,10 @@
-"""Copies are told by their pixels, and nothing is decoded twice that can't be one."""
+"""Copies are found by their pixels, and only possible copies are decoded twice."""
 
-import io
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.images.decode import Limits, encode_label_png, read_image
@@ -16,23 +14,10 @@ from roadseg.ingest.checks.near_duplicates import near_pairs
 from roadseg.ingest.measure import MeasuredPair, Task, measure_all, measure_pair, worker_pool
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES
-
-WIDTH, HEIGHT = 96, 64
-
-
-def scene(seed: int) -> np.ndarray:
-    """uint8 [64, 96, 3]: smooth noise, different for every seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+from tests.ingest.images import HEIGHT, WIDTH, encode, scene
 
 
-def saved(image: np.ndarray, format_: str = "PNG", **options: object) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, format_, **options)
-    return out.getvalue()
-
-
-def looked_at(root: Path, files: dict[str, bytes]) -> tuple[Task, list[MeasuredPair]]:
+def measured_files(root: Path, files: dict[str, bytes]) -> tuple[Task, list[MeasuredPair]]:
     (root / "label.png").write_bytes(encode_label_png(np.full((HEIGHT, WIDTH), 7, np.uint8)))
     for name, data in files.items():
         (root / name).write_bytes(data)
@@ -42,7 +27,7 @@ def looked_at(root: Path, files: dict[str, bytes]) -> tuple[Task, list[MeasuredP
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The files that are decoded to compare them."""
+    """The files decoded a second time."""
     data: list[bytes] = []
     monkeypatch.setattr(copies, "read_image", lambda d, limits: data.append(d) or read_image(d, limits))
     return data
@@ -52,17 +37,17 @@ def test_equal_pixels_in_any_format_have_equal_digests(tmp_path, decoded):
     changed = scene(0)
     changed[HEIGHT // 2, WIDTH // 2, 1] ^= 1
     files = {
-        "a.png": saved(scene(0)),
-        "b.webp": saved(scene(0), "WEBP", lossless=True),
-        "c.bmp": saved(scene(0), "BMP"),
-        "d.png": saved(scene(0), compress_level=1),
-        "e.png": saved(scene(0)),
-        "one-bit.png": saved(changed),
-        "other.png": saved(scene(1)),
-        "turned.png": saved(scene(0).reshape(WIDTH, HEIGHT, 3)),
-        "broken.png": saved(scene(0))[:-20],
+        "a.png": encode(scene(0)),
+        "b.webp": encode(scene(0), "WEBP", lossless=True),
+        "c.bmp": encode(scene(0), "BMP"),
+        "d.png": encode(scene(0), compress_level=1),
+        "e.png": encode(scene(0)),
+        "one-bit.png": encode(changed),
+        "other.png": encode(scene(1)),
+        "turned.png": encode(scene(0).reshape(WIDTH, HEIGHT, 3)),
+        "broken.png": encode(scene(0))[:-20],
     }
-    task, measured = looked_at(tmp_path, files)
+    task, measured = measured_files(tmp_path, files)
     digests = {s.pair.image: s.pixels_digest for s in with_pixel_digests(tmp_path, task.limits, measured, None)}
     assert len({digests[name] for name in ("a.png", "b.webp", "c.bmp", "d.png", "e.png")}) == 1
     assert len({digests[name] for name in ("a.png", "one-bit.png", "other.png", "turned.png")}) == 4
@@ -71,32 +56,34 @@ def test_equal_pixels_in_any_format_have_equal_digests(tmp_path, decoded):
 
 
 def test_similar_images_have_different_digests(tmp_path, decoded):
-    """A pixel in a row that no measure of a large picture samples."""
+    """Change a pixel in a row that the statistics of a large image do not sample."""
     image = cv2.resize(scene(0), (2048, 1024))
     changed = image.copy()
     changed[501, 700] ^= 255
-    task, measured = looked_at(tmp_path, {"a.png": saved(image), "b.png": saved(changed)})
+    task, measured = measured_files(tmp_path, {"a.png": encode(image), "b.png": encode(changed)})
     assert measured[0].stats == measured[1].stats
     a, b = (s.pixels_digest for s in with_pixel_digests(tmp_path, task.limits, measured, None))
     assert a != b and len(decoded) == 2
 
 
 def test_equal_files_are_not_decoded_again(tmp_path, decoded):
-    task, measured = looked_at(tmp_path, {"a.png": saved(scene(0)), "b.png": saved(scene(0)), "c.png": saved(scene(1))})
+    task, measured = measured_files(
+        tmp_path, {"a.png": encode(scene(0)), "b.png": encode(scene(0)), "c.png": encode(scene(1))}
+    )
     assert with_pixel_digests(tmp_path, task.limits, measured, None) == measured and not decoded
     assert [(p.image_a, p.image_b) for p in near_pairs(measured) if p.exact] == [("a.png", "b.png")]
 
 
 def test_a_deleted_file_is_no_copy(tmp_path):
-    task, measured = looked_at(tmp_path, {"a.png": saved(scene(0)), "b.bmp": saved(scene(0), "BMP")})
+    task, measured = measured_files(tmp_path, {"a.png": encode(scene(0)), "b.bmp": encode(scene(0), "BMP")})
     (tmp_path / "b.bmp").unlink()
     a, b = with_pixel_digests(tmp_path, task.limits, measured, None)
     assert a.pixels_digest != b.pixels_digest
 
 
 def test_workers_compute_the_same_digests(tmp_path):
-    files = {f"{i}.{end}": saved(scene(i), form) for i in range(9) for end, form in (("png", "PNG"), ("bmp", "BMP"))}
-    task, measured = looked_at(tmp_path, files)
+    files = {f"{i}.{end}": encode(scene(i), form) for i in range(9) for end, form in (("png", "PNG"), ("bmp", "BMP"))}
+    task, measured = measured_files(tmp_path, files)
     alone = with_pixel_digests(tmp_path, task.limits, measured, None)
     assert len({s.pixels_digest for s in alone}) == 9
     with worker_pool(task, len(measured), 2) as pool:

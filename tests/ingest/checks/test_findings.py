@@ -1,4 +1,4 @@
-"""Codes: every one that is used is known and told about, and config judges them."""
+"""Finding codes: all that are used are defined and documented, and the config changes their severity."""
 
 import ast
 import re
@@ -67,12 +67,12 @@ def test_all_wrong_codes_are_listed():
     with pytest.raises(ConfigError) as caught:
         require_codes(["near-duplicates", "swapped", "xyzzy"], ["swapped"])
     assert caught.value.exit_code == 2
-    for said in (
+    for part in (
         "data.allow: unknown code 'near-duplicates', perhaps you meant near-duplicate",
         "data.allow: unknown code 'xyzzy'; ",
         "swapped is both in data.allow and in data.forbid",
     ):
-        assert said in str(caught.value)
+        assert part in str(caught.value)
     require_codes(CODES, ())
 
 

@@ -7,7 +7,7 @@ from roadseg.ingest.checks.interpolated_masks import INTERPOLATED_SHARE, interpo
 
 
 def regions(high: int = 240, wide: int = 320, seed: int = 0) -> np.ndarray:
-    """uint8 [H, W]: sixty discs of the ids 0..11, one over another."""
+    """uint8 [H, W]: sixty overlapping discs of the ids 0..11."""
     rng = np.random.default_rng(seed)
     label = np.zeros((high, wide), np.uint8)
     for _ in range(60):
@@ -28,7 +28,7 @@ def plainly(ids: np.ndarray) -> float:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_the_share_matches_its_definition(dtype):
-    ids = cv2.GaussianBlur(regions(100), (3, 3), 0).astype(dtype)  # no more rows than are sampled
+    ids = cv2.GaussianBlur(regions(100), (3, 3), 0).astype(dtype)  # as many rows as are sampled
     if dtype is np.uint16:
         ids[::3, ::5] = UNKNOWN
     assert interpolated_share(ids) == pytest.approx(plainly(ids), abs=1e-12)
@@ -54,5 +54,7 @@ def test_too_few_or_too_many_changes_give_zero():
     ramp = np.repeat(np.arange(100, dtype=np.uint8), 3)[None]
     ramp[:, ::7] += 1
     assert plainly(ramp) > 0 and interpolated_share(ramp) == 0.0  # fewer than 200 changes
-    assert interpolated_share(np.tile(np.arange(240, dtype=np.uint8), (9, 1))) == 0.0  # nowhere two equal pixels
-    assert interpolated_share(np.tile(np.repeat(np.arange(0, 240, 2, dtype=np.uint8), 3), (9, 1))) == 0.0  # no step
+    assert interpolated_share(np.tile(np.arange(240, dtype=np.uint8), (9, 1))) == 0.0  # no two equal neighbors
+    assert (
+        interpolated_share(np.tile(np.repeat(np.arange(0, 240, 2, dtype=np.uint8), 3), (9, 1))) == 0.0
+    )  # no intermediate values

@@ -1,4 +1,4 @@
-"""A planted fault for every check, each in an otherwise clean tree, and none found in the clean one."""
+"""Every check finds its fault in an otherwise clean tree, and nothing in the clean one."""
 
 import io
 import os
@@ -19,39 +19,21 @@ from roadseg.ingest.checks.judge import Checked, check, refusal
 from roadseg.ingest.sources import camvid, cityscapes
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CAMVID, CITYSCAPES, LabelSet, in_cityscapes
-
-WIDTH, HEIGHT = 96, 64
-
-
-def scene(seed: int) -> np.ndarray:
-    """uint8 [64, 96, 3]: smooth noise, different for every seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+from tests.ingest.images import HEIGHT, WIDTH, encode, scene, write
 
 
 def stripes(ids: list[int]) -> np.ndarray:
-    """uint8 [64, 96] in which each id has its columns."""
+    """uint8 [64, 96] with a vertical stripe per id."""
     return np.repeat(np.array(ids, np.uint8)[np.arange(WIDTH) * len(ids) // WIDTH][None], HEIGHT, 0)
-
-
-def png(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "PNG")
-    return out.getvalue()
-
-
-def write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """CamVid's form: three pairs in train, two in val, all 12 ids, nothing to find."""
+    """A clean CamVid tree: three pairs in train, two in val, all 12 ids."""
     for seed, (split, name) in enumerate(
         [("train", "A_1"), ("train", "A_2"), ("train", "B_1"), ("val", "C_1"), ("val", "C_2")]
     ):
-        write(tmp_path / split / f"{name}.png", png(scene(seed)))
+        write(tmp_path / split / f"{name}.png", encode(scene(seed)))
         write(tmp_path / f"{split}annot" / f"{name}.png", encode_label_png(stripes(list(range(12)))))
     return tmp_path
 
@@ -96,8 +78,8 @@ def test_a_clean_tree_gives_samples_and_no_findings(tree):
     [
         (b"", "the file is empty"),
         (b"hello", "the content is something else; expected PNG"),
-        (png(scene(9))[:-40], "the png is truncated"),
-        (png(scene(9))[:2000] + b"x" + png(scene(9))[2001:], "checksum of its IDAT chunk is wrong"),
+        (encode(scene(9))[:-40], "the png is truncated"),
+        (encode(scene(9))[:2000] + b"x" + encode(scene(9))[2001:], "checksum of its IDAT chunk is wrong"),
     ],
 )
 def test_an_unreadable_image(tree, data, says):
@@ -109,7 +91,7 @@ def test_an_unreadable_image(tree, data, says):
 
 def test_an_unreadable_label_a_missing_file_and_a_color_mask(tree):
     write(tree / "trainannot/A_1.png", b"")
-    write(tree / "trainannot/B_1.png", png(CAMVID.palette[stripes(list(range(11)))]))
+    write(tree / "trainannot/B_1.png", encode(CAMVID.palette[stripes(list(range(11)))]))
     (tree / "trainannot/A_2.png").unlink()
     (tree / "trainannot/A_2.png").symlink_to("nowhere.png")
     colors, unreadable = findings_of(tree)
@@ -120,7 +102,7 @@ def test_an_unreadable_label_a_missing_file_and_a_color_mask(tree):
 
 
 def test_images_over_the_limits(tree):
-    write(tree / "val/C_1.png", png(cv2.resize(scene(7), (400, 300))))
+    write(tree / "val/C_1.png", encode(cv2.resize(scene(7), (400, 300))))
     f = only(tree, limits=Limits(max_pixels=10_000))
     assert f.code == "unreadable-image" and "400 x 300 = 120,000 pixels; expected at most 10,000" in f.files[0]
     f = only(tree, limits=Limits(max_bytes=(tree / "val/C_1.png").stat().st_size - 1))
@@ -150,7 +132,7 @@ def test_an_exif_rotated_image_is_compared_upright(tree):
 
 def test_a_label_of_an_exif_rotated_image_explains_its_size(tree):
     write(tree / "train/A_1.png", sideways(cv2.resize(scene(8), (HEIGHT, WIDTH))))
-    write(tree / "val/C_1.png", png(np.ascontiguousarray(np.rot90(scene(9)))))
+    write(tree / "val/C_1.png", encode(np.ascontiguousarray(np.rot90(scene(9)))))
     train, val = (f for f in findings_of(tree) if f.code == "size-differs")
     assert train.files == (
         "train/A_1.png: 64x96, but trainannot/A_1.png 96x64; "
@@ -174,7 +156,7 @@ def test_unknown_ids_are_named_with_their_pixels(tree):
 def test_instance_ids_as_labels_are_reported(tree):
     deep = stripes(list(range(12))).astype(np.uint16)
     deep[0, :7] = 8001
-    write(tree / "valannot/C_2.png", png(deep))
+    write(tree / "valannot/C_2.png", encode(deep))
     f = only(tree)
     assert f.code == "instance-ids" and "not *_instanceIds" in f.fix
     assert f.files == ("valannot/C_2.png: ids 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 1 more",)
@@ -197,14 +179,14 @@ def test_a_class_missing_from_a_split(tree):
 
 
 def test_exact_copies_inside_and_across_splits_are_reported(tree):
-    write(tree / "train/A_2.png", png(scene(0)))
-    write(tree / "val/C_2.png", png(scene(2)))
+    write(tree / "train/A_2.png", encode(scene(0)))
+    write(tree / "val/C_2.png", encode(scene(2)))
     found = {f.code: (f.severity, f.split) for f in findings_of(tree)}
     assert found == {"duplicate-in-split": ("warning", "train"), "duplicate-across-splits": ("error", "train and val")}
 
 
 def test_a_near_copy_across_splits_is_a_warning(tree):
-    write(tree / "val/C_1.png", png(np.clip(scene(1).astype(int) + 3, 0, 255).astype(np.uint8)))
+    write(tree / "val/C_1.png", encode(np.clip(scene(1).astype(int) + 3, 0, 255).astype(np.uint8)))
     f = only(tree)
     assert (f.code, f.severity, f.split) == ("near-duplicate", "warning", "train and val")
     assert f.files[0].startswith("val/C_1.png ~ train/A_2.png: ")
@@ -250,7 +232,7 @@ def test_whole_folders_swapped(tree):
 def cityscapes_tree(root: Path, split: str, names: list[str], label: np.ndarray, first_seed: int = 0) -> None:
     for seed, name in enumerate(names, first_seed):
         city = name.partition("_")[0]
-        write(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", png(scene(seed)))
+        write(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", encode(scene(seed)))
         write(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png", encode_label_png(label))
 
 
@@ -287,10 +269,10 @@ def test_instances_are_read_and_measured(tmp_path):
     cityscapes_tree(tmp_path, "train", ["ulm_000000_000019", "ulm_000001_000019"], ALL_CITYSCAPES)
     ids = ALL_CITYSCAPES.astype(np.uint16) * 1000
     stem = "gtFine/train/ulm/ulm_00000{}_000019_gtFine_instanceIds.png"
-    write(tmp_path / stem.format(0), png(ids))
-    write(tmp_path / stem.format(1), png(ids))
+    write(tmp_path / stem.format(0), encode(ids))
+    write(tmp_path / stem.format(1), encode(ids))
     assert findings_of(tmp_path, label_set=CITYSCAPES) == []
-    write(tmp_path / stem.format(0), png(ids[1:]))
+    write(tmp_path / stem.format(0), encode(ids[1:]))
     write(tmp_path / stem.format(1), b"")
     found = {f.code: f.files for f in findings_of(tmp_path, label_set=CITYSCAPES)}
     assert set(found) == {"size-differs", "unreadable-instances"}
@@ -305,7 +287,7 @@ def test_a_city_in_two_splits(tmp_path):
     assert f.message == "1 city in both train and val (1 image of val)"
     cityscapes_tree(tmp_path, "val", ["ulm_000001_000020"], ALL_CITYSCAPES, first_seed=7)
     f = only(tmp_path, label_set=CITYSCAPES)
-    assert (f.code, f.files) == ("same-sequence", ("ulm_000001",))  # which says more
+    assert (f.code, f.files) == ("same-sequence", ("ulm_000001",))  # more specific than same-city
 
 
 def names(result: Checked) -> list[str]:
@@ -321,7 +303,7 @@ def test_an_allowed_error_leaves_out_its_data(tree):
     assert {f.code for f in findings_of(tree) if f.severity == "error"} == codes
     result = checked(tree, allow=codes)
     assert {f.code: f.severity for f in result.findings if f.code in codes} == dict.fromkeys(codes, "warning")
-    assert names(result) == ["B_1", "C_1", "C_2"]  # of the void labels the one in train
+    assert names(result) == ["B_1", "C_1", "C_2"]  # without the void label of train
     with_unknown = result.samples[1]
     assert with_unknown.histogram[-1] == sum((stripes([*range(12), 200]) > 10).ravel().tolist())
     assert Manifest("test", CAMVID, result.samples).histogram("val") == tuple(
@@ -343,7 +325,7 @@ def test_a_pair_with_wrong_values_is_left_out(tree):
 def test_a_broken_instance_map_is_left_out_without_its_pair(tmp_path):
     cityscapes_tree(tmp_path, "train", ["ulm_000000_000019"], ALL_CITYSCAPES)
     stem = tmp_path / "gtFine/train/ulm/ulm_000000_000019_gtFine_instanceIds.png"
-    write(stem, png(ALL_CITYSCAPES[1:]))
+    write(stem, encode(ALL_CITYSCAPES[1:]))
     (sample,) = checked(tmp_path, label_set=CITYSCAPES, allow={"size-differs"}).samples
     assert sample.instances == ""
 
@@ -362,9 +344,9 @@ def test_unknown_codes_are_refused_before_reading(tmp_path):
 
 
 def test_parts_are_checked_with_their_own_masks(tree, tmp_path):
-    """CamVid's ids in one part, those of Cityscapes in another; learned are the 19 classes of Cityscapes."""
+    """One part with CamVid ids, one with Cityscapes ids; the 19 classes of Cityscapes are learned."""
     forms = {part: MaskForm("ids", in_cityscapes(s)) for part, s in (("c", camvid.LABEL_SET), ("k", CITYSCAPES))}
-    write(tmp_path / "k.png", png(scene(40)))
+    write(tmp_path / "k.png", encode(scene(40)))
     write(tmp_path / "k_ids.png", encode_label_png(ALL_CITYSCAPES))
     pairs = [replace(p, part="c") for p in camvid.pairs(tree)[0]]
     pairs.append(Pair("train", "k", "", "k.png", "k_ids.png", part="k"))
@@ -378,8 +360,8 @@ def test_parts_are_checked_with_their_own_masks(tree, tmp_path):
 
 def test_all_errors_are_listed_in_one_message(tree):
     write(tree / "train/A_1.png", b"")
-    write(tree / "val/C_2.png", png(scene(2)))
-    write(tree / "train/Z.png", png(scene(30)))
+    write(tree / "val/C_2.png", encode(scene(2)))
+    write(tree / "train/Z.png", encode(scene(30)))
     label = stripes(list(range(12)))
     label[0, 0] = 99
     write(tree / "valannot/C_1.png", encode_label_png(label))
@@ -387,7 +369,7 @@ def test_all_errors_are_listed_in_one_message(tree):
     assert error.exit_code == 3
     text = str(error)
     assert "4 errors in the data" in text
-    for said in (
+    for part in (
         "duplicate-across-splits: 1 image of val also in train, pixel for pixel the same\n"
         "      val/C_2.png = train/B_1.png",
         "missing-label: 1 image of train without a label\n      train/Z.png\n",
@@ -395,6 +377,6 @@ def test_all_errors_are_listed_in_one_message(tree):
         "unreadable-image: 1 image of train that can't be read\n      train/A_1.png: the file is empty",
         "to repair: ",
     ):
-        assert said in text
+        assert part in text
     many = replace(findings_of(tree)[0], files=tuple(f"{i}.png" for i in range(2000)), count=2000)
     assert "and 1,997 more" in str(refusal(tree, [many])) and len(str(refusal(tree, [many]))) < 1000

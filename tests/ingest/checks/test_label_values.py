@@ -1,4 +1,4 @@
-"""One label, one cause: what is said of values that are wrong, and that nothing is said of those that are right."""
+"""Wrong label values have one cause, right ones have none."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ ONE_BASED = LabelSet("mine", tuple(LabelClass(f"c{i}", i, i - 1, (i, i, i)) for 
 
 
 def measured(*ids: int, name: str = "a", pixels: dict[int, int] | None = None, **fields: object) -> MeasuredPair:
-    """A label with 100 pixels of every id but those of `pixels`."""
+    """A label with 100 pixels of every id, except those in `pixels`."""
     counts = tuple(sorted(((i, (pixels or {}).get(i, 100)) for i in ids), key=lambda pair: -pair[1]))
     pair = Pair("train", name, "", f"{name}.png", f"{name}_ids.png")
     return MeasuredPair(pair, **{"problems": (), "id_pixels": counts, "mask_mode": "grey", **fields})  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ ORDINARY = (1, 3, 4, 7, 8, 11, 17, 20, 21, 23, 26)  # ids of a frame of Cityscap
         (CITYSCAPES, (0, 1, 2, 5, 6, 7, 8, 10, 11, 13), "train-ids"),
         (CITYSCAPES, (*ORDINARY, 255), "undeclared-void"),
         (CITYSCAPES, (0, 255), "binary-mask"),
-        (CITYSCAPES, (*ORDINARY, 40, 50), ""),  # unknown, and no more can be said
+        (CITYSCAPES, (*ORDINARY, 40, 50), ""),  # unknown, without a cause
         (CITYSCAPES, (7, 11, 26001, 26002), "instance-ids"),
         (TRAIN_IDS_AND_VOID, (*range(19), 255), ""),
         (TRAIN_IDS, range(19), ""),
@@ -52,7 +52,7 @@ ORDINARY = (1, 3, 4, 7, 8, 11, 17, 20, 21, 23, 26)  # ids of a frame of Cityscap
         (CAMVID, ORDINARY, "label-ids"),
         (CAMVID, (*range(11), 255), "undeclared-void"),
         (CAMVID, (0, 255), "binary-mask"),
-        (ONE_BASED, range(1, 20), ""),  # without the last class they could be train ids, and are not
+        (ONE_BASED, range(1, 20), ""),  # not train ids, although the last class is missing
         (ONE_BASED, (*range(1, 20), 255), "undeclared-void"),
         (in_cityscapes(CITYSCAPES), (0, 1, 2, 8, 10, 13, 255), "train-ids"),  # as a part of a mix
     ],
@@ -148,4 +148,4 @@ def test_void_255_with_another_class_is_no_binary_mask():
     split = [measured(0, 255, name=str(i)) for i in range(30)]
     form = MaskForm("ids", TRAIN_IDS_AND_VOID)
     assert causes([*split, measured(0, 1, 255, name="x")], form) == {}
-    assert set(causes([*split, measured(0, 77, 255, name="x")], form).values()) == {"binary-mask"}  # 77 is no class
+    assert set(causes([*split, measured(0, 77, 255, name="x")], form).values()) == {"binary-mask"}  # 77 is not a class

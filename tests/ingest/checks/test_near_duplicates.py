@@ -1,4 +1,4 @@
-"""Copies and near copies: what is found, what is not, and that each is named with its split and sequence."""
+"""Copies and near-copies are found and reported with split and sequence; other frames are not."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +18,14 @@ from roadseg.town import frame as town
 
 @pytest.fixture(scope="module")
 def scenes() -> list[np.ndarray]:
-    """Twenty frames of the town, uint8 [128, 256, 3], all of different scenes."""
+    """Twenty town frames of different scenes, uint8 [128, 256, 3]."""
     return [town.render(5, k, 256, 128).image for k in range(20)]
 
 
 def measured(
     image: np.ndarray | ImageStats, path: str, sequence: str = "", digest: str = "", label: int = 7
 ) -> MeasuredPair:
-    """As reading gives it; `digest` defaults to one of its own, `label` is all that the label holds."""
+    """A measured pair. digest: unique by default. label: the only id in the label."""
     stats = image if isinstance(image, ImageStats) else image_stats(image)
     split, _, name = path.partition("/")
     pair = Pair(split, name, sequence, path, f"{split}annot/{name}")
@@ -118,7 +118,7 @@ def test_similarity_is_the_best_correlation_over_the_moves(scenes):
 
 
 def moved(small: np.ndarray, zoom: float, shift: float) -> np.ndarray:
-    """The picture zoomed about (23.5, 10.8) and shifted in widths, sampled bilinearly, at half its size."""
+    """The image zoomed about (23.5, 10.8) and shifted (in widths), sampled bilinearly, at half its size."""
     y, x = np.mgrid[0:24, 0:48].astype(float)
     x, y = np.clip((x - 23.5 - 48 * shift) / zoom + 23.5, 0, 47), np.clip((y - 10.8) / zoom + 10.8, 0, 23)
     x0, y0 = np.minimum(x.astype(int), 46), np.minimum(y.astype(int), 22)

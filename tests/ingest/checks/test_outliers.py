@@ -1,4 +1,4 @@
-"""One odd picture among ordinary ones is named, ordinary ones are not; and classes that are distributed differently."""
+"""Outliers are reported, ordinary images are not; and splits with different class distributions."""
 
 from dataclasses import replace
 from pathlib import Path

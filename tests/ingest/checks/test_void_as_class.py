@@ -1,4 +1,4 @@
-"""0 where no class can be is told; roads, skies and bonnets as they are, are not."""
+"""0 in impossible places is reported; real roads, skies and hoods are not."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def label_set(first: str, void: int = 255) -> LabelSet:
 
 
 def scene(seed: int, first: str) -> np.ndarray:
-    """uint8 [16, 32] train ids: a wedge of road in the lower half or of sky in the upper, and some void."""
+    """uint8 [16, 32] train ids: a wedge of road below or of sky above, and some void."""
     rng = np.random.default_rng(seed)
     row, column = np.mgrid[0:16, 0:32]
     depth = row - rng.integers(7, 10) if first == "road" else rng.integers(5, 8) - row
@@ -60,7 +60,7 @@ def test_padding_is_reported(side, at, first):
     assert message.startswith(
         f"{first}, whose value in the masks is 0, lies along the {side} edge of all 20 labels of val"
     )
-    assert judge(scenes[:7], first) == []  # of a few labels it may be chance
+    assert judge(scenes[:7], first) == []  # with few labels it may be a coincidence
     scenes[3][at] = 1
     assert judge(scenes, first) == []
 
@@ -70,10 +70,10 @@ def test_void_written_as_0_is_found_in_impossible_places(first, zone):
     scenes = [np.where(s == IGNORE, 0, s) for s in (scene(i, first) for i in range(20))]
     (message,) = judge(scenes, first)
     assert "without void" in message and f"at the {zone} of the picture" in message
-    assert judge(scenes, "building") == []  # which may be anywhere
+    assert judge(scenes, "building") == []  # may be anywhere
     with_void = [s.copy() for s in scenes]
     for s in with_void:
-        s[8, 8] = IGNORE  # so void is written as void
+        s[8, 8] = IGNORE  # void is stored as void
     assert judge(with_void, first) == []
 
 
@@ -82,7 +82,7 @@ def test_only_if_0_is_a_learned_class():
     for s in scenes:
         s[:1] = 0
     assert judge(scenes, "road", MaskForm("ids", CITYSCAPES)) == []
-    assert judge(scenes, "road", MaskForm("ids", label_set("road", void=0))) != []  # the class comes first
+    assert judge(scenes, "road", MaskForm("ids", label_set("road", void=0))) != []  # the class takes precedence
     assert judge(scenes, "road", MaskForm("polygons", label_set("road"), background=255)) == []
     assert judge(scenes, "road", MaskForm("polygons", label_set("road"), background=0)) != []
-    assert judge(scenes, "road", MaskForm("colors", label_set("road"))) == []  # black is no class
+    assert judge(scenes, "road", MaskForm("colors", label_set("road"))) == []  # black is not a class

@@ -1,4 +1,4 @@
-"""The official Cityscapes downloader against a server on this machine, and zips that mean no good."""
+"""The official Cityscapes downloader with a local server, and unsafe zips."""
 
 import errno
 import hashlib
@@ -44,11 +44,11 @@ def zipped(path: Path, files: Files, also: Callable[[zipfile.ZipFile], None] = l
 
 @dataclass
 class Server:
-    """What the site offers, how it misbehaves, and what was asked of it."""
+    """A fake site: its packages, its faults, and the requests it got."""
 
     packages: dict[str, bytes]
     port: int = 0
-    cut: list[int] = field(default_factory=list)  # bytes after which the next answers break off
+    cut: list[int] = field(default_factory=list)  # bytes after which the next responses are cut off
     ranges: bool = True
     status: int = 200  # of downloads
     md5: str = ""
@@ -99,7 +99,7 @@ def handler(server: Server) -> type[BaseHTTPRequestHandler]:
 
 
 class Rerouted(requests.Session):
-    """Asks this machine for what is asked of the site."""
+    """Redirect requests for the site to the local server."""
 
     def __init__(self, port: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Rerouted(requests.Session):
 
 @pytest.fixture(autouse=True)
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits for whatever else this machine is writing."""
+    """Skip os.sync, which waits for all other writes of the machine."""
     monkeypatch.setattr(unpack.os, "sync", lambda: None)  # type: ignore[attr-defined]
 
 
@@ -231,7 +231,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "expected"),
     [
         (requests.ConnectionError("password=secret"), r"ConnectionError"),
         (requests.Timeout("secret"), "cannot be reached (Timeout)"),
@@ -240,11 +240,11 @@ def raising(error: BaseException) -> Callable[[], None]:
         (Exception("secret"), "the login failed (Exception)"),
     ],
 )
-def test_a_failed_login_is_reported_without_credentials(server, tmp_path, monkeypatch, error, says):
+def test_a_failed_login_is_reported_without_credentials(server, tmp_path, monkeypatch, error, expected):
     monkeypatch.setattr(downloader, "login", raising(error))
     with pytest.raises(RoadsegError) as caught:
         download_cityscapes(tmp_path, [IMAGES_ZIP])
-    assert says in caught.value.found and "secret" not in str(caught.value) and caught.value.__suppress_context__
+    assert expected in caught.value.found and "secret" not in str(caught.value) and caught.value.__suppress_context__
 
 
 def test_a_missing_extra_is_reported(tmp_path, monkeypatch):
@@ -312,13 +312,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_unsafe_zips_are_refused_before_writing(tmp_path, name):
-    info, says = HOSTILE[name]
+    info, expected = HOSTILE[name]
     path, root = tmp_path / "a.zip", tmp_path / "root"
     root.mkdir()
     zipped(path, LABELS, lambda z: z.writestr(info, b"bad"))
     with pytest.raises(RoadsegError) as e:
         unpack.unpack(path, root, TREES)
-    assert e.value.where == str(path) and says in e.value.found
+    assert e.value.where == str(path) and expected in e.value.found
     assert list(root.iterdir()) == [] and sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "root"]
 
 

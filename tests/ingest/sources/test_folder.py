@@ -1,4 +1,4 @@
-"""The folder source: every form of masks from a few lines of YAML, and what is said of wrong ones."""
+"""The folder source: every form of masks from a short YAML, and errors in the YAML."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def write(path: Path, data: bytes | np.ndarray) -> None:
 
 
 def learned(root: Path, description: Description) -> dict[str, np.ndarray]:
-    """Train ids by pair, as every later stage reads them."""
+    """Train ids by pair name, as later stages read them."""
     pairs, findings = folder.pairs(root, description)
     assert findings == []
     form = description.form
@@ -157,15 +157,16 @@ def test_unmatched_coco_images_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "says"), [(None, "No such file"), (b"{", "cut off"), (b" " * 5000, "5,000 bytes; expected at most 4,000")]
+    ("data", "expected"),
+    [(None, "No such file"), (b"{", "cut off"), (b" " * 5000, "5,000 bytes; expected at most 4,000")],
 )
-def test_an_unreadable_coco_file_is_a_finding(tmp_path, data, says):
+def test_an_unreadable_coco_file_is_a_finding(tmp_path, data, expected):
     write(tmp_path / "images/a.jpg", PICTURE)
     if data is not None:
         write(tmp_path / "coco/train.json", data)
     pairs, findings = folder.pairs(tmp_path, described(tmp_path, COCO), Limits(max_bytes=4000))
     assert pairs == [] and [(f.code, f.severity, f.split) for f in findings] == [("unreadable-label", "error", "train")]
-    assert findings[0].files[0].startswith("coco/train.json: ") and says in findings[0].files[0]
+    assert findings[0].files[0].startswith("coco/train.json: ") and expected in findings[0].files[0]
 
 
 def test_the_background_is_void_by_default(tmp_path):
@@ -237,7 +238,7 @@ splits: {train: {images: "a\\nb", labels: m}, val: {images: i, annotations: a.js
 """
     with pytest.raises(ConfigError) as caught:
         described(tmp_path, text)
-    for said in (
+    for text in (
         "classes.0.cityscapes: is the text 'raod', not a train class of Cityscapes; perhaps you meant road",
         "classes.1.cityscapes: is a list",
         "classes.2.color: is '#01020'; expected [red, green, blue] in 0..255, or '#rrggbb'",
@@ -248,7 +249,7 @@ splits: {train: {images: "a\\nb", labels: m}, val: {images: i, annotations: a.js
         "splits.val.annotations: unknown key",
         "splits.val.labels: is empty; expected a folder",
     ):
-        assert said in str(caught.value)
+        assert text in str(caught.value)
 
 
 def test_a_coco_split_names_a_json_file_below_the_root(tmp_path):
@@ -352,5 +353,5 @@ BOMB = "x: &a0 [z, z, z]\n" + "".join(f"x{i}: &a{i + 1} [{f'*a{i}, ' * 4}]\n" fo
 def test_values_are_printed_short_and_printable(tmp_path, text):
     with pytest.raises(ConfigError) as caught:
         described(tmp_path, text)
-    said = str(caught.value)
-    assert len(said) < 3000 and said.encode() and said.replace("\n", "").isprintable()
+    text = str(caught.value)
+    assert len(text) < 3000 and text.encode() and text.replace("\n", "").isprintable()

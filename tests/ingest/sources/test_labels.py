@@ -1,4 +1,4 @@
-"""The sources' label sets: how many classes, which are void, and what they count as among the 19 of Cityscapes."""
+"""The sources' label sets: number of classes, void, and the mapping to the 19 of Cityscapes."""
 
 import re
 from pathlib import Path
@@ -59,7 +59,7 @@ def counts_as(labels: LabelSet, name: str) -> str:
 @pytest.mark.parametrize(
     ("labels", "name", "expected"),
     [
-        (mapillary.LABEL_SET, "Person Group", "person"),  # not learned by itself, yet a person
+        (mapillary.LABEL_SET, "Person Group", "person"),  # not learned natively, but a person
         (mapillary.LABEL_SET, "Lane Marking - Stop Line", "road"),
         (mapillary.LABEL_SET, "Traffic Sign (Back)", ""),
         (mapillary.LABEL_SET_V1_2, "On Rails", "train"),
@@ -84,9 +84,9 @@ def test_mapillarys_tables_agree_where_both_have_a_class():
     old = {c.name: c for c in mapillary.LABEL_SET_V1_2.classes}
     new = {c.name: c for c in mapillary.LABEL_SET.classes}
     shared = old.keys() & new.keys()
-    assert old.keys() - shared == {"Lane Marking - General", "Billboard", "Traffic Light"}  # told apart further in 2.0
+    assert old.keys() - shared == {"Lane Marking - General", "Billboard", "Traffic Light"}  # split further in 2.0
     differ = {n for n in shared if (old[n].color, old[n].category) != (new[n].color, new[n].category)}
-    assert differ == {"Lane Marking - Crosswalk"}  # repainted in 2.0
+    assert differ == {"Lane Marking - Crosswalk"}  # new color in 2.0
     assert all(old[n].cityscapes == new[n].cityscapes for n in shared)
     assert [new[n].id for n in ("Bird", "Road", "Traffic Cone", "Truck", "Unlabeled")] == [0, 21, 89, 114, 123]
     assert [old[n].id for n in ("Bird", "Road", "Traffic Light", "Unlabeled")] == [0, 13, 48, 65]

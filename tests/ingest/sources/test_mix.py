@@ -1,4 +1,4 @@
-"""Several sources in one data set: one taxonomy, one root, each part's masks in their own form."""
+"""A mix of sources: one taxonomy, one root, each part with its own form of masks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(path: Path, pixels: np.ndarray) -> None:
 
 
 def regions(values: tuple, seed: int) -> np.ndarray:
-    """[H, W] or [H, W, 3]: three bands at heights of their own, in the given ids or colours."""
+    """[H, W] or [H, W, 3]: three bands of random heights in the given ids or colors."""
     a, b = sorted(np.random.default_rng(seed).choice(np.arange(8, 40), 2, replace=False))
     which = np.repeat((np.arange(HEIGHT) >= a).astype(int) + (np.arange(HEIGHT) >= b), WIDTH).reshape(HEIGHT, WIDTH)
     return np.array(values, np.uint8)[which]
@@ -87,7 +87,7 @@ def test_parts_map_to_the_nineteen_classes(mix: Data, tmp_path: Path) -> None:
     assert {s.part for s in manifest.split("val")} == {"cs"}
     for sample, top in ((manifest.split("train")[0], SKY), (manifest.split("train")[-1], 255)):
         _, label = read_frame(root, sample, manifest.forms[sample.part], Limits())
-        assert label[0, 0] == top and label[-1, 0] == ROAD and CAR in label  # a drone is nothing of Cityscapes
+        assert label[0, 0] == top and label[-1, 0] == ROAD and CAR in label  # a drone is not a Cityscapes class
         assert sample.histogram[ROAD] == int((label == ROAD).sum())
 
 

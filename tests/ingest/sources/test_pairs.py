@@ -1,4 +1,4 @@
-"""Pairs by name: what has no partner, what has several, and names that only look different."""
+"""Pairing by name: unpaired files, ambiguous names, and names that differ only in case."""
 
 from hypothesis import given
 from hypothesis import strategies as st

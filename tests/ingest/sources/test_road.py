@@ -1,4 +1,4 @@
-"""CamVid in 32 colours, BDD100K, Mapillary Vistas, KITTI and comma10k."""
+"""CamVid in 32 colors, BDD100K, Mapillary Vistas, KITTI and comma10k."""
 
 import os
 from collections import Counter

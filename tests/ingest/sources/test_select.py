@@ -186,7 +186,7 @@ terms: [1]
 """
     with pytest.raises(ConfigError) as caught:
         described(tmp_path, text)
-    for said in (
+    for text in (
         "nam: unknown key; perhaps you meant name",
         "classes.0.id: is 700; expected a whole number in 0..255",
         "classes.0.color: is [300, 0, 0]",
@@ -207,20 +207,20 @@ terms: [1]
         "sequence: not a regular expression",
         "terms: is a list; expected text",
     ):
-        assert said in str(caught.value)
+        assert text in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("train_ids", "says"),
+    ("train_ids", "expected"),
     [((0, None), "not car; expected all or none"), ((0, 2), "[0, 2]; expected 0..n-1"), ((255, 0), "1 to learn")],
 )
-def test_folder_train_ids_have_no_gaps(tmp_path, train_ids, says):
+def test_folder_train_ids_have_no_gaps(tmp_path, train_ids, expected):
     text = YAML
     for name, train_id in zip(("road", "car"), train_ids, strict=True):
         text = text if train_id is None else text.replace(f"name: {name}", f"name: {name}, train_id: {train_id}")
     with pytest.raises(ConfigError) as e:
         described(tmp_path, text)
-    assert says in e.value.found
+    assert expected in e.value.found
 
 
 def test_folder_classes_may_share_a_train_id(tmp_path):
