@@ -1,4 +1,4 @@
-"""The pinhole camera of a scene: metres to pixels and, on the ground plane, back.
+"""The pinhole camera of a scene: meters to pixels and, on the ground plane, back.
 
 World: x right, y up, z forward, in metres; the ground is y = 0. Pixels: u right, v down, the
 center of the first pixel at (0, 0), as in OpenCV. `depth` is the distance along the optical axis.

@@ -1,4 +1,4 @@
-"""A frame being painted, far to near: every shape goes to the picture and to the object map alike.
+"""Paint shapes far to near, each into the image and into the object map.
 
 The picture gets anti-aliased edges, the map crisp ones, from the same polygon in 1/16 pixels; so
 image and labels agree to a pixel. Labels, instances and outlines are read off the map at the end.

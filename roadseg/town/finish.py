@@ -1,4 +1,4 @@
-"""From the painted scene to the photograph: haze, lamps, rain, lens and sensor."""
+"""Simulate haze, lamps, rain, lens and sensor on the painted scene."""
 
 from __future__ import annotations
 

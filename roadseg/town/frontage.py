@@ -1,4 +1,4 @@
-"""What lines the street: buildings, walls, fences, hedges, trees, and the skyline behind it all."""
+"""Paint what lines the street: buildings, walls, fences, hedges, trees, and the skyline."""
 
 from __future__ import annotations
 

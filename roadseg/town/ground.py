@@ -1,4 +1,4 @@
-"""The ground plane: road, sidewalks, terrain, what is painted on them, their texture and the shadows."""
+"""Paint the ground plane: road, sidewalks, terrain, markings, texture and shadows."""
 
 from __future__ import annotations
 

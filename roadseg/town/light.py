@@ -1,4 +1,4 @@
-"""The light of a scene: sun, sky light, haze and exposure, and what weather makes of them."""
+"""The light of a scene by weather: sun, sky light, haze and exposure."""
 
 from __future__ import annotations
 

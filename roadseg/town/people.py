@@ -1,4 +1,4 @@
-"""People, bicycles and motorcycles, made of rounded rods; riders are objects of their own.
+"""People, bicycles and motorcycles made of rounded rods; riders are separate objects.
 
 Axes of a figure: x right, y up, z where it faces; origin on the ground below it.
 """

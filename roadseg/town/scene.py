@@ -1,4 +1,4 @@
-"""What stands where: a scene is a street, a camera place and a list of items, drawn from (seed, index).
+"""Sample a scene from (seed, index): a street, a camera position and a list of items.
 
 Rare classes are scheduled by index, so that any twelve scenes in a row show all nineteen classes:
 a large vehicle or riders come first in a lane near the camera, in turn, and so do signs, lights,

@@ -1,4 +1,4 @@
-"""The street a scene lies on: its course, its cross-section and its lanes.
+"""The street of a scene: its course, cross-section and lanes.
 
 Places are given as (lateral, along): metres to the right of the camera's lane centre, and metres ahead.
 """

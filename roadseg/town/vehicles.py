@@ -1,4 +1,4 @@
-"""Cars, trucks, buses and trams: a few meshes of each, scaled and painted anew every time."""
+"""Cars, trucks, buses and trams: a few meshes of each, scaled and painted per item."""
 
 from __future__ import annotations
 

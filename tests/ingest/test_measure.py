@@ -15,7 +15,8 @@ from PIL import Image
 
 from roadseg.data.masks.form import MaskForm
 from roadseg.images.decode import Limits, encode_jpeg, encode_label_png
-from roadseg.ingest.measure import MAX_IDS, MeasuredPair, Task, count_ids, measure_pair, measure_pairs
+from roadseg.ingest.count_ids import count_ids
+from roadseg.ingest.measure import MAX_IDS, MeasuredPair, Task, measure_pair, measure_pairs
 from roadseg.ingest.sources.pairs import Pair
 from roadseg.labels import CITYSCAPES, IGNORE, LabelClass, LabelSet
 from tests.ingest.images import HEIGHT, WIDTH, encode, scene

@@ -10,7 +10,7 @@ from roadseg.data.masks.form import MaskForm
 from roadseg.ingest.checks.findings import Finding
 from roadseg.ingest.measure import MeasuredPair
 from roadseg.ingest.report.thumbnails import ThumbnailFile
-from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES
+from roadseg.ingest.sources.pairs import IMAGE_SUFFIXES
 
 _MAX_FRAMES_ERROR, _MAX_FRAMES_WARNING = 6, 3  # frames
 _MAX_FRAMES = 48
@@ -113,7 +113,7 @@ def _frames(f: Finding, entry: str, by_path: Mapping[str, MeasuredPair], forms: 
     for path in paths:
         part = path.partition("/")[0]
         part = part if part in forms else ""
-        if path.lower().endswith(PICTURE_SUFFIXES):
+        if path.lower().endswith(IMAGE_SUFFIXES):
             is_label = f.code == "missing-image" and part in forms
             image, label = ("", path) if is_label else (path, "")
             frames.append(Frame(path.rpartition("/")[2], image, label, part, note))

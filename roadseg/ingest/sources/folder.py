@@ -1,4 +1,6 @@
-"""Source `folder`: any folders of images and masks, described by a short YAML file:
+"""Source `folder`: any folders of images and masks, described by a short YAML file.
+
+An example:
 
     name: my-roads
     classes:
@@ -43,13 +45,13 @@ from roadseg.ingest.sources.folder_classes import (
     void_background,
 )
 from roadseg.ingest.sources.pairs import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     Pair,
     by_key,
     empty_split,
+    list_files,
     match,
     missing_data_error,
-    pictures,
     unusable_names,
 )
 from roadseg.labels import LabelClass, LabelSet
@@ -97,7 +99,7 @@ def pairs(root: Path, description: Description, limits: Limits = _LIMITS) -> tup
     found = []
     findings = [_absent(split, images) for split, images, _ in description.folders if not (root / images).is_dir()]
     for split, image_folder, labels_at in present:
-        image_paths, bad = pictures(root, image_folder)
+        image_paths, bad = list_files(root, image_folder)
         findings += unusable_names(split, bad)
         images = by_key(image_paths, _key(image_folder, description.image_suffix))
         if not images:
@@ -121,8 +123,8 @@ def _absent(split: str, images: str) -> Finding:
 def _file_pairs(
     root: Path, split: str, images: dict[str, list[str]], folder: str, description: Description
 ) -> tuple[list[tuple[str, str, str]], list[Finding]]:
-    endings = (".json",) if description.masks == "polygons" else PICTURE_SUFFIXES
-    paths, bad = pictures(root, folder, endings)
+    endings = (".json",) if description.masks == "polygons" else IMAGE_SUFFIXES
+    paths, bad = list_files(root, folder, endings)
     labels = by_key(paths, _key(folder, description.label_suffix))
     matched, wrong = match(split, images, labels)
     if paths and not labels:

@@ -21,7 +21,7 @@ from pathlib import Path
 from roadseg.data.masks.form import Kind, MaskForm
 from roadseg.ingest.checks.findings import Finding
 from roadseg.ingest.sources.cityscapes import train_id_set
-from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES, Pair, missing_data_error, pictures
+from roadseg.ingest.sources.pairs import IMAGE_SUFFIXES, Pair, list_files, missing_data_error
 from roadseg.ingest.sources.splits import Folders, gather, pair_up
 from roadseg.labels import IGNORE, LabelClass, LabelSet
 
@@ -102,10 +102,10 @@ class _Labels:
 
 
 _KINDS = (
-    _Labels("_gtFine_labelids", PICTURE_SUFFIXES, MaskForm("ids", LABEL_SET)),
-    _Labels("_gtFine_labellevel3Ids", PICTURE_SUFFIXES, MaskForm("ids", LEVEL3)),
+    _Labels("_gtFine_labelids", IMAGE_SUFFIXES, MaskForm("ids", LABEL_SET)),
+    _Labels("_gtFine_labellevel3Ids", IMAGE_SUFFIXES, MaskForm("ids", LEVEL3)),
     _Labels("_gtFine_polygons", (".json",), MaskForm(FORM_KIND, LABEL_SET, BACKGROUND)),
-    _Labels("_gtFine_labelcsTrainIds", PICTURE_SUFFIXES, MaskForm("ids", TRAIN_IDS)),
+    _Labels("_gtFine_labelcsTrainIds", IMAGE_SUFFIXES, MaskForm("ids", TRAIN_IDS)),
 )
 
 
@@ -152,7 +152,7 @@ def _trees(root: Path) -> list[str]:
 
 
 def _kind(root: Path, trees: list[str]) -> _Labels:
-    paths = [path for t in trees for path in pictures(root, f"{t}gtFine", (*PICTURE_SUFFIXES, ".json"))[0]]
+    paths = [path for t in trees for path in list_files(root, f"{t}gtFine", (*IMAGE_SUFFIXES, ".json"))[0]]
     stems = [path.rpartition(".")[0].lower() for path in paths]
     counts = {kind: sum(stem.endswith(kind.suffix.lower()) for stem in stems) for kind in _KINDS}
     return max(_KINDS, key=lambda kind: counts[kind]) if any(counts.values()) else _KINDS[2]

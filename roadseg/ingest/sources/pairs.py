@@ -12,7 +12,7 @@ from roadseg.errors import DataError
 from roadseg.ingest.checks.findings import Finding, plural
 
 # Files with these extensions are read; the format is detected from the content.
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def split_order(splits: Iterable[str]) -> list[str]:
     return sorted(set(splits), key=lambda s: (first.get(s, 3), s))
 
 
-def pictures(root: Path, folder: str, endings: tuple[str, ...] = PICTURE_SUFFIXES) -> tuple[list[str], list[str]]:
-    """Sorted posix paths of the images below root/folder, relative to `root`; and names that cannot be used.
+def list_files(root: Path, folder: str, endings: tuple[str, ...] = IMAGE_SUFFIXES) -> tuple[list[str], list[str]]:
+    """Sorted posix paths of the files with these endings below root/folder, relative to `root`; and unusable names.
 
     Follows links to folders, but visits each folder once. Skips hidden files. Raises DataError for a folder that
     cannot be listed.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from roadseg.ingest.checks.findings import Finding, plural
-from roadseg.ingest.sources.pairs import PICTURE_SUFFIXES, Pair, by_key, empty_split, match, pictures, unusable_names
+from roadseg.ingest.sources.pairs import IMAGE_SUFFIXES, Pair, by_key, empty_split, list_files, match, unusable_names
 
 Paths = dict[str, list[str]]
 
@@ -25,7 +25,7 @@ class Folders:
     image_suffix: str = ""
     label_suffix: str = ""
     instance_suffix: str = ""
-    label_endings: tuple[str, ...] = PICTURE_SUFFIXES
+    label_endings: tuple[str, ...] = IMAGE_SUFFIXES
     prefix: str = ""
 
 
@@ -56,8 +56,8 @@ def gather(root: Path, folders: Sequence[Folders]) -> Files:
     """The files of all `folders`, by prefix + path below the folder without suffix and extension."""
     files, unusable = Files(), []
     for f in folders:
-        image_paths, bad_images = pictures(root, f.images)
-        label_paths, bad_labels = pictures(root, f.labels, f.label_endings) if f.labels else ([], [])
+        image_paths, bad_images = list_files(root, f.images)
+        label_paths, bad_labels = list_files(root, f.labels, f.label_endings) if f.labels else ([], [])
         unusable += bad_images + bad_labels
         _add(files.images, image_paths, _named(f.images, f.image_suffix, f.prefix))
         _add(files.labels, label_paths, _named(f.labels, f.label_suffix, f.prefix))
