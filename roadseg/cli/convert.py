@@ -10,7 +10,9 @@ from roadseg.config.sections import Config
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.pth", help="a torch checkpoint; only its tensors are read")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="a file that is not there")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.safetensors", help="file to write; must not exist yet"
+    )
 
 
 def convert(a: argparse.Namespace, config: Config) -> int:

@@ -17,24 +17,30 @@ PAGE = "label_errors.html"
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", choices=("diff", "errors"), help="diff A B: how far B is from A; errors: doubted labels"
+        "what",
+        choices=("diff", "errors"),
+        help="diff A B: how B differs from A; errors: labels that are probably wrong",
     )
-    parser.add_argument("sides", nargs="*", metavar="A B", help="a config's YAML, perhaps with :SPLIT, or a release")
-    parser.add_argument("--release", metavar="R", help="which one looks; default: the one compared, or champion")
-    parser.add_argument("--most", type=int, default=50, metavar="N", help="errors: list at most so many labels")
-    parser.add_argument("--name", default="default", help="errors: the page lies in WORKSPACE/runs/NAME")
+    parser.add_argument("sides", nargs="*", metavar="A B", help="config.yaml, config.yaml:SPLIT, or a release")
+    parser.add_argument(
+        "--release", metavar="R", help="release that predicts; default: the one compared, else champion"
+    )
+    parser.add_argument("--most", type=int, default=50, metavar="N", help="errors: list at most N labels")
+    parser.add_argument("--name", default="default", help="errors: write the page to WORKSPACE/runs/NAME")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def data(a: argparse.Namespace, config: Config) -> int:
     if a.what == "diff":
         if len(a.sides) != 2:
-            raise UsageError(f"{len(a.sides)} of A and B", expected="two: roadseg data diff A B")
+            raise UsageError(f"{len(a.sides)} data sets to compare", expected="two: roadseg data diff A B")
         return _diff(a, config)
     if a.most < 1:
         raise UsageError(f"--most {a.most}", expected="1 or more")
     if a.sides:
-        raise UsageError(f"{a.sides[0]!r}", expected="the data set in --config, the split in --data.split")
+        raise UsageError(
+            f"unexpected argument {a.sides[0]!r}", expected="the data set in --config, the split in --data.split"
+        )
     return _errors(a, config)
 
 
@@ -72,11 +78,11 @@ def _errors(a: argparse.Namespace, config: Config) -> int:
     elif suspects:
         print(table(suspects))
     else:
-        print(f"no label of {config.data.split} is doubted")
+        print(f"no suspect label in {config.data.split}")
     if not a.json:
         print(f"{'page':<9} {folder / PAGE}")
     if trained["data_fingerprints"].get("train") == manifest.fingerprint(config.data.split):
         log.warning(
-            "the release was trained on these labels, so it doubts few of them; look at a split that it never saw"
+            "the release was trained on these labels, so few look wrong to it; use a split it was not trained on"
         )
     return 0

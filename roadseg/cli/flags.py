@@ -23,12 +23,12 @@ def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description:
     Wrong values of file and flags are reported together. `--help` prints every flag with the
     file's values as defaults, and exits.
     """
-    import tyro  # 0.2 s that a server need not spend
+    import tyro  # takes 0.2 s to import, which a server does not need
 
     raw = read_yaml(path) if path else {}
     base = _valid_part(raw)
     rules = tyro.constructors.ConstructorRegistry()
-    rules.primitive_rule(_unjudged)
+    rules.primitive_rule(_parse_leniently)
     parsed = tyro.cli(
         _mirror(Config),
         args=list(flags),
@@ -38,13 +38,13 @@ def parse_flags(path: Path | None, flags: Sequence[str], prog: str, description:
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         registry=rules,
     )
-    given = [flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
-    where = " and ".join([str(path)] * bool(path) + ["the flags"] * bool(given)) or "the flags"
-    return validated(merge(raw, _picked(dataclasses.asdict(parsed), given)), where)
+    set_keys = [flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+    where = " and ".join([str(path)] * bool(path) + ["the flags"] * bool(set_keys)) or "the flags"
+    return validated(merge(raw, _select(dataclasses.asdict(parsed), set_keys)), where)
 
 
-def _unjudged(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """A number, true or false or one of a few choices; what is none stays a word, for pydantic to judge as in YAML."""
+def _parse_leniently(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Parse numbers, booleans and choices; keep an invalid word as text, so that pydantic reports it as for YAML."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     origin: object = info.type_origin
@@ -69,19 +69,19 @@ def _unjudged(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def unknown_flag(words: list[str], command: str) -> UsageError:
-    """The error for what `command` does not know: it may be a config key without its section."""
+    """The error for an unknown argument of `command`; suggests the section of a config key given without one."""
     flag = words[0].split("=")[0]
     near = near_key(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else ""
     flags = " or ".join(f"--{key.replace('_', '-')}" for key in near.split(" or ") if "." in key)
     return UsageError(
         f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}"
         + (f", perhaps you meant {flags}" if flags else ""),
-        todo=f"{command} --help lists them all",
+        todo=f"{command} --help lists every flag",
     )
 
 
 def _valid_part(raw: dict[str, Any]) -> Config:
-    """The config with every wrong value of `raw` left at its default, for the flags to build on."""
+    """The config of `raw` with defaults in place of invalid values; the flags' defaults come from it."""
     for _ in range(100):
         try:
             return Config.model_validate(raw)
@@ -105,7 +105,7 @@ _mirrors: dict[type[BaseModel], type] = {}
 
 
 def _mirror(model: type[BaseModel]) -> type:
-    """A plain dataclass with the model's fields and no checks: tyro parses, pydantic judges."""
+    """A plain dataclass with the model's fields and no constraints: tyro parses, pydantic validates."""
     import tyro
 
     if model not in _mirrors:
@@ -113,10 +113,10 @@ def _mirror(model: type[BaseModel]) -> type:
         for name, field in model.model_fields.items():
             kind: Any = field.annotation
             if get_origin(kind) is dict or any(_is_section(part) for part in get_args(kind)):
-                continue  # sections by name, and lists of them, are for YAML
+                continue  # dicts and lists of sections can be set in YAML only
             if _is_section(kind):
                 kind = _mirror(kind)
-            elif get_origin(kind) in (UnionType, Union):  # without the checks, which tyro would show
+            elif get_origin(kind) in (UnionType, Union):  # drop pydantic's constraints, which tyro would print
                 parts = (get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(kind))
                 kind = Union[tuple(parts)]  # noqa: UP007
             fields.append((name, Annotated[kind, tyro.conf.arg(help=field.description)]))
@@ -135,8 +135,8 @@ def _as_mirror(section: BaseModel) -> Any:
     return _mirror(type(section))(**{n: _as_mirror(v) if isinstance(v, BaseModel) else v for n, v in pairs})
 
 
-def _picked(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The nested values at these dotted keys, and nothing else."""
+def _select(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The nested values at these dotted keys only."""
     out: dict[str, Any] = {}
     for key in keys:
         *sections, name = key.split(".")

@@ -14,15 +14,24 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vary", action="append", default=[], metavar="KEY=V,V", help="a config key and its values as YAML; repeatable"
     )
-    parser.add_argument("--seeds", default="", metavar="N|S,S", help="so many seeds from training.seed on, or these")
-    parser.add_argument("--one-factor", action="store_true", help="the base and each value alone, not the full grid")
+    parser.add_argument(
+        "--seeds", default="", metavar="N|S,S", help="N seeds counting up from training.seed, or a list of seeds"
+    )
+    parser.add_argument(
+        "--one-factor", action="store_true", help="vary one key at a time from the base config, not the full grid"
+    )
     parser.add_argument("--name", default="sweep", help="WORKSPACE/sweeps/NAME, and runs NAME-001 ...")
     parser.add_argument("--until", choices=("train", "evaluate"), default="evaluate", help="the last stage of each run")
     parser.add_argument(
-        "--by", default="", metavar="SPLIT", help="whose mIoU compares; default holdout if there is one, or data.split"
+        "--by",
+        default="",
+        metavar="SPLIT",
+        help="split whose mIoU ranks the settings; default: holdout if there is one, else data.split",
     )
-    parser.add_argument("--yes", action="store_true", help=f"more than {MOST_RUNS} runs are meant")
-    parser.add_argument("--no-wait", action="store_true", help="exit 5 if another run makes what is needed")
+    parser.add_argument("--yes", action="store_true", help=f"start more than {MOST_RUNS} runs without asking")
+    parser.add_argument(
+        "--no-wait", action="store_true", help="exit 5 instead of waiting while another run makes the same output"
+    )
 
 
 def sweep(a: argparse.Namespace, config: Config) -> int:

@@ -86,7 +86,7 @@ def test_an_unknown_command_names_the_nearest(roadseg_) -> None:
         (["run", "--training.batch-size", "0"], ["training.batch_size", "greater than 0 (found 0)"]),
         (["run", "--config", "absent.yaml"], ["absent.yaml", "no such file"]),
         (["train", "--steps", "20"], ["unknown flag --steps, perhaps you meant --training.steps"]),
-        (["train", "--xyzzy"], ["roadseg train: unknown flag --xyzzy; roadseg train --help lists them all"]),
+        (["train", "--xyzzy"], ["roadseg train: unknown flag --xyzzy; roadseg train --help lists every flag"]),
         (["run", "--name", "../else"], ["'../else'", "--name"]),
         (["predict", "x.png"], ["--out"]),
         (["predict", "--out", "o"], ["INPUT"]),
@@ -120,7 +120,7 @@ def test_an_unknown_key_of_the_file_is_named_with_its_path(roadseg_, tmp_path: P
 def test_every_command_has_help(roadseg_, name: str) -> None:
     said = roadseg_(name, "--help")
     assert said.code == 0 and "--workspace" in said.out and "--training.learning-rate" in said.out
-    assert COMMANDS[name].about.replace("...", "all that comes before,") in said.out
+    assert COMMANDS[name].about.replace("...", "all stages before,") in said.out
 
 
 def test_help_shows_the_file_s_values_as_defaults(roadseg_) -> None:
@@ -197,7 +197,7 @@ def test_a_fault_of_ours_is_said_to_be_one(roadseg_, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("roadseg.pipeline.run.run", broken)
     said = roadseg_("run", "--config", MICRO)
-    assert said.code == 1 and "unexpected ZeroDivisionError: oops; this is a fault of roadseg" in one_line(said.err)
+    assert said.code == 1 and "unexpected ZeroDivisionError: oops; this is a bug in roadseg" in one_line(said.err)
     monkeypatch.setenv("ROADSEG_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         roadseg_("run", "--config", MICRO)
