@@ -92,7 +92,7 @@ def _release(a: argparse.Namespace, config: Config) -> Release | None:
 
 
 def _size(given: str | None, config: Config, release: Release | None) -> tuple[tuple[int, int], str]:
-    """Height and width, and what says so: --size, else the last crops of the release's or the config's training."""
+    """Height and width, and their origin: --size, or the last crop size of the release's or the config's training."""
     if given is not None:
         return _parsed(given, config.data.max_image_pixels), "--size"
     own = release.model.get("config", {}).get("training", {}) if release else {}
@@ -155,7 +155,7 @@ def _phases(t: Training, output_stride: int | None) -> list[tuple[tuple[int, int
 def _costliest(
     network: DeepLabV3Plus, phases: list[tuple[tuple[int, int], int | None]], t: Training, bf16: bool
 ) -> tuple[DeepLabV3Plus, tuple[int, int, int]]:
-    """The network and the crops, BHW, of the phase whose training step keeps the most."""
+    """The network and the crops, BHW, of the phase whose training step needs the most memory."""
     from roadseg.model.surgery import set_output_stride
     from roadseg.profile.cost import saved_by_part
 

@@ -255,10 +255,10 @@ _WANTED = {
 
 
 def describe(error: ValidationError, where: str) -> str:
-    """One line an error: the key's path, what was found, what was expected, a near name if unknown."""
+    """One line per error: the key's path, the value found, what was expected, a similar key if it is unknown."""
     lines = []
     errors = error.errors()
-    # Of a tuple that is too short every lacking place is an error; the last tells how many values are wanted.
+    # pydantic reports every missing element of a short tuple; the last one shows how many values are expected.
     short = {e["loc"][:-1]: e["loc"][-1] for e in errors if e["type"] == "missing" and isinstance(e["loc"][-1], int)}
     for e in errors:
         *parents, last = e["loc"]

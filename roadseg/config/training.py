@@ -199,7 +199,7 @@ class Training(Section):
     @model_validator(mode="before")
     @classmethod
     def _by_suffix(cls, values: Any) -> Any:
-        """A training can start from a checkpoint too, and who has one need not know under which key."""
+        """Accept a checkpoint as init_from too, so that users need not know which key it belongs to."""
         if not isinstance(values, dict) or values.get("weights_from"):
             return values
         given = str(values.get("init_from"))

@@ -16,7 +16,7 @@ _BROKEN = (ValueError, LookupError, AttributeError, OverflowError, RecursionErro
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Looks at keys before merges (`<<`) are resolved, which may well give a key that stands beside them."""
+        """Check for duplicate keys before merges (`<<`) are resolved, as a merge may repeat a key on purpose."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:

@@ -127,7 +127,7 @@ def _tiles(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _facts(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of what was scored and on what."""
+    """(name, value) rows: the release and the data that were scored."""
     names = {
         "release": "Release",
         "data_fingerprint": "Data fingerprint",

@@ -72,7 +72,7 @@ def _scores(checks: Rows) -> list[charts.Line]:
 
 
 def _gone_on(timing: Rows) -> list[Mapping[str, Any]]:
-    """Without the rows of a run that was killed and whose steps were taken again."""
+    """Drop the rows of steps that a killed run had taken and its successor took again."""
     kept: list[Mapping[str, Any]] = []
     for row in reversed(timing):
         if not kept or row["step"] < kept[-1]["step"]:

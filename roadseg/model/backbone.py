@@ -28,7 +28,7 @@ from roadseg.progress import quiet
 
 log = logging.getLogger(__name__)
 HUB_FILE = "model.safetensors"
-# What create_backbone says itself, and what would read files: a checkpoint_path may be a pickle.
+# Arguments that create_backbone sets itself, and those that would read files: a checkpoint_path may be a pickle.
 NOT_OPTIONS = frozenset(
     {
         "features_only", "pretrained", "output_stride", "out_indices", "feature_cfg", "num_classes", "in_chans",
@@ -110,7 +110,7 @@ def _create(name: str, output_stride: int, arguments: Mapping[str, Any], early_s
             where="model.early_strides",
             todo="set a smaller output_stride, of the model or of the phase that asks for it, or leave out less",
         )
-    # Every timm model stands at its own stride unless told; not passing 32 admits those that take no stride.
+    # 32 is timm's default stride; not passing it admits models that don't accept output_stride.
     stride: dict[str, Any] = {} if wanted == 32 else {"output_stride": wanted}
     made: nn.Module = timm.create_model(name, features_only=True, pretrained=False, **stride, **arguments)
     if early_strides != EARLY_STRIDES:
@@ -119,7 +119,7 @@ def _create(name: str, output_stride: int, arguments: Mapping[str, Any], early_s
 
 
 def _leave_out_halvings(backbone: nn.Module, name: str, early_strides: tuple[int, int]) -> None:
-    """Take the stride, in place, from the layers that halve the image first or second, where early_strides says 1.
+    """Set the stride of the first or second halving layer to 1, in place, where early_strides says so.
 
     They are found by their input's size. Raises ConfigError where none does, or the maps don't become finer by it.
     """
@@ -265,7 +265,7 @@ def _hub_name(backbone: nn.Module) -> str:
     return str(cfg.get("hf_hub_id") or cfg.get("architecture"))
 
 
-@cache  # once a process: they are looked at before the data is made, and read when training begins
+@cache  # once per process: preflight reads them before the data is made, training when it begins
 def _tell_source(hub_id: str) -> None:
     log.info("ImageNet weights: %s of %s, from the Hugging Face hub or its cache", HUB_FILE, hub_id)
 
@@ -280,7 +280,7 @@ def _from_hub(backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
         )
     _tell_source(hub_id)
     try:
-        with quiet("huggingface_hub"):  # without a network it tells each of its retries in two lines
+        with quiet("huggingface_hub"):  # without a network it logs every retry
             state = timm.models.load_state_dict_from_hf(hub_id, filename=HUB_FILE)
     except OSError as e:
         raise ConfigError(

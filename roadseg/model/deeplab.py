@@ -40,8 +40,8 @@ class Architecture:
     one is the stride of the logits. atrous_rates: in pixels of the map at output_stride.
     auxiliary: two more heads, for training only. backbone_options: arguments of timm's model.
     early_strides: 1 for what halves the image first or second leaves that out, see create_backbone.
-    All strides are in pixels of the image, whatever early_strides says. Raises ConfigError on values that make no
-    network; what only the backbone can tell is checked when it is built.
+    All strides are in pixels of the image, whatever early_strides is. Raises ConfigError on invalid values; what
+    depends on the backbone is checked when it is built.
     """
 
     num_classes: int

@@ -45,7 +45,7 @@ class SharedDropPath(DropPath):
 
 
 def _kept(x: Tensor, each: Sequence[int], share: float, part: int, parts: int) -> Tensor:
-    """bool [B, *each]: this part's of what is kept of all."""
+    """bool [B, *each]: this part's rows of the whole batch's mask."""
     draws = torch.rand((len(x) * parts, *each), device=x.device, dtype=torch.float32)
     return draws[len(x) * part : len(x) * (part + 1)] >= share
 

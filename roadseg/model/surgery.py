@@ -33,7 +33,7 @@ def freeze(network: DeepLabV3Plus, parts: Sequence[str]) -> None:
 
     A frozen part's parameters want no gradient; its batch norms still follow the data unless
     "batch_norm" is given. With it they stay in eval mode whenever the network is put into training,
-    and their scale and shift go on learning. Raises ConfigError on unknown parts, and where nothing
+    and their scale and shift keep learning. Raises ConfigError on unknown parts, and where nothing
     that ships would be left to learn.
     """
     if unknown := [part for part in parts if part not in (*PARTS, BATCH_NORM)]:

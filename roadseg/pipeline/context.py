@@ -37,7 +37,7 @@ class Context:
         return store_of(self.config, self.workspace.path)
 
     def record(self, stage: str, output: Output) -> Output:
-        """Name `output` in the run's record, so that `clean` keeps it, also while the run goes on or was killed."""
+        """Name `output` in the run's record, so that `clean` keeps it, also if the run is killed."""
         if self.folder:
             path = self.folder / RECORD
             outputs = read_json(path)["outputs"] if path.exists() else {}  # later stages of the run before

@@ -2,7 +2,7 @@
 
 stages/<stage>/<key>/          finished: stage.json says how it was made and what came out
 stages/<stage>/<key>.partial/  being made, or left by a run that was killed
-stages/<stage>/<key>.lock      held by whoever makes it
+stages/<stage>/<key>.lock      held by the process that makes it
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAVE_OUT = (RECORD, "log")  # what differs between two runs that made the same:
 
 @dataclass(frozen=True)
 class Output:
-    """A finished stage output. key: its name before it was made; content: digest of what came out."""
+    """A finished stage output. key: hash of its inputs; content: digest of its files."""
 
     stage: str
     key: str
@@ -40,7 +40,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Workspace:
-    """wait: whether to wait for another run that is making what is needed, or raise Busy."""
+    """wait: whether to wait for another run that is making a needed output, or raise Busy."""
 
     path: Path
     wait: bool = True
@@ -54,10 +54,10 @@ class Workspace:
         build: Callable[[Path], Any],
         resumes: bool = False,
     ) -> Output:
-        """The output of this key, made by `build(folder)` unless it is there.
+        """The output of this key, made by `build(folder)` unless it exists.
 
         fields: what of the config changes the result. inputs: content digests by name. resumes:
-        whether `build` goes on with what a killed run left; otherwise it gets an empty folder.
+        whether `build` continues from what a killed run left; otherwise it gets an empty folder.
         """
         if found := self.find(stage, version, fields, inputs):
             return found
@@ -98,7 +98,7 @@ class Workspace:
         return Output(stage, key, content, folder, cached=False)
 
     def find(self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]) -> Output | None:
-        """The output of this key if it is there."""
+        """The output of this key, or None."""
         _, key, folder = self._named_folder(stage, version, fields, inputs)
         return self._found(stage, key, folder) if (folder / RECORD).exists() else None
 
@@ -131,7 +131,7 @@ def _make_room(folder: Path, partial: Path, resumes: bool) -> None:
 class Sessions:
     """For how long an output has been in the making, also by runs that were stopped or killed: log/sessions.json.
 
-    Of one that could not say when it ended, the newest file it wrote tells.
+    The end of a session that was killed is the time of the newest file it wrote.
     """
 
     def __init__(self, partial: Path) -> None:
@@ -173,7 +173,7 @@ class Leftover:
 
 
 def leftovers(workspace: Path) -> list[Leftover]:
-    """Stage outputs that no run record names, and partial ones that nobody is making."""
+    """Stage outputs that no run record names, and partial ones that no process is making."""
     needed = set()
     for record in workspace.glob("runs/*/run.json"):
         for output in read_json(record).get("outputs", {}).values():

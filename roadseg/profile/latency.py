@@ -110,7 +110,7 @@ def _latency(name: str, threads: int, times_s: np.ndarray, batch: int, peak: int
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Of the device, or of the machine; 0 where the system does not tell."""
+    """Memory of the device or the machine; 0 if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:

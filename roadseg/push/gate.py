@@ -20,7 +20,7 @@ class ClassGain:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate said, and why. Digests are SHA-256 of archives; gains in mIoU of 0..1."""
+    """The gate's decision and its reasons. Digests are SHA-256 of archives; gains are mIoU in 0..1."""
 
     outcome: Literal["promoted", "refused", "unchanged"]
     reason: str
@@ -38,7 +38,7 @@ class Decision:
 
 
 def decide(candidate: dict[str, Any], champion: dict[str, Any] | None, min_gain: float) -> Decision:
-    """Compare two Evaluations (contents of metrics.json); `champion` None means there is none yet.
+    """Compare two Evaluations (contents of metrics.json); `champion` is None before the first one.
 
     Raises GateRefused when the two can't be compared: other data, other classes, another runtime,
     or a candidate without a mIoU.

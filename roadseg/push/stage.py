@@ -53,7 +53,7 @@ def push(
 
 
 def read_champion(store: Store) -> Champion | None:
-    """The champion, or None if there never was one. Raises GateRefused when that can't be told."""
+    """The champion, or None if there never was one. Raises GateRefused if the store can't be read."""
     try:
         return store.champion()
     except StoreError as e:

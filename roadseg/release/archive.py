@@ -61,7 +61,7 @@ class Release:
 
 
 def offsets_of(training: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
-    """float32 [K], from what model.json says of a training; 0 for each class where it says nothing."""
+    """float32 [K], from model.json's record of a training; 0 for classes without an offset."""
     named = training.get("class_offsets", {})
     return np.array([named.get(name, 0.0) for name in names], np.float32)
 
@@ -69,7 +69,7 @@ def offsets_of(training: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 def write_archive(path: Path, model: dict[str, Any], onnx: bytes, weights: bytes, terms: str) -> str:
     """Write model.tar.gz atomically and return its SHA-256. The same arguments give the same bytes.
 
-    model: what model.json says beyond schema version and digests, which are added here. onnx: the graph,
+    model: content of model.json; schema version and digests are added here. onnx: the graph,
     whose weights may be inside or in `weights` (graph.without_weights).
     """
     members = {ONNX: onnx, WEIGHTS: weights, TERMS: terms.encode()}

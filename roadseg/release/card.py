@@ -67,7 +67,7 @@ def _offsets(trained: Mapping[str, Any]) -> list[str]:
 
 
 def _early(architecture: Mapping[str, Any]) -> str:
-    """Named where the backbone is not as its name says."""
+    """Backbone options, where they change the named backbone."""
     usual = [2, 2]  # also of archives made before there was a choice
     early = architecture.get("early_strides", usual)
     return "" if early == usual else f" (early strides {early[0]} and {early[1]})"

@@ -169,7 +169,7 @@ def check_export(
 def check_sizes(path: Path, network: nn.Module) -> None:
     """Is `path` the function `network` at OTHER_SIZES, too, on random pixels? It need not be trained.
 
-    Logits are compared, not classes: few pixels of noise lie close to a boundary of classes, but few are looked at.
+    Logits are compared, not classes: only a few pixels of noise are checked, and hardly any lie at a class boundary.
     Raises ExportError if not, and if onnxruntime or PyTorch itself can't run it there.
     """
     _check_sizes(_session(path), _plain_copy(network), path)

@@ -81,7 +81,7 @@ def _part(weights: bytes, place: dict[str, str], name: str, where: str) -> bytes
 
 
 def _stored(weights: bytes) -> dict[str, _Stored]:
-    """By name, what the header says: its length as a little-endian uint64, then JSON, then the tensors' bytes."""
+    """The header's entries by name. Format: its length as a little-endian uint64, JSON, then the tensors' bytes."""
     size = int.from_bytes(weights[:8], "little")
     header = json.loads(weights[8 : 8 + size])
     return {

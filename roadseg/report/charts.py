@@ -79,7 +79,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def lines(series: Sequence[Line], *, label: str, x_label: str, percent: bool = False) -> Markup:
     """A line chart from zero, or empty where no series has a point.
 
-    label: what a screen reader says instead. percent: values are 0..1 and the axis says %, ending at 100.
+    label: text for screen readers. percent: values are 0..1 and the axis says %, ending at 100.
     """
     finite = [replace(s, points=[p for p in s.points if math.isfinite(p[1])]) for s in series]
     drawn = [s for s in sorted(finite, key=lambda s: s.thin) if s.points]

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from roadseg.report.charts import SERIES, num, ticks
 
-_LEVELS = 6  # of a map: steps of one hue that are told apart
+_LEVELS = 6  # of a map: distinguishable steps of one hue
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def histograms(
     """One histogram a row on a common axis, each scaled to its own highest bin.
 
     rows: (name, finite values), in the colours of the series. log: the axis is logarithmic; values of 0 and below
-    count as the smallest above. label: what a screen reader says instead. Empty where no row has a value.
+    count as the smallest above. label: text for screen readers. Empty where no row has a value.
     """
     everything = [v for _, values in rows for v in values if not log or v > 0]
     if not everything:

@@ -62,7 +62,7 @@ def serve(
 
 
 def run(app: FastAPI, settings: Serve, say: Callable[[str], None]) -> None:
-    """Run `app` until a signal. It says the address once the socket listens."""
+    """Run `app` until a signal; report the address once the socket listens."""
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=512)
@@ -162,7 +162,7 @@ def create_app(
         except ImageError as e:
             raise HTTPException(400, str(e)) from None
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody is there to read it; it is for the log
+            return Response(status_code=499)  # the client has left; this is for the log
         except Exception:
             logger.exception("a request failed")
             raise HTTPException(500, "internal error") from None

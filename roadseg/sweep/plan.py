@@ -72,7 +72,7 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
 
 
 def parse_seeds(text: str, first: int) -> tuple[int, ...]:
-    """`3`: so many seeds from `first` on; `0,1,2`: these. Raises UsageError for what is no such list."""
+    """Parse `3` (that many seeds from `first` on) or `0,1,2` (these seeds). Raises UsageError for anything else."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -126,7 +126,7 @@ def plan_of(name: str, base: Config, vary: Sequence[str], seeds: str, one_factor
 def plan(
     name: str, base: Config, settings: Sequence[Setting], seeds: Sequence[int], problems: Sequence[str] = ()
 ) -> Plan:
-    """Every run of a sweep; a setting whose config another one has already is left out.
+    """Plan every run of a sweep; a setting with the same config as an earlier one is left out.
 
     Compared with: the setting that is the base config, or else the first. Raises ConfigError with `problems`,
     every wrong value and unknown key of all settings, and every wrong seed.

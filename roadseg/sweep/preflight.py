@@ -14,7 +14,7 @@ from roadseg.progress import progress
 from roadseg.sweep.plan import Plan
 from roadseg.sweep.record import counted
 
-SECTIONS = {"model", "training", "store", "aws"}  # what is looked at: the last two say where releases are
+SECTIONS = {"model", "training", "store", "aws"}  # sections that are checked; the last two say where releases are
 
 
 def refuse_untrainable(plan: Plan, workspace: Path, wait: bool) -> None:
@@ -27,7 +27,7 @@ def refuse_untrainable(plan: Plan, workspace: Path, wait: bool) -> None:
         configs.setdefault(point.setting, []).append(point.config)
     refusals: dict[str, str] = {}
     labels: dict[str, list[str]] = {}
-    with progress(len(configs), "settings looked at", "setting") as bar:
+    with progress(len(configs), "settings checked", "setting") as bar:
         for label, seeds in configs.items():
             sections = _checked_sections(seeds[0])
             if sections not in refusals:

@@ -35,7 +35,7 @@ def counted(n: int, word: str) -> str:
 
 
 def refuse_other(plan: Plan, base: Config, until: Until, folder: Path) -> None:
-    """Raise UsageError when `folder` holds another sweep; the same one, sorted by another split too, goes on."""
+    """Raise UsageError if `folder` holds another sweep; the same sweep continues, also when sorted by another split."""
     if not (folder / RECORD).exists():
         return
     there, ours = read_json(folder / RECORD), json.loads(json.dumps(_request(plan, base, until), default=str))
@@ -46,8 +46,8 @@ def refuse_other(plan: Plan, base: Config, until: Until, folder: Path) -> None:
     if differing:
         more = f" and {len(differing) - 5} more" * (len(differing) > 5)
         raise UsageError(
-            f"another sweep of that name lies there, with other {', '.join(differing[:5])}{more}",
-            expected="the same sweep, to go on with, or none",
+            f"another sweep of that name exists, with other {', '.join(differing[:5])}{more}",
+            expected="the same sweep, to continue it, or none",
             where=str(folder),
             todo=f"pass another --name (what was trained is not trained again), or remove that folder "
             f"and {folder.parent.parent / 'runs' / plan.name}-*",

@@ -1,7 +1,7 @@
 """Run a sweep: ordinary runs over a grid or one factor at a time, with seeds, and one table of them.
 
-WORKSPACE/runs/NAME-001 ...        the runs; what is there already is not made again, so a stopped sweep goes on
-WORKSPACE/sweeps/NAME/             sweep.json, sweep.md, sweep.html, written anew after every run
+WORKSPACE/runs/NAME-001 ...        the runs; finished ones are not made again, so a stopped sweep continues
+WORKSPACE/sweeps/NAME/             sweep.json, sweep.md, sweep.html, rewritten after every run
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 def run_sweep(
     plan: Plan, base: Config, by: str, *, until: Until, workspace: Path, wait: bool, say: Callable[[str], None]
 ) -> list[Row]:
-    """Run what is not there yet and leave the tables; rows as `sweep_table.rows` sorts them.
+    """Run what is missing and write the tables; returns rows as `table.rows` sorts them.
 
-    A run that fails is recorded and the sweep goes on, unless the data that all share is refused. Raises
-    Interrupted, with the tables of what is done written; Busy when another process is at it and not `wait`;
+    A run that fails is recorded and the sweep continues, unless data that all runs share is refused. Raises
+    Interrupted after writing the tables of finished runs; Busy if another process runs it and not `wait`;
     ConfigError, before the first run, for settings that can't be trained whatever the data;
     UsageError for another sweep of that name, and for several processes: all would wait for the one with the lock.
     """
@@ -80,7 +80,7 @@ def _require_scored(result: Result, by: str) -> None:
 
 
 def run_point(point: Point, until: Until, workspace: Path, wait: bool, *, data_shared: bool = False) -> Result:
-    """One ordinary run and what it gave. An error of roadseg is recorded in the result.
+    """Execute one run. A RoadsegError is recorded in the result.
 
     Raises Interrupted, Busy, and DataError when `data_shared`: every other run would end in it too.
     """

@@ -59,7 +59,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over the seeds that both have, and its interval; of one pair there is none."""
+    """Mean difference over the seeds that both have, with its interval; one pair has no interval."""
 
     mean: float
     low: float | None
@@ -87,7 +87,7 @@ class Row:
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """None when no value is there."""
+    """None without values."""
     given = [v for v in values if v is not None]
     if not given:
         return None
@@ -275,7 +275,7 @@ METHOD = (
 
 
 def markdown(title: str, table: Sequence[Row], by: str, scored: str, note: str = "") -> str:
-    """A Markdown table of the rows with what failed below it. scored: which scores they are; note: what is missing."""
+    """A Markdown table of the rows, with failed runs below it. scored: which scores they are; note: what is missing."""
     splits, moved = splits_of(table, by), _any_moved(table)
     heads = ["setting", *_heads(splits, by, moved)]
     lines = [f"# {title}", "", *([note, ""] if note else []), scored + " " + METHOD, ""]
@@ -312,7 +312,7 @@ def page(title: str, table: Sequence[Row], by: str, scored: str, note: str = "",
     return fill(
         _TEMPLATE,
         title=title,
-        runs_caption="mIoU of every run" + "; its report lies in WORKSPACE/runs/NAME" * reports,
+        runs_caption="mIoU of every run" + "; its report is in WORKSPACE/runs/NAME" * reports,
         note=note,
         scored=scored,
         method=METHOD,
@@ -327,7 +327,7 @@ def page(title: str, table: Sequence[Row], by: str, scored: str, note: str = "",
 
 
 def _tiles(table: Sequence[Row], by: str) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of the best row, the base, and what was found to differ."""
+    """(name, value, remark) of the best row, the base, and the differences found."""
     scored = [row for row in table if by in row.miou]
     tiles = [("Best", percent(scored[0].miou[by].mean, 2), scored[0].setting)] if scored else []
     tiles += [("Base", percent(row.miou[by].mean, 2), row.setting) for row in scored if row.verdict == BASE]

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with the whole training state, and a JSON file beside it.
 
 The JSON is written last and holds the SHA-256 of the tensors: what has no matching JSON was never saved. It also
-says what the network is of, for a training that starts from it.
+stores the origin of the network, for a training that starts from it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def save(
 ) -> None:
     """Save the state after `step` steps, then remove all but the newest checkpoints.
 
-    of: without it no training can start from the checkpoint, only go on. Returns only when both files were
-    flushed and, under their names, read back as they were written (0.03 s for 50 MB). Raises RoadsegError when
-    they can't be, with nothing of this step left behind: what was saved before stands.
+    of: origin of the network; without it no training can start from the checkpoint, only resume. Returns only after
+    both files were flushed and read back as written (0.03 s for 50 MB). Raises RoadsegError if that fails;
+    then nothing of this step is left, and the checkpoints before it stay.
     """
     data = save_tensors(_state(network, average, optimizer))
     about: dict[str, Any] = {"step": step, "sha256": sha256_bytes(data), "bytes": len(data)}
@@ -64,7 +64,7 @@ def save(
     except OSError as e:
         _sweep(folder)
         raise not_saved(e, path, len(data), folder) from e
-    for later in folder.glob("step-*.json"):  # damaged: training would have gone on from them
+    for later in folder.glob("step-*.json"):  # damaged: otherwise training would have resumed from them
         if later.stem > path.stem:
             _remove(later)
     prune(folder, KEPT)
@@ -185,11 +185,11 @@ def _write(path: Path, data: bytes) -> None:
     except FileNotFoundError:
         same = False
     if not same:
-        raise OSError(errno.EIO, "it was written, but is not there when read back")
+        raise OSError(errno.EIO, "it was written, but can't be read back")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Raises ValueError, KeyError or the like for what is not as it was saved."""
+    """Raises ValueError, KeyError or similar for files that differ from what was saved."""
     about = read_json(path)
     check = about.get("check")  # not in the first form
     rest = {k: v for k, v in about.items() if k != "check"}
@@ -219,7 +219,7 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _optimizer_state(tensors: Mapping[str, Tensor]) -> list[tuple[int, str, Tensor]]:
-    """(index of the parameter, name, value) of what the optimizer held."""
+    """(index of the parameter, name, value) of the optimizer's state."""
     found = [(key.split(".", 2), tensors[key]) for key in sorted(tensors) if key != WITH_STATE]
     return [(int(parts[1]), parts[2], value) for parts, value in found if parts[0] == "optimizer"]
 

@@ -1,6 +1,6 @@
 """Deterministic training: the same bits in every run on one GPU, also after a resume.
 
-What would differ on CUDA between two runs of a training step, and what is done about it:
+What differs on CUDA between two runs of a training step, and how it is avoided:
 
 | operation | why | here |
 |---|---|---|
@@ -50,7 +50,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
     os.environ.setdefault(CUBLAS, WORKSPACE)
     torch.use_deterministic_algorithms(True)
     cudnn.benchmark, cudnn.deterministic = False, True
-    filled.fill_uninitialized_memory = False  # it is for finding reads of memory that nobody wrote
+    filled.fill_uninitialized_memory = False  # it is for debugging reads of uninitialized memory
     try:
         yield
     except RuntimeError as e:

@@ -61,7 +61,7 @@ class Gradients:
         return not self._trusted
 
     def close(self) -> None:
-        """Free the graph: while one with NCCL's messages in it stands, leaving the other ranks waits for ever."""
+        """Free the graph: leaving the process group blocks forever while a graph with NCCL collectives exists."""
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
@@ -149,7 +149,7 @@ class Gradients:
             # The loader pins memory in a thread of its own meanwhile; it must not spoil the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss = self._compute(self._image, self._label, self._counts)
-        except (RuntimeError, PeerLost) as e:  # where a message can't be captured it is told as a lost peer
+        except (RuntimeError, PeerLost) as e:  # a collective that can't be captured raises PeerLost
             log.warning("steps stay eager: the CUDA graph could not be captured (%s)", str(e).splitlines()[0])
             torch.cuda.synchronize()
             draws.graphsafe_set_state(before)  # a capture that fails leaves it waiting for the capture's end

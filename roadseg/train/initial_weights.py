@@ -121,7 +121,7 @@ def _of_release(init: Release) -> _Learned:
     except SafetensorError as e:
         raise ArchiveError(f"{WEIGHTS} is not readable ({e})", where=name) from e
     bias = f"{CLASSIFIER}.bias"
-    if bias in tensors:  # offsets suit label maps of those weights, and are fitted anew
+    if bias in tensors:  # offsets suit those weights' label maps, and are fitted again
         tensors[bias] = tensors[bias] - torch.from_numpy(init.class_offsets).to(tensors[bias])
     architecture = init.model.get("architecture", {})
     return _Learned("release", name, "training.init_from", tensors, init.label_set.names, architecture)
@@ -153,7 +153,7 @@ def _take(network: DeepLabV3Plus, other: _Learned, classes: tuple[str, ...]) -> 
 
 
 def _warn_of_other_rates(ours: Architecture, other: _Learned) -> None:
-    """Tensors fit whatever the rates and strides; what they learned to look at does not."""
+    """Tensors fit at any rates and strides, but they learned other ones."""
     theirs = {**AS_BEFORE, **other.architecture}
     form = ours.to_json()
     reach = [rate * theirs.get("output_stride", 0) for rate in theirs.get("atrous_rates", ())]

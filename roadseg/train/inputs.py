@@ -25,7 +25,7 @@ class ReleaseInput:
 
 @dataclass(frozen=True)
 class Inputs:
-    """init: what is trained further; teacher: what is learnt from. digests: of all, for the stage's key."""
+    """init: release to fine-tune. teacher: release to distill from. digests: of all inputs, for the stage's key."""
 
     init: ReleaseInput | None
     teacher: ReleaseInput | None
@@ -37,8 +37,8 @@ def training_inputs(
 ) -> Inputs:
     """find: the archive of a reference.
 
-    Raises ConfigError, with the config's key, for what is not there; StoreError when the store can't be
-    read, ArchiveError when an archive that is there can't be trusted.
+    Raises ConfigError with the config's key for missing inputs, StoreError if the store can't be read,
+    ArchiveError for an archive that can't be trusted.
     """
     init = _read_release(init_from, find, "training.init_from")
     teacher = _read_release(distill_from, find, "training.distill_from")

@@ -1,7 +1,7 @@
 """The training loop: from a step to the last, on one device or on several ranks.
 
 Shapes: B samples, H W the crop, K classes. Every random draw is a function of (seed, epoch, sample) or
-(seed, step), so a resumed run continues bit for bit where its checkpoint stands.
+(seed, step), so a resumed run continues bit for bit from its checkpoint.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 def make_optimizer(
     network: nn.Module, kind: str, learning_rate: float, backbone_lr_factor: float, weight_decay: float, momentum: float
 ) -> Optimizer:
-    """sgd, adam or adamw over what is not frozen. Groups carry `peak_lr`; weights of two dimensions and more decay."""
+    """sgd, adam or adamw of trainable parameters. Groups have a `peak_lr`; tensors of 2 or more dimensions decay."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in network.named_parameters():
         if p.requires_grad:

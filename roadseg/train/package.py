@@ -78,10 +78,13 @@ def write_candidate(
 
 
 def _profile(network: DeepLabV3Plus, shards: Shards, device: torch.device) -> Profile:
-    """Of what was trained on, as this network sees it: what `roadseg data diff` compares other data with."""
+    """Profile of the training data as this network sees it; `roadseg data diff` compares other data with it."""
     try:
         return _profile_on(copy.deepcopy(network).to(device), network, shards)
-    except (RuntimeError, MemoryError) as e:  # frames may lie there; a training that is done must not end with this
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as e:  # frames may fill the device; a finished training must not fail because of this
         if not is_out_of_memory(e):
             raise
         log.warning("no memory on %s for the data's profile: it is made on the CPU", device)

@@ -32,7 +32,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def stopped_at_once(during: str = "") -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT raise Interrupted, which says `during` what it came and that nothing is lost."""
+    """Inside, SIGTERM and SIGINT raise Interrupted. during: what was going on, for the message."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -145,7 +145,7 @@ def _start(recipe: Recipe, shards: Shards, init: Release | None) -> Start:
 
 
 def prepared(network: DeepLabV3Plus, recipe: Recipe, ranks: Ranks) -> DeepLabV3Plus:
-    """`network`, changed in place to what is trained. Raises ConfigError where that can't be done."""
+    """Prepare `network` for training, in place: frozen parts, checkpointing, synchronized norms. Raises ConfigError."""
     freeze(network, recipe.freeze)
     if recipe.activation_checkpointing:
         checkpoint_activations(network.backbone)
@@ -234,7 +234,7 @@ def _objective(
 
 
 def _terms(own: str, start: Start, teacher: Release | None) -> str:
-    """The data's terms, and those of what had a part in the weights."""
+    """Terms of the data, and of the data behind the initial weights and the teacher."""
     if start.terms is not None:
         own += f"\n\nStarted from {start.words}, whose data terms are:\n{start.terms}"
     if teacher:

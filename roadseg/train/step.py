@@ -64,7 +64,7 @@ def send_to_host(loss: torch.Tensor, norm: torch.Tensor, signalled: int, ranks: 
     values = torch.stack([loss, norm, torch.full_like(loss, bool(signalled))])
     if ranks.world > 1:
         values[2] = ranks.sum_(values[2:].clone())[0]
-    return values.to("cpu", non_blocking=values.is_cuda)  # elsewhere no event would tell when they have arrived
+    return values.to("cpu", non_blocking=values.is_cuda)  # on other devices no event would show when they have arrived
 
 
 def non_finite(

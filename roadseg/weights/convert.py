@@ -43,8 +43,8 @@ UNREADABLE = (
     RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
     ArithmeticError, MemoryError, NotImplementedError, struct.error,
 )  # fmt: skip
-# What lies beside the tensors in the checkpoints of common trainers: a score, a history, the arguments.
-# They are read as _Nothing, so that such a file needs no unsafe reader for the sake of what is dropped.
+# Objects beside the tensors in checkpoints of common trainers: a score, a history, the arguments. They are read as
+# _Nothing, so that no unsafe reader is needed for something that is dropped.
 LEFT_OUT = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
@@ -114,7 +114,7 @@ def _check_size(source: Path) -> None:
         with zipfile.ZipFile(source) as members:
             size = max(size, sum(member.file_size for member in members.infolist()))
     except (*UNREADABLE, zipfile.BadZipFile):
-        pass  # torch's older form; or broken, which torch will say
+        pass  # torch's older format; or broken, which torch reports
     if size > LIMIT_BYTES:
         raise _too_large(size, source)
 
@@ -128,7 +128,7 @@ def _too_large(size: int, source: Path) -> ArchiveError:
 def _read(source: Path) -> Any:
     try:
         with torch.serialization.safe_globals([(_Nothing, name) for name in LEFT_OUT]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols: what it can't read it refuses
+            warnings.simplefilter("ignore")  # of pickle protocols: others are refused
             return torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, *UNREADABLE) as e:
         if isinstance(e, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", str(e))):
@@ -147,7 +147,7 @@ def _read(source: Path) -> Any:
 
 
 def _network_of(content: Any, source: Path) -> tuple[dict[Any, Tensor], tuple[str, ...]]:
-    """The dictionary with the network's tensors, and what lies beside it."""
+    """The dictionary with the network's tensors, and the other entries."""
     path = _path_to_tensors(content, DEPTH)
     if path is None:
         shown = ", ".join(map(_printable, list(content)[:8])) if isinstance(content, dict) else type(content).__name__

@@ -29,14 +29,14 @@ from roadseg.weights.foreign_names import (
 )
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
-WHOLE = "fetch it again; of a part of a network alone nothing can be taken"
+WHOLE = "fetch it again; weights of only a part of a network can't be used"
 KNOWN = f"a DeepLabv3+ of {SMP} or {VAINF} as .safetensors, or a checkpoint of roadseg"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """made_anew: parts that are not from the file, sorted. identity: those of them that hand on their input."""
+    """made_anew: parts that keep their initial weights, sorted. identity: those of them that pass on their input."""
 
     project: str
     parts: tuple[str, ...]
@@ -62,7 +62,7 @@ def load_foreign(network: DeepLabV3Plus, path: Path) -> LoadedWeights:
     network.std.copy_(torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
     made_anew, parts = tuple(sorted(unlike)), tuple(sorted({part_of(key) for key in tensors}))
     log.info(
-        "weights of %s from %s: taken %s; made anew %s; %s",
+        "weights of %s from %s: loaded %s; not loaded %s; %s",
         *(found.project, path.name, ", ".join(parts)),
         ", ".join(f"{part} ({unlike[part]})" for part in made_anew) or "nothing",
         "; ".join((*found.remarks, *_untold(network.architecture, parts))),
@@ -71,7 +71,7 @@ def load_foreign(network: DeepLabV3Plus, path: Path) -> LoadedWeights:
 
 
 def _untold(a: Architecture, parts: Sequence[str]) -> list[str]:
-    """What is in no file: taken to be as it is here, or to be set as it was. parts: that are taken."""
+    """Remarks on what such files don't contain. parts: those that are loaded."""
     told = ["set model.atrous_rates to those it was trained with"]
     if CLASSIFIER in parts:
         told.append(
@@ -85,7 +85,7 @@ def _untold(a: Architecture, parts: Sequence[str]) -> list[str]:
 
 
 def _unlike(network: DeepLabV3Plus, found: Translation, path: Path) -> dict[str, str]:
-    """Parts of `network` that can't be had from the file, and why. Raises ConfigError if a setting would help."""
+    """Parts of `network` that the file can't fill, and why. Raises ConfigError if another setting would help."""
     a, own = network.architecture, network.state_dict()
     unlike, misfits = dict(found.unlike), _misfits(own, found.tensors)
     last = found.tensors.get(f"{CLASSIFIER}.weight")
@@ -172,7 +172,7 @@ def _translated(state: dict[str, Tensor], path: Path) -> Translation:
         )
     if found.backbone is None:
         raise _unknown_encoder(found, path, "none of timm's")
-    check_values(found.tensors | found.identity)  # what was computed from finite numbers may be none
+    check_values(found.tensors | found.identity)  # values computed from finite numbers may be infinite
     return found
 
 

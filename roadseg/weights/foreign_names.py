@@ -40,10 +40,10 @@ RESNET_BLOCK = re.compile(r"layer\d\.\d+\.(conv\d\.weight|bn\d\.\w+|downsample\.
 class Translation:
     """tensors: by names of DeepLabV3Plus. unlike: parts of ours that the file has no equal of, and why.
 
-    backbone: timm's name, "" where the file does not tell, None where timm has no equal. head: "" where
+    backbone: timm's name, "" where the file does not show it, None where timm has no equal. head: "" where
     either kind would do.
     identity: of the decoder's second 3x3, which they have not, so that it hands on what the first made.
-    remarks: where what is taken computes something else than there.
+    remarks: where loaded weights compute something else than in their project.
     """
 
     project: str

@@ -516,7 +516,7 @@ def test_the_whole_way_on_two_settings(micro: Micro, tmp_path: Path, capsys: pyt
     assert {s: o["content"] for s, o in first.items()} == micro.contents and all(o["cached"] for o in first.values())
     second = read_json(workspace / "runs" / "sweep-002" / "run.json")["outputs"]
     assert {s for s, o in second.items() if o["cached"]} == {"ingest", "transform"}
-    assert "its report lies in WORKSPACE/runs/NAME" in (workspace / "sweeps" / "sweep" / "sweep.html").read_text()
+    assert "its report is in WORKSPACE/runs/NAME" in (workspace / "sweeps" / "sweep" / "sweep.html").read_text()
     table = {row["setting"]: row for row in read_json(workspace / "sweeps" / "sweep" / "sweep.json")["rows"]}
     base, other = table["base"], table["training.learning_rate=0.01"]
     assert micro.result.evaluation and base["miou"]["val"]["mean"] == micro.result.evaluation["miou"]

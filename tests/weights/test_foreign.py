@@ -164,7 +164,7 @@ def test_smp_with_a_timm_encoder(kind: str, head: str, tmp_path: Path, caplog: p
             assert torch.equal(x, y)
     assert taken.made_anew == ("auxiliary_heads", "decoder.refinements.0")
     assert len(caplog.messages) == 1
-    assert "made anew auxiliary_heads (they have none), decoder.refinements.0" in caplog.text
+    assert "not loaded auxiliary_heads (they have none), decoder.refinements.0" in caplog.text
     assert "separable convolution between ASPP and decoder has no place here" in caplog.text
     of_classes = "the file does not say which 5 classes its classifier tells apart: taken to be the data's, in the same"
     assert of_classes in caplog.text

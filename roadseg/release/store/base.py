@@ -1,7 +1,7 @@
 """Model stores: immutable releases, a champion pointer changed by compare-and-swap, and its history.
 
 The pointer holds everything that must agree (digest, mIoU, data fingerprint, what it replaced) and
-changes only by compare-and-swap: whoever read an older pointer loses and decides again.
+changes only by compare-and-swap: a writer that read an older pointer fails and decides again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Store(Protocol):
     def publish(self, archive: Path, documents: dict[str, bytes]) -> str:
         """Store an archive (named by its SHA-256, returned) and documents beside it.
 
-        What is there already is left as it is: a release is immutable.
+        Existing files are left as they are: a release is immutable.
         """
         ...
 
@@ -184,7 +184,7 @@ class FolderStore:
             for name, data in {ARCHIVE: archive.read_bytes(), **documents}.items():
                 if not (folder / name).exists():
                     write_atomic(folder / name, data)
-        self.fetch(digest, self.folder)  # an archive that was there already must be whole
+        self.fetch(digest, self.folder)  # an existing archive must be intact
         return digest
 
     def fetch(self, digest: str, cache: Path) -> Path:

@@ -36,7 +36,7 @@ class S3Store:
         return f"s3://{self.bucket}/{self._prefix}".rstrip("/")
 
     def archive_url(self, digest: str) -> str:
-        """Where a release's archive lies, for services that read it from S3 themselves."""
+        """S3 address of a release's archive, for services that read it themselves."""
         return f"{self.address}/releases/{digest}/{ARCHIVE}"
 
     def champion(self) -> Champion | None:
@@ -138,7 +138,7 @@ class S3Store:
         raise StoreError(f"another write to {name} does not end", where=self.address, todo="run again")
 
     def _is_marked(self, mark: str) -> bool:
-        """Whether the pointer is our own write after all: botocore repeats one whose answer got lost."""
+        """Whether the pointer is our own write: botocore repeats a request whose answer got lost."""
         with aws_errors(self.address):
             head = self.client.head_object(Bucket=self.bucket, Key=f"{self._prefix}champion.json")
         return bool(head["Metadata"].get("mark") == mark)

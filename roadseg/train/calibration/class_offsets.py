@@ -53,7 +53,7 @@ def add_class_offsets(
     bf16: bool,
     path: Path,
 ) -> dict[str, float]:
-    """Fit offsets to `frames` and add them to `network`, in place; {class: offset}, of those that are not 0.
+    """Fit offsets on `frames` and add them to `network`, in place. Returns {class: offset} for offsets other than 0.
 
     network: for inference, on the device that it is to be run on, in bf16 if asked. frames: those trained on, of
     which at most FRAMES are looked at: offsets are fitted to every second one, and kept only if mIoU on the others
@@ -80,7 +80,7 @@ def add_class_offsets(
             raise RoadsegError(
                 f"no memory for class offsets ({first_line(e)})",
                 where="training.class_offsets",
-                todo="run it again with more memory free: the training is done and goes on from here",
+                todo="run again with more free memory: the training is finished and continues from here",
             ) from e
     if after <= before + LEAST_GAIN:
         log.info("class offsets: none, as they gain nothing on frames of train that they were not fitted to")
@@ -141,7 +141,7 @@ def fit_offsets(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet
         for k in held[np.argsort(pixels, kind="stable")]:  # the rarest first, as it is they that want to move
             changed_K = offsets_K.copy()
             changed_K[k] += _rise(logits_NK + offsets_K, labels_N, int(k))
-            # Counted anew: candidates are told apart by counts of pixels, and two logits may be equal.
+            # Count again: candidates are compared by pixel counts, and two logits may be equal.
             if (miou := _miou(logits_NK + changed_K, labels_N, label_set)) > reached + NEGLIGIBLE:
                 offsets_K, reached = changed_K, miou
         if reached - before <= NEGLIGIBLE:

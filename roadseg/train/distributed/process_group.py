@@ -74,7 +74,7 @@ class Ranks:
         return own if self.world == 1 else self.sum_(own.detach().clone()) + (own - own.detach())
 
     def share_of(self, whole: Tensor) -> Tensor:
-        """This rank's share of a loss that every rank computes: they add up to it; the gradient is that of it all."""
+        """This rank's share of a loss that every rank computes; the gradient is that of the whole loss."""
         return whole if self.world == 1 else whole.detach() / self.world + (whole - whole.detach())
 
     def gather_rows(self, own_KN: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Pictures:
 
         The same weights give the same picture. Pictures of later steps, left by a run that was killed, go.
         """
-        assert not network.training, "its batch norm would learn from what is only looked at"
+        assert not network.training, "its batch norm would learn from frames that are only drawn"
         if not self._chosen:
             return None
         rows = [self._row(network, index, device, bf16) for index in self._chosen]

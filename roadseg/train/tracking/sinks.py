@@ -15,14 +15,14 @@ from urllib.parse import urlsplit
 from roadseg.errors import ConfigError
 from roadseg.files import read_json, write_json
 
-RUN = "mlflow_run.json"  # in the log folder: which run is gone on with
-EXPERIMENT = "roadseg"  # unless MLFLOW_EXPERIMENT_NAME says another
+RUN = "mlflow_run.json"  # in the log folder: the run that a resumed training continues
+EXPERIMENT = "roadseg"  # unless MLFLOW_EXPERIMENT_NAME is set
 _PARAMETERS_AT_ONCE, _METRICS_AT_ONCE, _PARAMETER_CHARACTERS = 100, 1000, 500  # what every MLflow server takes
 _NEEDS = "; the page needs the whole mlflow, not mlflow-skinny: pip install mlflow, in an environment of its own"
 # Set unless the user has set them, before the package is imported:
 _MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # it would report its use to its makers
-    "MLFLOW_ALLOW_FILE_STORE": "true",  # since 3.x the folder without a database is there only if asked for
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # since 3.x a folder without a database must be enabled
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # s; 120 and 7 retries would lose minutes of rows to a server that is gone
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -52,8 +52,8 @@ def tensorboard(folder: Path, start: int) -> Callable[[], Sink]:
     """Raises ImportError without the package."""
     from torch.utils.tensorboard import SummaryWriter
 
-    # Rows of later steps, written by a run that was killed, are hidden by whoever reads the folder; all of them where
-    # none is gone on after, also the config at step 0, which is told again.
+    # TensorBoard hides rows of later steps that a killed run wrote; without a checkpoint to resume from it hides all of
+    # them, also the config at step 0, which is written again.
     purge = [start + 1 if start else 0]
 
     def opens() -> Sink:
@@ -89,7 +89,7 @@ def mlflow(folder: Path, run_name: str, fields: Mapping[str, str]) -> Callable[[
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
     try:
-        client = MlflowClient(tracking_uri=uri)  # speaks to nobody yet
+        client = MlflowClient(tracking_uri=uri)  # makes no connection yet
     except MlflowException as e:
         scheme = urlsplit(uri).scheme or "no scheme"
         raise ConfigError(  # not the text of `e`: it quotes the address, perhaps with a password
@@ -126,7 +126,7 @@ def without_password(text: str) -> str:
 
 
 def _run(client: Any, kept: Path, uri: str, run_name: str, fields: Mapping[str, str]) -> str:
-    """The id of the run this one goes on with, or of a new one."""
+    """The id of the run that is continued, or of a new one."""
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 

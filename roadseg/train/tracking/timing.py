@@ -26,7 +26,7 @@ class Timing:
     """log/timing.jsonl: loss, images/s, the share of time spent waiting for data and memory, every ten seconds.
 
     Validations and checkpoints don't count, nor does a run's first step, which waits for worker
-    processes to start and libraries to choose their algorithms. `device`: whose memory is told.
+    processes to start and libraries to choose their algorithms. `device`: whose memory is reported.
     """
 
     def __init__(self, folder: Path, device: torch.device | None = None) -> None:
@@ -37,7 +37,7 @@ class Timing:
         self.begin()
 
     def begin(self) -> None:
-        """Time counts from here: before the first step, and after what is no step."""
+        """Start measuring: before the first step, and after anything that is not a step."""
         self._since_s = time.monotonic()
 
     def step(
@@ -87,7 +87,7 @@ class Timing:
 
 @contextmanager
 def warn_if_disk_full(what: str) -> Iterator[None]:
-    """Around writing what a training can do without: a disk that is full is told, once, and no reason to end."""
+    """Around writing optional files: a full disk is reported once and does not end the training."""
     try:
         yield
     except OSError as e:
@@ -102,7 +102,7 @@ def _warn_once(text: str) -> None:
 def memory_gb(device: torch.device) -> tuple[float, float]:
     """(used, total) in 1e9 bytes: on CUDA the peak that PyTorch had allocated, elsewhere what this process holds now.
 
-    Total is the device's, on the CPU the machine's; 0 where the system does not tell.
+    Total is the device's, on the CPU the machine's; 0 if it is unknown.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

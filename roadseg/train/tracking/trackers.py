@@ -1,8 +1,7 @@
 """Send losses and scores to TensorBoard and MLflow in threads that training never waits for.
 
-What a run says of itself lies in history.jsonl and log/; a mirror is a copy for people who look at many
-runs in one place. So it may fail: that is said once, its rows are dropped and counted, it is tried again
-every RETRY_S, and training goes on.
+The run's own record is history.jsonl and log/; a tracker gets a copy. So it may fail: a warning is logged once, its
+rows are dropped and counted, it is tried again every RETRY_S, and training continues.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from roadseg.train.tracking import sinks as mirror_sinks
 from roadseg.train.tracking.sinks import Row, Sink
 
 log = logging.getLogger(__name__)
-EVERY_STEPS = 20  # of what is mirrored as a mean
+EVERY_STEPS = 20  # window of the values that are sent as a mean
 WAITING_ROWS = 1000  # rows that may wait for a slow mirror; more are dropped
 ROWS_AT_ONCE = 100
 RETRY_S = 30.0
@@ -31,7 +30,7 @@ CLOSE_S = 10.0  # what a run waits at its end, over all mirrors: a signal leaves
 
 
 class Mirrors:
-    """What the loop tells; every call returns at once. Without mirrors nothing is kept."""
+    """Takes values from the loop; every call returns at once. Without trackers nothing is kept."""
 
     def __init__(self, mirrors: Sequence[_Mirror]) -> None:
         self._mirrors = mirrors
@@ -45,7 +44,7 @@ class Mirrors:
             self._tell(Row(step, time.time(), given))
 
     def mean(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of every step, told as their mean since the last multiple of EVERY_STEPS."""
+        """Values of every step, sent as their mean since the last multiple of EVERY_STEPS."""
         if not self._mirrors:
             return
         self._last = step
@@ -87,7 +86,7 @@ class _Mirror(threading.Thread):
             self._rows.put_nowait(row)
 
     def end(self, status: str, within_s: float) -> None:
-        """Write what waits, at most so long; then say what was lost."""
+        """Write waiting rows for at most `within_s`; then report how many were lost."""
         self._status = status
         self.join(within_s)
         if lost := self._told - self._written:
@@ -95,7 +94,7 @@ class _Mirror(threading.Thread):
 
     def run(self) -> None:
         while True:
-            status = self._status  # read before the queue: what was told before it was set is still taken
+            status = self._status  # read before the queue, so that rows sent before it was set are still written
             if rows := self._take():
                 self._hand_over(rows)
             elif status:
@@ -120,7 +119,7 @@ class _Mirror(threading.Thread):
             self._sink = self._sink or self._opens()
             act(self._sink)
             return True
-        except Exception as e:  # a client raises what it likes, and none of it may end a run
+        except Exception as e:  # clients raise anything, and none of it may end a training
             self._sink, self._retry_at = None, time.monotonic() + RETRY_S
             if not self._said:
                 self._said = True
@@ -143,8 +142,8 @@ def mirrors(
     """Open "tensorboard" (events in `folder`/tensorboard) and "mlflow" (MLFLOW_TRACKING_URI, else `folder`/mlruns).
 
     folder: the run's log folder. config_fields: nested; written as text or parameters, so nothing secret.
-    start: the step a run goes on after; it writes on to the same files and the same MLflow run. Raises
-    ConfigError, before anything is written, when a package is not there or can't use that address.
+    start: the step that a resumed run continues after; it writes to the same files and the same MLflow run. Raises
+    ConfigError, before anything is written, if a package is missing or can't use that address.
     """
     opens = {name: _opener(name, folder, run_name, flat(config_fields), start) for name in names}
     running = [_Mirror(name, open_sink) for name, open_sink in opens.items()]
@@ -169,14 +168,14 @@ def mirrors(
 
 
 def refuse_missing(names: Sequence[str]) -> None:
-    """Raises ConfigError for those whose package is not there or can't use its address, as `mirrors` does."""
+    """Raise ConfigError for trackers whose package is missing or can't use its address, as `mirrors` does."""
     with tempfile.TemporaryDirectory(prefix="roadseg-mirrors-") as folder:
         for name in names:
             _opener(name, Path(folder), "", {}, 0)
 
 
 def _finished(folder: Path) -> Path:
-    """Where a log folder lies when its stage is done (see workspace.py)."""
+    """The path of a log folder once its stage is finished (see workspace.py)."""
     return folder.parent.with_name(folder.parent.name.removesuffix(".partial")) / folder.name
 
 
