@@ -26,10 +26,8 @@ from roadseg.model.sk_fusion import FUSIONS, HEADS, SelectionGate, conv_bn_relu
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
-# Of the finer auxiliary head, where the backbone halves the image as it is made to: its third level.
+# Stride of the finer auxiliary head's map: the backbone's third level, with both early halvings.
 AUXILIARY_STRIDE = 8
-# Of the JSON form, what archives lack that were made before there was a choice.
-AS_BEFORE: Mapping[str, Any] = {"backbone_options": {}, "early_strides": list(EARLY_STRIDES)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +115,7 @@ class Architecture:
     def from_json(data: dict[str, Any]) -> Architecture:
         """The inverse of to_json. Raises ConfigError on keys or types that it does not write."""
         known = {f.name for f in fields(Architecture)}
-        if not known - AS_BEFORE.keys() <= set(data) <= known:
+        if set(data) != known:
             raise ConfigError(
                 f"architecture with keys {', '.join(sorted(data))}", expected=", ".join(sorted(known)), where="model"
             )

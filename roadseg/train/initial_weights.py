@@ -17,7 +17,7 @@ from torch import Tensor
 
 from roadseg.errors import ArchiveError, ConfigError
 from roadseg.files import sha256_file
-from roadseg.model.deeplab import AS_BEFORE, Architecture, DeepLabV3Plus, build
+from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
 from roadseg.release.archive import TERMS, Release
 from roadseg.release.graph import WEIGHTS
 from roadseg.train.checkpoint import averaged
@@ -154,7 +154,7 @@ def _take(network: DeepLabV3Plus, other: _Learned, classes: tuple[str, ...]) -> 
 
 def _warn_of_other_rates(ours: Architecture, other: _Learned) -> None:
     """Tensors fit at any rates and strides, but they learned other ones."""
-    theirs = {**AS_BEFORE, **other.architecture}
+    theirs = other.architecture
     form = ours.to_json()
     reach = [rate * theirs.get("output_stride", 0) for rate in theirs.get("atrous_rates", ())]
     if not reach:
@@ -170,7 +170,7 @@ def _warn_of_other_rates(ours: Architecture, other: _Learned) -> None:
 
 def _advice(ours: Mapping[str, Any], theirs: Any, kind: str = "release") -> str:
     """The flags that make this network the other's, as far as they change its tensors. kind: what it is of."""
-    theirs = {**AS_BEFORE, **(theirs if isinstance(theirs, Mapping) else {})}
+    theirs = theirs if isinstance(theirs, Mapping) else {}
 
     def differing(keys: Sequence[str]) -> list[str]:
         return [key for key in keys if key in theirs and _flag(theirs[key]) != _flag(ours[key])]
