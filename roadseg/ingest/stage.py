@@ -75,14 +75,12 @@ def ingest(
 def locate(data: Data, cache: Path) -> Path:
     """The root of the data's paths; a mix gets a folder of links below `cache`.
 
-    Raises ConfigError if the config does not say where the data lies, DataError if a part of a mix does not exist.
+    Raises ConfigError if data.root is missing, DataError if a part of a mix does not exist.
     """
     if data.source == "mix":
         return mixed_root(data, cache / "mixes")
     if data.root is None and data.source not in ("town", "folder"):
-        raise ConfigError(
-            f"source {data.source} needs the folder it lies in", where="data.root", todo="pass --data.root FOLDER"
-        )
+        raise ConfigError(f"source {data.source} needs a folder", where="data.root", todo="pass --data.root FOLDER")
     return data.root or Path()  # the town is rendered; a folder's YAML may name its folders itself
 
 

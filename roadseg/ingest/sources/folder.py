@@ -6,7 +6,7 @@ An example:
     classes:
       - {id: 1, name: road, color: [128, 64, 128], category: flat}
       - {id: 2, name: car, color: [0, 0, 142]}
-      - {id: 3, name: bonnet, ignore: true}       # in the masks, but neither learned nor scored
+      - {id: 3, name: hood, ignore: true}         # in the masks, but neither learned nor scored
     ignore: [0, 255]                              # more ids that count as void
     splits:
       train: {images: images/train, labels: masks/train}
