@@ -16,13 +16,13 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1, and YAML reads `off` as false: a mistake where a number is wanted."""
+    def _reject_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic accepts true as 1, and YAML reads `off` as false; both are mistakes where a number is expected."""
         values = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(v, bool) for v in values):
             kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
             if kinds & {int, float} and bool not in kinds:
-                raise ValueError("a number is wanted, not true or false")
+                raise ValueError("expected a number, not true or false")
         return value
 
     def key_fields(self) -> dict[str, Any]:
@@ -43,6 +43,6 @@ class Section(BaseModel):
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is put together of."""
+    """All types in an annotation, such as {int, NoneType} of `int | None`."""
     parts = get_args(annotation)
     return set().union(*map(_kinds, parts)) if parts else {annotation}

@@ -1,6 +1,6 @@
 """The configuration: one pydantic section for each concern, read from YAML.
 
-Fields marked `OUT` change where or how fast something is made, never what: they stay out of keys.
+Fields marked `OUT` change where or how fast an output is made, never its content; keys leave them out.
 """
 
 from __future__ import annotations
@@ -246,35 +246,33 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-# pydantic's words for these are of Python, not of YAML
-_WANTED = {
-    "tuple_type": "a list is wanted, such as [a, b]",
-    "too_long": "{max_length} values are wanted at most",
-    "model_type": "a section with keys of its own is wanted",
+# pydantic describes these in terms of Python, not of YAML
+_EXPECTED = {
+    "tuple_type": "expected a list such as [a, b]",
+    "too_long": "expected at most {max_length} values",
+    "model_type": "expected a section with its own keys",
 }
 
 
 def describe(error: ValidationError, where: str) -> str:
-    """One line per error: the key's path, the value found, what was expected, a similar key if it is unknown."""
+    """One line per error: the key's path, what was found and expected; for an unknown key the most similar one."""
     lines = []
     errors = error.errors()
-    # pydantic reports every missing element of a short tuple; the last one shows how many values are expected.
+    # pydantic reports every missing item of a short tuple; the last one gives the expected length.
     short = {e["loc"][:-1]: e["loc"][-1] for e in errors if e["type"] == "missing" and isinstance(e["loc"][-1], int)}
     for e in errors:
         *parents, last = e["loc"]
         key = ".".join(map(str, e["loc"]))
         if e["type"] == "missing" and isinstance(last, int):
             if last == short[tuple(parents)]:
-                lines.append(
-                    f"  {'.'.join(map(str, parents))}: {last + 1} values are wanted (found {e['input']!r:.80})"
-                )
+                lines.append(f"  {'.'.join(map(str, parents))}: expected {last + 1} values (found {e['input']!r:.80})")
         elif e["type"] == "extra_forbidden":
             near = near_key(str(last), parents)
             hint = f"; perhaps you meant {near}" if near else ""
             lines.append(f"  {key}: unknown key{hint}")
         else:
-            wanted = _WANTED.get(e["type"])
-            text = wanted.format(**e.get("ctx", {})) if wanted else e["msg"].removeprefix("Value error, ")
+            expected = _EXPECTED.get(e["type"])
+            text = expected.format(**e.get("ctx", {})) if expected else e["msg"].removeprefix("Value error, ")
             found = "" if isinstance(e["input"], dict | BaseModel) else f" (found {repr(e['input']):.80})"
             lines.append(f"  {key}: {text[:1].lower()}{text[1:]}{found}")
     count = f"{len(lines)} wrong value{'s' if len(lines) > 1 else ''}"
@@ -282,9 +280,9 @@ def describe(error: ValidationError, where: str) -> str:
 
 
 def near_key(name: str, parents: Sequence[int | str] = ()) -> str:
-    """The known key that is most like an unknown one, or nothing.
+    """The key most similar to an unknown one, or "".
 
-    Outside of all sections also `section.key`, for a section that was forgotten: each that has the key.
+    At the top level also `section.key`, joined by " or ", for each section that has a similar key.
     """
     known = _names_at(parents)
     if not parents:
@@ -296,7 +294,7 @@ def near_key(name: str, parents: Sequence[int | str] = ()) -> str:
 def _names_at(loc: Sequence[int | str]) -> list[str]:
     kind: Any = Config
     for part in loc:
-        if get_origin(kind) in (dict, tuple):  # what sections by name are called is free
+        if get_origin(kind) in (dict, tuple):  # items of a dict or tuple of sections: skip the name or index
             kind = get_args(kind)[1 if get_origin(kind) is dict else 0]
         else:
             kind = kind.model_fields[str(part)].annotation

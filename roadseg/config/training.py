@@ -57,19 +57,19 @@ class Loss(Section):
     rmi: Weight = Field(0.0, description="region mutual information")
 
     @model_validator(mode="after")
-    def _something(self) -> Loss:
+    def _has_a_term(self) -> Loss:
         if not any(getattr(self, name) for name in type(self).model_fields):
             raise ValueError("all terms have weight 0; expected one above 0")
         return self
 
 
 class Phase(Section):
-    """Settings that change after a share of the run; what is not given stays as before."""
+    """Settings that change after a share of the run; settings that are not given stay unchanged."""
 
     after: Fraction = Field(description="share of the steps after which the phase begins, between 0 and 1")
     crop_px: tuple[Positive, Positive] | None = Field(None, description="height and width of a training crop")
     output_stride: Literal[8, 16, 32] | None = Field(
-        None, description="output stride of the backbone; the last one that is reached ships"
+        None, description="output stride of the backbone; the release has the last one reached"
     )
 
 
@@ -198,13 +198,13 @@ class Training(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _by_suffix(cls, values: Any) -> Any:
-        """Accept a checkpoint as init_from too, so that users need not know which key it belongs to."""
+    def _move_checkpoint(cls, values: Any) -> Any:
+        """Accept a checkpoint (.safetensors) in init_from as well, and move it to weights_from."""
         if not isinstance(values, dict) or values.get("weights_from"):
             return values
-        given = str(values.get("init_from"))
-        moved = {**values, "init_from": "", "weights_from": given}
-        return moved if given.lower().endswith(".safetensors") else values
+        start = str(values.get("init_from"))
+        moved = {**values, "init_from": "", "weights_from": start}
+        return moved if start.lower().endswith(".safetensors") else values
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -216,5 +216,5 @@ class Training(Section):
             raise ValueError("init_from and weights_from are both set; start from one of the two, set the other to ''")
         shares = [phase.after for phase in self.phases]
         if shares != sorted(set(shares)) or any(share in (0, 1) for share in shares):
-            raise ValueError(f"phases begin after {shares}; expected rising shares between 0 and 1")
+            raise ValueError(f"phases begin after {shares}; expected increasing shares between 0 and 1")
         return self

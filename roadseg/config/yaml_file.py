@@ -9,14 +9,14 @@ import yaml
 
 from roadseg.errors import ConfigError
 
-_LARGEST = 1 << 64  # Python refuses to print numbers of thousands of digits, and no value needs them
-# Besides YAMLError, what PyYAML raises for `!!int ""`, `!!bool x`, `!!timestamp x`, 2020-13-45 and 3,000 "[".
+_LARGEST = 1 << 64  # Python can't print numbers with thousands of digits, and no value needs them
+# PyYAML raises more than YAMLError, for instance for `!!int ""`, `!!bool x`, `!!timestamp x`, 2020-13-45 and 3,000 "[".
 _BROKEN = (ValueError, LookupError, AttributeError, OverflowError, RecursionError, yaml.YAMLError)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Check for duplicate keys before merges (`<<`) are resolved, as a merge may repeat a key on purpose."""
+        """Check for duplicate keys before merges (`<<`) are resolved: a key may override a merged one."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             line = key.start_mark.line + 1
             if (key.tag, key.value) in lines:
                 first = lines[key.tag, key.value]
-                raise ValueError(f"line {line} gives the key {key.value[:60]!r} again, after line {first}")
+                raise ValueError(f"line {line} repeats the key {key.value[:60]!r} of line {first}")
             lines[key.tag, key.value] = line
         return node
 
@@ -40,9 +40,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load_yaml(path: Path, todo: str) -> Any:
-    """What the file holds, None if nothing. todo: what to do if there is no file. Raises ConfigError.
+    """The content of a YAML file, None if empty. todo: advice if the file does not exist. Raises ConfigError.
 
-    A key given twice in a mapping is an error, by its lines: PyYAML would take the last one.
+    A key given twice in a mapping is an error with both lines; PyYAML would silently use the last one.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def load_yaml(path: Path, todo: str) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What the text holds; the rules of `load_yaml`."""
+    """Parse YAML text by the rules of `load_yaml`."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError:

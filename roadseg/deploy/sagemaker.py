@@ -1,7 +1,7 @@
 """First deployment of a release to a SageMaker endpoint. Updating a running endpoint is refused.
 
-Every name is derived from the release and the settings, and every step first looks whether its thing
-is there already: after an error, running again goes on where it stopped.
+Every resource name is derived from the release and the settings, and every step first checks whether its
+resource exists: running again after an error continues where it stopped.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from roadseg.files import json_bytes, sha256_bytes, sha256_file
 from roadseg.release.store.base import Store
 from roadseg.release.store.s3 import S3Store
 
-VARIANT = "AllTraffic"  # one name for good: SageMaker shifts traffic only between variants of the same name
-PACKAGE_ARN = "<the ModelPackageArn that create_model_package answers>"
-ERRORS_A_MINUTE = 5  # the alarm's limit of answers with 5xx
-LATENCY_S = 10  # the alarm's limit of the 99th percentile; SageMaker gives up at 60
-CONCURRENT_REQUESTS = 4  # an instance, worked on or waiting; above it instances are added
+VARIANT = "AllTraffic"  # never change it: SageMaker shifts traffic only between variants of the same name
+PACKAGE_ARN = "<the ModelPackageArn that create_model_package returns>"
+ERRORS_A_MINUTE = 5  # alarm threshold of 5xx answers
+LATENCY_S = 10  # alarm threshold of the 99th percentile; SageMaker times out at 60
+CONCURRENT_REQUESTS = 4  # per instance, running or waiting; above it instances are added
 _DESCRIBE = {
     "create_model_package_group": ("describe_model_package_group", "ModelPackageGroupName"),
     "create_model": ("describe_model", "ModelName"),
@@ -37,7 +37,7 @@ _DESCRIBE = {
 
 @dataclass(frozen=True)
 class Call:
-    """One request to AWS. makes: what there is after it, in words."""
+    """One request to AWS. makes: description of the resource that it creates."""
 
     makes: str
     service: str
@@ -58,12 +58,12 @@ def deploy(
     """Put a release of an S3 store behind the endpoint `aws.endpoint_name`, with alarms and autoscaling.
 
     release: "champion", a digest, its prefix, or the path of an archive. Returns when the endpoint
-    serves it (some minutes). With `dry_run` the requests are said as one JSON list instead; of a
-    whole digest nothing is sent then, else the store is read. connect: gives the client of a service.
+    serves it (some minutes). With `dry_run` the requests are only printed, as one JSON list; the store
+    is read if `release` is not a full digest. connect: returns the client of a service.
 
     Raises ConfigError that lists everything missing, StoreError when the store lacks the release,
-    RoadsegError when the endpoint exists with another configuration, and when AWS refuses a step: it
-    says what was made.
+    RoadsegError when the endpoint exists with another configuration, and when AWS refuses a step (with a
+    list of what was created).
     """
     _check(store, aws)
     assert isinstance(store, S3Store)
@@ -83,9 +83,9 @@ def deploy(
         with aws_errors("SageMaker", RoadsegError):
             _make(calls, clients, made, say, poll_s)
     except RoadsegError as e:
-        kept = f"there are: {', '.join(made)}; " if made else "nothing was made; "
-        again = "then run `roadseg deploy` again, it goes on from there"
-        raise RoadsegError(e.found, where=e.where, todo=f"{kept}{e.todo or 'mend the cause'}, {again}") from e
+        kept = f"created so far: {', '.join(made)}; " if made else "nothing was created; "
+        again = "then run `roadseg deploy` again, which continues from there"
+        raise RoadsegError(e.found, where=e.where, todo=f"{kept}{e.todo or 'fix the cause'}, {again}") from e
     say(f"endpoint {aws.endpoint_name} serves release {digest}")
 
 
@@ -108,7 +108,7 @@ def _digest(release: str, store: S3Store) -> str:
 
 
 def first_deployment(digest: str, archive_url: str, capture_url: str, aws: Aws) -> list[Call]:
-    """The requests, in order. Only the model package's ARN can't be known before, see PACKAGE_ARN."""
+    """The requests, in order. The model package's ARN is not known in advance; PACKAGE_ARN stands for it."""
     settings = aws.model_dump(mode="json", exclude={"region", "endpoint_url", "max_instance_count"})
     unique = sha256_bytes(json_bytes([digest, archive_url, capture_url, settings]))
     name = f"{aws.endpoint_name}-{digest[:12]}-{unique[:8]}"
@@ -121,7 +121,7 @@ def first_deployment(digest: str, archive_url: str, capture_url: str, aws: Aws) 
         "ModelName": name,
         "PrimaryContainer": {"ModelPackageName": PACKAGE_ARN},
         "ExecutionRoleArn": aws.role_arn,
-        "EnableNetworkIsolation": True,  # what the server needs is in the container already
+        "EnableNetworkIsolation": True,  # the container holds everything that the server needs
     }
     config = _endpoint_config(name, capture_url, aws)
     endpoint = {"EndpointName": aws.endpoint_name, "EndpointConfigName": name}
@@ -172,11 +172,11 @@ def _endpoint_config(name: str, capture_url: str, aws: Aws) -> dict[str, Any]:
 
 
 def _alarms(endpoint: str) -> list[Call]:
-    alike = {
+    shared = {
         "Namespace": "AWS/SageMaker",
         "Dimensions": [{"Name": "EndpointName", "Value": endpoint}, {"Name": "VariantName", "Value": VARIANT}],
         "Period": 60,
-        "TreatMissingData": "notBreaching",  # no requests are no failure
+        "TreatMissingData": "notBreaching",  # no requests is not a failure
     }
     errors = {
         "AlarmName": f"{endpoint}-errors",
@@ -186,7 +186,7 @@ def _alarms(endpoint: str) -> list[Call]:
         "EvaluationPeriods": 1,
         "Threshold": ERRORS_A_MINUTE,
         "ComparisonOperator": "GreaterThanOrEqualToThreshold",
-        **alike,
+        **shared,
     }
     latency = {
         "AlarmName": f"{endpoint}-latency",
@@ -196,7 +196,7 @@ def _alarms(endpoint: str) -> list[Call]:
         "EvaluationPeriods": 3,
         "Threshold": LATENCY_S * 1_000_000,  # the metric is in microseconds
         "ComparisonOperator": "GreaterThanThreshold",
-        **alike,
+        **shared,
     }
     return [Call(f"alarm {a['AlarmName']}", "cloudwatch", "put_metric_alarm", a) for a in (errors, latency)]
 
@@ -249,21 +249,21 @@ def _check(store: Store, aws: Aws) -> None:
 
 
 def _described(client: Any, call: Call) -> dict[str, Any] | None:
-    """What a create call would make, if it is there already."""
+    """The description of the resource that a create call would make; None if it does not exist."""
     from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
     operation, key = _DESCRIBE[call.operation]
     try:
         return dict(getattr(client, operation)(**{key: call.parameters[key]}))
     except ClientError as e:
-        # Our names are valid (see _check), so a ValidationException of these four means: none of that name.
+        # Our names are valid (see _check), so a ValidationException from these four means that none exists.
         if error_code(e) in ("ValidationException", "ResourceNotFound", "ResourceNotFoundException"):
             return None
         raise
 
 
 def _check_endpoint(client: Any, calls: list[Call]) -> None:
-    """Raises RoadsegError when the endpoint exists and is not one that this deployment began."""
+    """Raises RoadsegError when the endpoint exists and does not belong to this deployment."""
     call = next(c for c in calls if c.operation == "create_endpoint")
     found = _described(client, call)
     if found is None or found["EndpointConfigName"] == call.parameters["EndpointConfigName"]:
@@ -273,7 +273,7 @@ def _check_endpoint(client: Any, calls: list[Call]) -> None:
     raise RoadsegError(
         f"endpoint {name} exists already, {status}, with the configuration {found['EndpointConfigName']}",
         expected="a first deployment",
-        todo=f"nothing was touched: {'' if status == 'Failed' else 'choose another aws.endpoint_name, or '}{remove}",
+        todo=f"nothing was changed: {'' if status == 'Failed' else 'choose another aws.endpoint_name, or '}{remove}",
     )
 
 
@@ -290,7 +290,7 @@ def _make(calls: list[Call], clients: dict[str, Any], made: list[str], say: Call
             answer = getattr(client, call.operation)(**_with_arn(call.parameters, arn))
             arn = answer.get("ModelPackageArn", arn)
         made.append(call.makes)
-        say(f"{call.makes}: {'there already' if found else 'made'}")
+        say(f"{call.makes}: {'exists' if found else 'created'}")
         if call.operation == "create_endpoint":
             say("waiting until the endpoint is in service, which takes some minutes")
             _wait(client, call.parameters["EndpointName"], call.parameters["EndpointConfigName"], poll_s)
@@ -305,7 +305,7 @@ def _with_arn(value: Any, arn: str) -> Any:
 def _existing_package(client: Any, call: Call) -> str:
     """The ARN of the group's package of the same archive and image; "" if there is none.
 
-    AWS forgets a ClientToken after a while, so it alone does not keep a package from being made twice.
+    AWS forgets a ClientToken after a while, so the token alone does not prevent a second package.
     """
     wanted = call.parameters["InferenceSpecification"]["Containers"][0]
     group = call.parameters["ModelPackageGroupName"]
@@ -325,10 +325,10 @@ def _existing_package(client: Any, call: Call) -> str:
 
 
 def _wait(client: Any, name: str, config_name: str, poll_s: int) -> None:
-    """Until the endpoint is in service with our configuration, which the waiter alone does not say."""
+    """Wait until the endpoint is in service with our configuration, which the waiter alone does not check."""
     from botocore.exceptions import WaiterError
 
-    with suppress(WaiterError):  # the reason is in the description
+    with suppress(WaiterError):  # describe_endpoint below returns the reason
         waiter = client.get_waiter("endpoint_in_service")
         waiter.wait(EndpointName=name, WaiterConfig={"Delay": poll_s, "MaxAttempts": 120})
     found = client.describe_endpoint(EndpointName=name)

@@ -36,10 +36,10 @@ class Scene:
 def panels(
     image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What a scene shows: image, truth, prediction over the image, errors; each uint8 [H, W, 3] RGB.
+    """The four pictures of a scene: image, truth, prediction over the image, errors; each uint8 [H, W, 3] RGB.
 
     image: uint8 [H, W, 3] RGB. label, prediction: uint8 [H, W] train ids, 255 void. palette: uint8 [256, 3] RGB.
-    Void is hatched black in the truth and in the errors. Errors are red on the darkened grey image; void is none.
+    Void is hatched in the truth and in the errors. Errors are red on the darkened gray image; void is not an error.
     """
     height, width = label.shape
     void = label == IGNORE
@@ -79,11 +79,11 @@ def render(
 ) -> str:
     """The report as HTML.
 
-    evaluation: the content of metrics.json; whatever is missing is left out of the page. history: a row
+    evaluation: the content of metrics.json; missing parts are left out of the page. history: a row
     {step, loss, learning_rate} for a training step and {step, split, miou, pixel_accuracy} for a validation.
     contact_sheet: JPEG or PNG bytes. decision: of the gate, {outcome, reason, candidate, champion, miou_gain,
     min_gain, classes}. timing: rows {step, images_per_s, waiting_share} of log/timing.jsonl. pictures: captions with
-    JPEG or PNG bytes, as report.film gives them. Raises UsageError for pictures in another format.
+    JPEG or PNG bytes, from report.progress_strip. Raises UsageError for pictures in another format.
     """
     classes = _classes(evaluation)
     return fill(
@@ -101,7 +101,7 @@ def render(
         heat=_heat(evaluation, classes),
         confusions=_confusions(evaluation, classes),
         curves=training_curves(history, timing),
-        film=pictures,
+        progress_strip=pictures,
         groups=[(n, s) for n, s in (("Worst scenes", worst), ("Best scenes", best)) if s],
         splits=_splits(evaluation),
         contact_sheet=contact_sheet,
@@ -110,7 +110,7 @@ def render(
 
 
 def _tiles(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of the key figures."""
+    """(name, value, remark) of each key figure at the top of the page."""
     iou = evaluation.get("class_iou") or {}
     present = sum(v is not None for v in iou.values())
     model = evaluation.get("model") or {}
@@ -127,7 +127,7 @@ def _tiles(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _facts(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) rows: the release and the data that were scored."""
+    """(name, value) that identify the release, the data and the model."""
     names = {
         "release": "Release",
         "data_fingerprint": "Data fingerprint",
@@ -136,20 +136,20 @@ def _facts(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
         "runtime": "Runtime",
         "schema_version": "Schema version",
     }
-    rows = [(text, _written(evaluation[key])) for key, text in names.items() if evaluation.get(key) is not None]
+    rows = [(text, _format_value(evaluation[key])) for key, text in names.items() if evaluation.get(key) is not None]
     model = evaluation.get("model") or {}
     return rows + [
-        (k.replace("_", " ").capitalize(), f"{v:,}" if k == "parameters" and isinstance(v, int) else _written(v))
+        (k.replace("_", " ").capitalize(), f"{v:,}" if k == "parameters" and isinstance(v, int) else _format_value(v))
         for k, v in model.items()
     ]
 
 
-def _written(value: object) -> str:
+def _format_value(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def _quantiles(per_image: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of the mIoU of single images; the quantiles stand under "miou" or at the top."""
+    """(name, value) of the mIoU of single images; the quantiles are under "miou" or at the top level."""
     quantiles = per_image.get("miou", per_image)
     if not isinstance(quantiles, Mapping):
         return []
@@ -157,7 +157,7 @@ def _quantiles(per_image: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _classes(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a class, by train id; class_iou alone is enough, then by its order."""
+    """One row per class in train id order; without `classes`, in the order of class_iou."""
     iou = evaluation.get("class_iou") or {}
     accuracy = evaluation.get("class_accuracy") or {}
     predicted = evaluation.get("absent_predicted") or {}
@@ -187,7 +187,7 @@ def _heat(evaluation: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) -
 
 
 def _confusions(evaluation: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The largest cells off the diagonal: what most of the wrong pixels are."""
+    """The largest cells off the diagonal, which hold most of the wrong pixels."""
     counts = evaluation.get("confusion") or []
     if len(counts) != len(classes):
         return []

@@ -32,7 +32,7 @@ DECODED_AHEAD = 3
 
 @dataclass(frozen=True)
 class Images:
-    """Where the frames to score lie, and how far their files are trusted."""
+    """The frames to score: their manifest, root folder and decoding limits."""
 
     manifest: Manifest
     root: Path
@@ -44,7 +44,7 @@ class Images:
 
 
 def evaluate(predictor: Predictor, images: Images, splits: Sequence[str], scenes: int, work: Path) -> dict[str, Any]:
-    """Score `splits`, the first of them in full; write metrics.json, scenes/ and report.html.
+    """Score `splits`, the first in full, the others in brief; write metrics.json, scenes/ and report.html.
 
     Memory does not grow with the number of images. Returns the content of metrics.json. Raises
     DataError when a split is absent or the release was trained on other classes.
@@ -52,10 +52,10 @@ def evaluate(predictor: Predictor, images: Images, splits: Sequence[str], scenes
     label_set = images.manifest.label_set
     if predictor.label_set.names != label_set.names:
         raise DataError(
-            f"the release knows {len(predictor.label_set.names)} classes ({', '.join(predictor.label_set.names)})",
+            f"the release predicts {len(predictor.label_set.names)} classes ({', '.join(predictor.label_set.names)})",
             expected=f"the data's {len(label_set.names)} ({', '.join(label_set.names)})",
             where=f"release {predictor.release.digest[:12]}",
-            todo="evaluate it on data with its own classes; data.taxonomy says which the data has (cityscapes: its 19)",
+            todo="evaluate it on data with its classes; data.taxonomy selects the data's classes (cityscapes: its 19)",
         )
     main, *others = splits
     matrix, by_image = _score_split(predictor, images, main)
@@ -107,7 +107,7 @@ def _score_split(predictor: Predictor, images: Images, split: str) -> tuple[np.n
 def read_ahead(
     samples: Sequence[Sample], read: Callable[[Sample], tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[tuple[Sample, tuple[np.ndarray, np.ndarray]]]:
-    """Decode a few frames ahead in a thread, never more, so that memory stays flat."""
+    """Decode up to DECODED_AHEAD frames ahead in a thread, so that memory stays flat."""
     with ThreadPoolExecutor(1) as pool:
         waiting = [(s, pool.submit(read, s)) for s in samples[:DECODED_AHEAD]]
         for following in [*samples[DECODED_AHEAD:], *[None] * min(DECODED_AHEAD, len(samples))]:
@@ -147,8 +147,8 @@ def _write_scenes(
     for kind, rows in ranked.items():
         for i, (miou, sample) in enumerate(rows):
             image, label = images.read(sample)
-            shown = panels(image, label, predictor(image), images.manifest.label_set.palette)
-            for name, panel in zip(PANELS, shown, strict=True):
+            pictures = panels(image, label, predictor(image), images.manifest.label_set.palette)
+            for name, panel in zip(PANELS, pictures, strict=True):
                 (folder / f"{kind}-{i}-{name}.jpg").write_bytes(picture(panel))
             index.setdefault(kind, []).append({"name": sample.name, "miou": miou})
     write_json(folder / "scenes.json", index)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from roadseg.report import charts
 from roadseg.report.page import finite
 
-_POINTS = 300  # a training of any length draws this many points at most
+_POINTS = 300  # most points of a line, for training runs of any length
 _HALF_LIFE = 0.04  # of the smoothed loss, as a share of the run
 
 Rows = Sequence[Mapping[str, Any]]
@@ -26,8 +26,8 @@ def training_curves(history: Rows, timing: Rows) -> list[tuple[str, Markup]]:
     """
     steps = sorted((r for r in history if "loss" in r and "split" not in r), key=lambda r: r["step"])
     scores = _scores(sorted((r for r in history if "split" in r), key=lambda r: r["step"]))
-    speed = _gone_on(timing)
-    drawn = [
+    speed = _without_repeated_steps(timing)
+    figures = [
         ("Training loss", _loss(steps)),
         (
             "Validation during training",
@@ -40,19 +40,19 @@ def training_curves(history: Rows, timing: Rows) -> list[tuple[str, Markup]]:
             _one_line("Waiting", _binned(_pairs(speed, "waiting_share")), percent=True),
         ),
     ]
-    return [(caption, chart) for caption, chart in drawn if chart]
+    return [(caption, chart) for caption, chart in figures if chart]
 
 
 def _loss(steps: Rows) -> Markup:
     pairs = _pairs(steps, "loss")
     size = math.ceil(len(pairs) / _POINTS)
     raw = f"means of up to {size} steps" if size > 1 else "each step"
-    shown = [charts.Line("smoothed", _binned(_smoothed(pairs))), charts.Line(raw, _binned(pairs), thin=True)]
-    return charts.lines(shown, label=_alt_text("Training loss", shown[:1]), x_label="step")
+    both = [charts.Line("smoothed", _binned(_smoothed(pairs))), charts.Line(raw, _binned(pairs), thin=True)]
+    return charts.lines(both, label=_alt_text("Training loss", both[:1]), x_label="step")
 
 
 def _smoothed(pairs: Points) -> Points:
-    """The mean of all values so far, each weighing half as much after _HALF_LIFE of them all."""
+    """Exponential moving average; a value's weight halves after the share _HALF_LIFE of all values."""
     keep = 0.5 ** (1 / max(1.0, _HALF_LIFE * len(pairs)))
     total = weight = 0.0
     smooth = []
@@ -71,8 +71,8 @@ def _scores(checks: Rows) -> list[charts.Line]:
     return lines
 
 
-def _gone_on(timing: Rows) -> list[Mapping[str, Any]]:
-    """Drop the rows of steps that a killed run had taken and its successor took again."""
+def _without_repeated_steps(timing: Rows) -> list[Mapping[str, Any]]:
+    """Drop rows of a killed run whose steps a later run repeated."""
     kept: list[Mapping[str, Any]] = []
     for row in reversed(timing):
         if not kept or row["step"] < kept[-1]["step"]:
@@ -86,7 +86,7 @@ def _one_line(name: str, rows: Points, percent: bool = False) -> Markup:
 
 
 def _alt_text(what: str, series: Sequence[charts.Line]) -> str:
-    """A chart in words: where each line begins and ends."""
+    """Alternative text of a chart: the first and last value of each line."""
     ends = [
         f"{s.name} goes from {s.points[0][1]:.3g} at step {s.points[0][0]:,.0f}"
         f" to {s.points[-1][1]:.3g} at step {s.points[-1][0]:,.0f}"
@@ -101,7 +101,7 @@ def _pairs(rows: Iterable[Mapping[str, Any]], key: str) -> Points:
 
 
 def _binned(pairs: Points) -> Points:
-    """Means of at most _POINTS runs of neighbours."""
+    """Means of consecutive points, at most _POINTS of them."""
     size = math.ceil(len(pairs) / _POINTS)
     bins = [pairs[i : i + size] for i in range(0, len(pairs), size)] if pairs else []
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]

@@ -18,12 +18,12 @@ from roadseg.progress import progress
 
 log = logging.getLogger(__name__)
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-OURS = ("_labelTrainIds.png", "_labelIds.png", "_overlay.jpg")  # what an earlier run wrote beside its inputs
+OURS = ("_labelTrainIds.png", "_labelIds.png", "_overlay.jpg")  # outputs of an earlier run in the same folder
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What `predict` did. failed: (path, reason) of every image that could not be read."""
+    """The result of `predict`. failed: (path, reason) of every image that could not be read."""
 
     written: list[Path]
     failed: list[tuple[Path, str]]
@@ -40,10 +40,10 @@ def predict(
 ) -> Predicted:
     """Write <stem>_labelTrainIds.png (or _labelIds.png) and <stem>_overlay.jpg for every image.
 
-    inputs: files, or folders whose images keep their relative paths below `out`; there, files with the
-    endings above are passed over. ids: trainIds or labelIds. A file that is no usable image is named,
-    skipped and listed in `failed`. Raises UsageError for inputs that don't exist, hold no image, or
-    would write the same file.
+    inputs: files, or folders whose images keep their relative paths below `out`; files in
+    folders that end like those outputs are skipped. ids: trainIds or labelIds. An unusable image is
+    logged, skipped and listed in `failed`. Raises UsageError for inputs that don't exist, contain no
+    image, or would write the same file.
     """
     limits = limits or Limits()
     jobs = list(_jobs(inputs))
@@ -67,24 +67,24 @@ def predict(
 
 
 def blend(image: np.ndarray, label: np.ndarray, label_set: LabelSet, opacity: float = 0.5) -> np.ndarray:
-    """uint8 [H, W, 3]: the image [H, W, 3] under its label map's colours [H, W]."""
+    """uint8 [H, W, 3]: the image [H, W, 3] blended with the colors of its label map [H, W]."""
     mixed = image * (1 - opacity) + label_set.palette[label] * opacity
     return mixed.round().astype(np.uint8)
 
 
 def _jobs(inputs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
     """(image, its path below the output folder without suffix)."""
-    for given in inputs:
-        if given.is_dir():
-            found = sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    for source in inputs:
+        if source.is_dir():
+            found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             found = [p for p in found if not p.name.endswith(OURS)]
             if not found:
-                raise UsageError("no image in this folder", expected=", ".join(sorted(SUFFIXES)), where=str(given))
-            yield from ((p, p.relative_to(given).with_suffix("")) for p in found)
-        elif given.is_file():
-            yield given, Path(given.stem)
+                raise UsageError("no image in this folder", expected=", ".join(sorted(SUFFIXES)), where=str(source))
+            yield from ((p, p.relative_to(source).with_suffix("")) for p in found)
+        elif source.is_file():
+            yield source, Path(source.stem)
         else:
-            raise UsageError("no such file or folder", where=str(given), todo="check the path")
+            raise UsageError("no such file or folder", where=str(source), todo="check the path")
 
 
 def _refuse_clashes(jobs: Sequence[tuple[Path, Path]]) -> None:

@@ -18,8 +18,8 @@ from roadseg.release.archive import Release
 class Predictor:
     """Scores images with a release. Safe to call from several threads.
 
-    threads: of the runtime, 0 for one a core. Raises ArchiveError when the runtime refuses the graph, or
-    the graph is not one from `image` to `logits` of the release's classes.
+    threads: of the runtime; 0 means one per core. Raises ArchiveError when the runtime rejects the graph, or
+    the graph does not map `image` to `logits` of the release's classes.
     """
 
     def __init__(self, release: Release, threads: int = 0) -> None:
@@ -29,8 +29,8 @@ class Predictor:
         options.log_severity_level = 3
         try:
             self._session = ort.InferenceSession(release.onnx, options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # onnxruntime raises its own bare exceptions, none of them importable
-            raise ArchiveError(f"onnxruntime refuses the graph ({e})", where=release.digest) from e
+        except Exception as e:  # onnxruntime's exception classes can't be imported
+            raise ArchiveError(f"onnxruntime rejected the graph ({e})", where=release.digest) from e
         self.release = release
         self._check()
 
@@ -57,7 +57,7 @@ class Predictor:
     def logits(self, image: np.ndarray) -> np.ndarray:
         """float32 [K, h, w] of one uint8 RGB image [H, W, 3]. Raises ImageError for another array."""
         if not isinstance(image, np.ndarray):
-            raise ImageError(f"of type {type(image).__name__}", expected="a NumPy array: uint8 RGB [H, W, 3]")
+            raise ImageError(f"a {type(image).__name__}", expected="a NumPy array: uint8 RGB [H, W, 3]")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ImageError(f"an array of {image.dtype} {list(image.shape)}", expected="an image: uint8 RGB [H, W, 3]")
         batch_B3HW = np.ascontiguousarray(image.transpose(2, 0, 1))[None]

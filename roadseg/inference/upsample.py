@@ -12,8 +12,8 @@ import numpy as np
 def upsample_argmax(logits_Khw: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
     """Bilinear upsampling (align_corners=False) and argmax; uint8 [H, W] of class indices.
 
-    logits_Khw: float32. One class is resized at a time and compared with the best so far, so that
-    no [K, H, W] array is ever made: memory is three maps, whatever K is. Ties go to the lower class.
+    logits_Khw: float32. Resizes one class at a time and compares it with the best so far, without
+    a [K, H, W] array: memory is three maps for any K. Ties go to the lower class.
     """
     size = (width_px, height_px)
     best = cv2.resize(logits_Khw[0], size, interpolation=cv2.INTER_LINEAR)

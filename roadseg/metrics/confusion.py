@@ -8,7 +8,7 @@ import numpy as np
 from roadseg.errors import DataError, UsageError
 from roadseg.labels import IGNORE
 
-# cv2.calcHist returns float32, which holds every integer up to 2^24: no bin may see more pixels in one call.
+# cv2.calcHist returns float32, which holds every integer up to 2^24: no bin may count more pixels in one call.
 _EXACT_PIXELS = 1 << 24
 
 
@@ -23,9 +23,9 @@ def confusion(label: np.ndarray, prediction: np.ndarray, num_classes: int, ignor
     prediction; pixels whose label is `ignore` are in no cell. Matrices of several images add up to that of the set.
     Raises UsageError on other shapes or dtypes, and ForeignId (a DataError and a ValueError) naming the first id of
     the label outside 0..num_classes-1 that is not `ignore`, or of the prediction outside 0..num_classes-1, void
-    pixels included: a network that answers an id it doesn't have is broken wherever it does so.
+    pixels included: a network that predicts an id without a class is broken, wherever it does so.
 
-    One joint 256x256 histogram by OpenCV, so the check of the ids costs no pass over the pixels of its own: 2.4 ms
+    One joint 256x256 histogram by OpenCV, so checking the ids needs no extra pass over the pixels: 2.4 ms
     at 2048x1024 where np.bincount on the joint id as uint16 takes 5.0 (benchmarks/confusion_speed.py).
     """
     if label.shape != prediction.shape or label.ndim != 2 or label.dtype != np.uint8 or prediction.dtype != np.uint8:
@@ -36,8 +36,8 @@ def confusion(label: np.ndarray, prediction: np.ndarray, num_classes: int, ignor
     if not 1 <= num_classes <= 256:
         raise UsageError(f"{num_classes} classes", expected="1 to 256, as the ids are uint8")
     joint = _joint_histogram(label, prediction)
-    _refuse_foreign("label", joint.sum(axis=1), num_classes, ignore)
-    _refuse_foreign("prediction", joint.sum(axis=0), num_classes, None)
+    _check_ids("label", joint.sum(axis=1), num_classes, ignore)
+    _check_ids("prediction", joint.sum(axis=0), num_classes, None)
     counts = joint[:num_classes, :num_classes].copy()
     if 0 <= ignore < num_classes:
         counts[ignore] = 0
@@ -45,7 +45,7 @@ def confusion(label: np.ndarray, prediction: np.ndarray, num_classes: int, ignor
 
 
 def _joint_histogram(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """int64 [256, 256]: how many pixels hold (label id, prediction id)."""
+    """int64 [256, 256]: number of pixels by (label id, prediction id)."""
     flat_label = np.ascontiguousarray(label).reshape(1, -1)
     flat_prediction = np.ascontiguousarray(prediction).reshape(1, -1)
     joint = np.zeros((256, 256), np.int64)
@@ -56,7 +56,7 @@ def _joint_histogram(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     return joint
 
 
-def _refuse_foreign(what: str, pixels_by_id: np.ndarray, num_classes: int, ignore: int | None) -> None:
+def _check_ids(what: str, pixels_by_id: np.ndarray, num_classes: int, ignore: int | None) -> None:
     foreign = [int(i) for i in np.flatnonzero(pixels_by_id) if i >= num_classes and i != ignore]
     if foreign:
         raise ForeignId(

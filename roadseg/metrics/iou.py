@@ -1,13 +1,13 @@
 """IoU and accuracy from a confusion matrix: by class, by category and averaged.
 
-A class is *present* when at least one valid pixel of the truth holds it. The scores of an absent class are None and
-enter no mean, also when the network predicted it somewhere: so the classes that are averaged follow from the data
-alone, and two models scored on the same images are averaged over the same classes. Its false positives still cost,
-as misses of the classes they cover.
+A class is *present* when at least one valid pixel of the truth has it. The scores of an absent class are None and
+are left out of the means, even where the network predicted it. So the averaged classes depend on the data alone,
+and two models scored on the same images are averaged over the same classes. Its false positives still count, as
+misses of the classes they cover.
 
-cityscapesScripts differs in that one case: it leaves a class out only when it is neither in the truth nor predicted,
-and counts an absent but predicted one as 0. `absent_predicted` lists those, so its mean follows exactly:
-miou * present / (present + len(absent_predicted)). On sets that hold every class, such as Cityscapes val, both agree.
+cityscapesScripts differs in that case: it leaves a class out only if it is neither in the truth nor predicted,
+and scores an absent but predicted class as 0. `absent_predicted` lists those, so its mean follows exactly:
+miou * present / (present + len(absent_predicted)). On data with every class, such as Cityscapes val, both agree.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def scores(confusion: np.ndarray, label_set: LabelSet) -> dict[str, Any]:
             f"a confusion matrix {confusion.dtype} {list(confusion.shape)}",
             expected=f"integers [{k}, {k}] for the {k} classes of the label set {label_set.name}",
         )
-    # Python integers: no overflow, and one correctly rounded division for each score.
+    # Python integers: no overflow, and each score is one correctly rounded division.
     right = [int(n) for n in np.diagonal(confusion)]
     truth = [int(n) for n in confusion.sum(axis=1)]
     predicted = [int(n) for n in confusion.sum(axis=0)]

@@ -20,7 +20,7 @@ class ClassGain:
 
 @dataclass(frozen=True)
 class Decision:
-    """The gate's decision and its reasons. Digests are SHA-256 of archives; gains are mIoU in 0..1."""
+    """The gate's outcome and its reason. Digests are SHA-256 of archives; gains are in mIoU of 0..1."""
 
     outcome: Literal["promoted", "refused", "unchanged"]
     reason: str
@@ -40,8 +40,8 @@ class Decision:
 def decide(candidate: dict[str, Any], champion: dict[str, Any] | None, min_gain: float) -> Decision:
     """Compare two Evaluations (contents of metrics.json); `champion` is None before the first one.
 
-    Raises GateRefused when the two can't be compared: other data, other classes, another runtime,
-    or a candidate without a mIoU.
+    Raises GateRefused when the two can't be compared (different data, classes or runtime), or when the
+    candidate has no mIoU.
     """
     digest, miou = candidate["release"], candidate["miou"]
     if miou is None:

@@ -27,10 +27,10 @@ def push(
     store: Store,
     min_gain: float,
 ) -> Decision:
-    """Promote the candidate if the gate lets it through; the champion is evaluated, never believed.
+    """Promote the candidate if the gate allows it. The champion is evaluated again; its stored score is not used.
 
     evaluate_champion(digest): its Evaluation on the candidate's data. If another push moves the
-    pointer in between, everything is decided again. A refused candidate is not put in the store.
+    pointer meanwhile, the decision is made again. A refused candidate is not put in the store.
     Raises GateRefused when the champion can't be read or compared, StoreError when the store fails.
     """
     for _ in range(ATTEMPTS):
@@ -53,12 +53,12 @@ def push(
 
 
 def read_champion(store: Store) -> Champion | None:
-    """The champion, or None if there never was one. Raises GateRefused if the store can't be read."""
+    """The champion, or None if there never was one. Raises GateRefused when the store can't be read."""
     try:
         return store.champion()
     except StoreError as e:
         raise GateRefused(
-            f"the champion can't be read ({e})", todo="mend the store first; nothing was overwritten"
+            f"the champion can't be read ({e})", todo="repair the store first; nothing was overwritten"
         ) from e
 
 
@@ -70,9 +70,9 @@ def _evaluate(champion: Champion | None, evaluate_champion: Callable[[str], dict
     except (StoreError, ArchiveError) as e:
         raise GateRefused(
             f"the champion {champion.digest[:12]} can't be evaluated ({e})",
-            todo="mend or roll back the champion first; nothing was overwritten",
+            todo="repair or roll back the champion first; nothing was overwritten",
         ) from e
-    except DataError as e:  # the candidate has just been scored on this data: it is the champion that does not fit
+    except DataError as e:  # the candidate was scored on this data, so the champion does not fit it
         raise GateRefused(
             f"the champion {champion.digest[:12]} can't be compared on this data ({e.found})",
             expected=e.expected,
@@ -83,7 +83,7 @@ def _evaluate(champion: Champion | None, evaluate_champion: Callable[[str], dict
 def _complete(
     store: Store, archive: Path, candidate: Release, evaluation: dict[str, Any], champion: Champion, min_gain: float
 ) -> None:
-    """Add what a push that was killed right after moving the pointer did not write any more."""
+    """Write the documents that a push killed right after moving the pointer left out."""
     if store.document(candidate.digest, DECISION) is None:
         late = decide(evaluation, None, min_gain)
         reason = f"promoted at {champion.promoted_at} by a push that was stopped before it wrote its decision"
@@ -105,23 +105,23 @@ def _json(value: Any) -> bytes:
 
 
 def promote_by_hand(store: Store, reference: str | None, cache: Path) -> Champion:
-    """Point to a release without the gate: `reference`, or the champion before this one if None.
+    """Make a release champion without the gate: `reference`, or the previous champion if None.
 
-    Its mIoU is the one it last had as champion, or else its evaluation.json in the store says. Going
-    back twice goes back two champions. Raises StoreError when there is no such release or nothing to
-    go back to.
+    Its mIoU is taken from its last time as champion, else from its evaluation.json in the store. Two
+    rollbacks go back two champions. Raises StoreError when there is no such release or no previous
+    champion.
     """
-    now, going_back = store.champion(), reference is None
+    now, is_rollback = store.champion(), reference is None
     if reference is None:
         if now is None or not now.previous:
-            raise StoreError("there is no champion before this one", where=store.address, todo="see `roadseg releases`")
+            raise StoreError("there is no previous champion", where=store.address, todo="see `roadseg releases`")
         reference = now.previous
     digest = sha256_file(resolve(reference, store, cache))
     if now and digest == now.digest:
-        return now  # a second entry would make it its own predecessor, and a rollback would lead nowhere
+        return now  # a second entry would make it its own predecessor and break rollback
     past = next((c for c in reversed(store.history()) if c.digest == digest), None)
     champion = _successor(digest, _stored_evaluation(store, digest, past), now)
-    if going_back and past:
+    if is_rollback and past:
         champion = replace(champion, previous=past.previous)
     store.promote(champion, now)
     return champion
@@ -134,7 +134,7 @@ def _stored_evaluation(store: Store, digest: str, past: Champion | None) -> dict
     if evaluation is None:
         raise StoreError(
             f"release {digest[:12]} has no {EVALUATION}",
-            expected="a release that `roadseg push` put there",
+            expected="a release that `roadseg push` stored",
             where=store.address,
             todo="push with the config and the workspace that trained it (--push.min-gain -1 if the gate refuses it); "
             "an archive alone can't be pushed, but evaluate, predict and serve take its path as --release",

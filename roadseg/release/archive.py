@@ -20,13 +20,13 @@ from roadseg.files import sha256_bytes, write_atomic
 from roadseg.labels import LabelSet
 from roadseg.release.graph import WEIGHTS, with_weights
 
-SCHEMA_VERSION = 2  # 1: model.onnx held the weights once more
+SCHEMA_VERSION = 2  # version 1 stored the weights in model.onnx as well
 MODEL, ONNX, TERMS = "model.json", "model.onnx", "LICENSE-DATA"
 MEMBERS = frozenset({MODEL, ONNX, WEIGHTS, TERMS})
-GZIP = b"\x1f\x8b"  # what such a file begins with
+GZIP = b"\x1f\x8b"  # first bytes of a gzip file
 LIMIT_BYTES = 2 << 30
-LIMIT_RATIO = 20  # unpacked to packed bytes; ours are stored, and weights hardly compress
-SMALL_BYTES = 1 << 20  # below it any ratio will do: tar's own padding compresses well
+LIMIT_RATIO = 20  # unpacked to packed bytes; our archives are uncompressed, and weights hardly compress
+SMALL_BYTES = 1 << 20  # no ratio limit below this size: tar's padding compresses well
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,22 @@ class Release:
 
     @cached_property
     def onnx(self) -> bytes:
-        """The graph with its weights. Raises ArchiveError if it points to others than those of the archive."""
+        """The graph with its weights. Raises ArchiveError if it refers to weights outside the archive."""
         return with_weights(self.members[ONNX], self.members[WEIGHTS], f"release {self.digest[:12]}")
 
     @property
     def temperature(self) -> float:
-        """Divides logits, less class_offsets, before softmax; fitted on validation."""
+        """Probabilities are softmax((logits - class_offsets) / temperature); fitted on validation."""
         return float(self.model["temperature"])
 
     @cached_property
     def class_offsets(self) -> np.ndarray:
-        """float32 [K]: what logits hold for the best mIoU, and probabilities must not (training.class_offsets)."""
+        """float32 [K]: added to the logits to raise mIoU; subtract before computing probabilities."""
         return offsets_of(self.model.get("training", {}), self.label_set.names)
 
 
 def offsets_of(training: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
-    """float32 [K], from model.json's record of a training; 0 for classes without an offset."""
+    """float32 [K] from the `training` section of model.json; 0 for classes without an offset."""
     named = training.get("class_offsets", {})
     return np.array([named.get(name, 0.0) for name in names], np.float32)
 
@@ -69,8 +69,8 @@ def offsets_of(training: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 def write_archive(path: Path, model: dict[str, Any], onnx: bytes, weights: bytes, terms: str) -> str:
     """Write model.tar.gz atomically and return its SHA-256. The same arguments give the same bytes.
 
-    model: content of model.json; schema version and digests are added here. onnx: the graph,
-    whose weights may be inside or in `weights` (graph.without_weights).
+    model: the content of model.json without schema version and digests, which are added here. onnx: the
+    graph, with its weights inside or in `weights` (graph.without_weights).
     """
     members = {ONNX: onnx, WEIGHTS: weights, TERMS: terms.encode()}
     digests = {name: sha256_bytes(data) for name, data in members.items()}
@@ -94,9 +94,8 @@ def _pack(members: dict[str, bytes]) -> bytes:
 def _stored_gzip(data: bytes) -> bytes:
     """A gzip file (RFC 1952) of stored, uncompressed blocks (RFC 1951, 3.2.4).
 
-    The releases of zlib and zlib-ng compress the same data to different bytes, so the digest of a
-    compressed archive could not be had again from its members on another machine. Weights hardly
-    compress anyway.
+    Versions of zlib and zlib-ng compress the same data to different bytes, so another machine could not
+    reproduce the digest of a compressed archive from its members. Weights hardly compress anyway.
     """
     out = io.BytesIO()
     out.write(GZIP + b"\x08\x00" + bytes(4) + b"\x00\xff")  # deflate, no flags, no time, unknown system
@@ -111,8 +110,8 @@ def _stored_gzip(data: bytes) -> bytes:
 def load_release(path: Path, expected_digest: str = "") -> Release:
     """Read and verify a model.tar.gz; nothing is unpacked to disk and nothing is unpickled.
 
-    Raises ArchiveError when it is unreadable, holds other members than a release has, is of a newer
-    schema, or when a digest (a member's, or `expected_digest` of the whole) does not match.
+    Raises ArchiveError when it is unreadable, has missing or unexpected members, has a newer schema
+    version, or when a digest (a member's, or `expected_digest` of the whole) does not match.
     """
     where = str(path)
     try:
@@ -120,9 +119,11 @@ def load_release(path: Path, expected_digest: str = "") -> Release:
     except FileNotFoundError:
         raise ArchiveError("no such file", expected="a model.tar.gz", where=where, todo="check the path") from None
     except IsADirectoryError:
-        raise ArchiveError("a folder", expected="a model.tar.gz", where=where, todo="name the archive in it") from None
+        raise ArchiveError(
+            "a folder", expected="a model.tar.gz", where=where, todo="give the archive inside it"
+        ) from None
     if data[:2] != GZIP:
-        raise ArchiveError("no .tar.gz at all", expected="a model.tar.gz", where=where, todo="check the path")
+        raise ArchiveError("not a gzip file", expected="a model.tar.gz", where=where, todo="check the path")
     digest = sha256_bytes(data)
     if expected_digest and digest != expected_digest:
         raise ArchiveError(
@@ -137,8 +138,8 @@ def load_release(path: Path, expected_digest: str = "") -> Release:
 def load_release_folder(folder: Path) -> Release:
     """Read and verify the members of an unpacked model.tar.gz, as SageMaker leaves them in /opt/ml/model.
 
-    The digest is that of the archive which `write_archive` makes of these members. Raises ArchiveError
-    as `load_release` does. Links are followed: nothing is written, and the folder's owner chose them.
+    The digest is that of the archive that `write_archive` would make from these members. Raises
+    ArchiveError like `load_release`. Links are followed: nothing is written, and the folder's owner made them.
     """
     where = str(folder)
     try:
@@ -194,7 +195,7 @@ def _read_members(data: bytes, where: str) -> dict[str, bytes]:
 
 
 def _inflate(data: bytes, where: str) -> bytes:
-    """The content of a gzip file, never more than the limits allow. Also raises zlib.error and EOFError."""
+    """Decompress a gzip file within the size limits. Also raises zlib.error and EOFError."""
     limit = min(LIMIT_BYTES, max(SMALL_BYTES, LIMIT_RATIO * len(data)))
     inflater = zlib.decompressobj(wbits=31)  # gzip, checksum included
     plain = inflater.decompress(data, limit + 1)
@@ -206,9 +207,9 @@ def _inflate(data: bytes, where: str) -> bytes:
             todo="do not use it: it was not made by roadseg, or was changed",
         )
     if not inflater.eof:
-        raise EOFError("it is cut off")
+        raise EOFError("it is truncated")
     if inflater.unused_data:
-        raise EOFError("something follows its end")
+        raise EOFError("unexpected data after its end")
     return plain
 
 

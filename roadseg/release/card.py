@@ -23,7 +23,7 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
         f"# roadseg release {release.digest[:12]}",
         "",
         f"Semantic segmentation of road scenes into {len(evaluation['classes'])} classes: "
-        f"DeepLabv3+ with a {a['backbone']} backbone at output stride {a['output_stride']}{_early(a)}, "
+        f"DeepLabv3+ with a {a['backbone']} backbone at output stride {a['output_stride']}{_early_strides(a)}, "
         f"fusion {a['fusion']}, {model['parameters'] / 1e6:.2f} M parameters.",
         "",
         f"- SHA-256 of the archive: `{release.digest}`",
@@ -57,18 +57,18 @@ def card(release: Release, evaluation: dict[str, Any]) -> str:
 
 
 def _offsets(trained: Mapping[str, Any]) -> list[str]:
-    """One line on the class offsets, the largest first; none without them."""
+    """One line that lists the class offsets, largest first; [] if there are none."""
     if not (offsets := trained.get("class_offsets")):
         return []
-    told = ", ".join(f"{_plain(name)} {x:+.2f}" for name, x in sorted(offsets.items(), key=lambda o: -abs(o[1])))
+    listed = ", ".join(f"{_plain(name)} {x:+.2f}" for name, x in sorted(offsets.items(), key=lambda o: -abs(o[1])))
     return [
-        f"- Added to the logits after training, for the best mIoU on frames of train (not in probabilities): {told}"
+        f"- Added to the logits after training, for the best mIoU on frames of train (not in probabilities): {listed}"
     ]
 
 
-def _early(architecture: Mapping[str, Any]) -> str:
-    """Backbone options, where they change the named backbone."""
-    usual = [2, 2]  # also of archives made before there was a choice
+def _early_strides(architecture: Mapping[str, Any]) -> str:
+    """Mentions early strides that differ from the backbone's own."""
+    usual = [2, 2]  # archives from before this option have no entry
     early = architecture.get("early_strides", usual)
     return "" if early == usual else f" (early strides {early[0]} and {early[1]})"
 
@@ -78,5 +78,5 @@ def _percent(value: float | None) -> str:
 
 
 def _plain(name: str) -> str:
-    """A class name as text of one table cell: it comes from anybody's label file."""
+    """Escape a class name for a Markdown table cell: label files are untrusted input."""
     return " ".join(name.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")

@@ -27,25 +27,25 @@ from roadseg.progress import quiet
 
 INPUT, OUTPUT = "image", "logits"
 
-# Any size that is not 1 or a special case of the layers: the exporter takes 1 for a constant.
+# Not 1, which the exporter would treat as a constant, nor a size that layers treat specially.
 TRACED_BHW = (2, 64, 96)
-# Smaller and larger than that, and no multiples of it: maps of odd sides at every stride. (height, width)
+# (height, width), smaller and larger than the traced size, not multiples of it: odd map sizes at every stride.
 OTHER_SIZES = ((80, 112), (51, 77), (129, 161))
-CLOSE = 0.01  # of the largest logit: rounding differs by far less, another function by more
+CLOSE = 0.01  # of the largest logit: rounding errors are far smaller, a wrong graph differs by more
 ADVICE = "choose another model.backbone, such as mobilenetv2_100 or resnet18"
 
 
 def export_onnx(network: nn.Module, path: Path) -> None:
     """Write `network` in eval mode: `image` uint8 [B, 3, H, W] RGB to `logits` float32 [B, K, h, w].
 
-    B, H and W are dynamic. One file, weights inside; its bytes are a function of the network and
-    the installed packages, and it names no path of this machine. `network` is left as it is.
-    Raises ExportError if a layer of it can't be exported.
+    B, H and W are dynamic. One file, weights inside; its bytes depend only on the network and the
+    installed packages, and it contains no local path. `network` is not modified.
+    Raises ExportError if a layer can't be exported.
     """
     batch, height, width = TRACED_BHW
     sample = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
     try:
-        # The exporter talks about its own insides; what matters comes as an exception.
+        # The exporter logs its internals; real failures raise an exception.
         with quiet("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -60,7 +60,7 @@ def export_onnx(network: nn.Module, path: Path) -> None:
             )
     except torch.onnx.OnnxExporterError as e:
         raise ExportError(
-            f"the ONNX exporter refuses this network ({str(e).strip().splitlines()[0]})",
+            f"the ONNX exporter rejected this network ({str(e).strip().splitlines()[0]})",
             expected="layers that export with dynamic batch, height and width",
             todo=ADVICE,
         ) from e
@@ -73,8 +73,8 @@ def export_onnx(network: nn.Module, path: Path) -> None:
 
 
 def _simplify(model: onnx_ir.Model) -> None:
-    """As the exporter's own optimisation, but for batch norms: folded into the convolutions before them,
-    their weights would no longer be the network's. Runtimes fold them when they load the graph.
+    """The exporter's own optimization without folding batch norms into convolutions, so that the weights in
+    the graph stay those of the network. Runtimes fold batch norms when they load the graph.
     """
     passes.InlinePass()(model)
     fold_constants(model)
@@ -92,7 +92,7 @@ def _simplify(model: onnx_ir.Model) -> None:
 
 
 def _plain_copy(network: nn.Module) -> nn.Module:
-    """On the CPU, float32, eval, ordinary memory layout: whatever way it was trained."""
+    """A copy on the CPU, in float32, eval mode and contiguous memory format."""
     plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
     for module in plain.modules():
         # In-place activations go through symbolic decompositions, which took more than half of the
@@ -119,12 +119,12 @@ def _strip(model: onnx.ModelProto) -> None:
 def check_export(
     path: Path, network: nn.Module, samples: Sequence[np.ndarray], minimum_agreement: float = 0.9999
 ) -> float:
-    """Share of all pixels whose class is the same from `path` by onnxruntime and from `network`.
+    """Share of pixels to which onnxruntime with `path` and PyTorch with `network` assign the same class.
 
     samples: RGB images uint8 [H, W, 3], sizes may differ. The class is the argmax after upsampling
     (bilinear, align_corners=False) to H x W. Raises ExportError below `minimum_agreement`, on logits
-    that are not finite, where onnxruntime can't run the graph, and as check_sizes does; NonFiniteLoss
-    if it is the network's own logits that are not finite.
+    that are not finite, if onnxruntime can't run the graph, and like check_sizes; NonFiniteLoss if the
+    network's own logits are not finite.
     """
     session, plain = _session(path), _plain_copy(network)
     equal = total = 0
@@ -143,7 +143,7 @@ def check_export(
                 )
             if ours.shape != theirs.shape or not theirs.isfinite().all():
                 raise ExportError(
-                    f"logits {list(theirs.shape)} from ONNX, {list(ours.shape)} from PyTorch, or ONNX's not finite",
+                    f"logits {list(theirs.shape)} from ONNX, {list(ours.shape)} from PyTorch, or ONNX's are not finite",
                     expected="finite logits of equal shape",
                     where=f"{path}, image of {size[1]}x{size[0]}",
                 )
@@ -152,7 +152,7 @@ def check_export(
         if same / (size[0] * size[1]) < worst:
             worst, worst_size = same / (size[0] * size[1]), size
     if total == 0:
-        raise ExportError("no sample to check the export on", expected="one image or more", where=str(path))
+        raise ExportError("no sample image to check the export with", expected="one image or more", where=str(path))
     if equal / total < minimum_agreement:
         raise ExportError(
             f"ONNX and PyTorch agree on {equal / total:.6f} of {total} pixels, "
@@ -167,10 +167,10 @@ def check_export(
 
 
 def check_sizes(path: Path, network: nn.Module) -> None:
-    """Is `path` the function `network` at OTHER_SIZES, too, on random pixels? It need not be trained.
+    """Check on random pixels that `path` computes the same as `network` at OTHER_SIZES; also for untrained networks.
 
     Logits are compared, not classes: only a few pixels of noise are checked, and hardly any lie at a class boundary.
-    Raises ExportError if not, and if onnxruntime or PyTorch itself can't run it there.
+    Raises ExportError if they differ, or if onnxruntime or PyTorch can't run such a size.
     """
     _check_sizes(_session(path), _plain_copy(network), path)
 
@@ -183,12 +183,12 @@ def _check_sizes(session: onnxruntime.InferenceSession, plain: nn.Module, path: 
             with torch.inference_mode():
                 ours = plain(torch.from_numpy(image_1CHW))
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as e:
-            raise _unfit("PyTorch itself", image_1CHW, path, f"{type(e).__name__}: {e}") from e
+            raise _cannot_run("PyTorch itself", image_1CHW, path, f"{type(e).__name__}: {e}") from e
         theirs = _run(session, image_1CHW, path)
         found = f"logits {list(theirs.shape)} from ONNX, {list(ours.shape)} from PyTorch"
         if ours.shape == theirs.shape:
             apart, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
-            if apart <= CLOSE * largest or not ours.isfinite().all():  # untrained, that may be
+            if apart <= CLOSE * largest or not ours.isfinite().all():  # an untrained network may give these
                 continue
             found = f"ONNX's logits are up to {apart:.3g} from PyTorch's, the largest of which is {largest:.3g}"
         raise ExportError(
@@ -201,11 +201,11 @@ def _check_sizes(session: onnxruntime.InferenceSession, plain: nn.Module, path: 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails comes as an exception
+    options.log_severity_level = 4  # failures raise exceptions
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime raises its own bare exceptions, none of them importable
-        found = f"onnxruntime refuses the graph ({_cause(str(e))})"
+    except Exception as e:  # onnxruntime's exception classes can't be imported
+        found = f"onnxruntime rejected the graph ({_cause(str(e))})"
         raise ExportError(found, expected="a graph that it can run", where=str(path), todo=ADVICE) from e
 
 
@@ -213,12 +213,12 @@ def _run(session: onnxruntime.InferenceSession, image_1CHW: np.ndarray, path: Pa
     try:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: image_1CHW})[0])
     except Exception as e:  # as in _session
-        raise _unfit("onnxruntime", image_1CHW, path, str(e)) from e
+        raise _cannot_run("onnxruntime", image_1CHW, path, str(e)) from e
 
 
-def _unfit(runtime: str, image_1CHW: np.ndarray, path: Path, said: str) -> ExportError:
+def _cannot_run(runtime: str, image_1CHW: np.ndarray, path: Path, message: str) -> ExportError:
     height, width = image_1CHW.shape[2:]
-    found, cause = f"{runtime} can't run the network on an image of {width}x{height}", _cause(said)
+    found, cause = f"{runtime} can't run the network on an image of {width}x{height}", _cause(message)
     if "alloc" in cause:
         return ExportError(f"{found} ({cause})", expected="memory for it", where=str(path), todo="free some, run again")
     return ExportError(
@@ -226,9 +226,9 @@ def _unfit(runtime: str, image_1CHW: np.ndarray, path: Path, said: str) -> Expor
     )
 
 
-def _cause(said: str) -> str:
-    """The first line, without onnxruntime's codes and the places in its source."""
-    line = (said.strip().splitlines() or [""])[0]
+def _cause(message: str) -> str:
+    """The first line without onnxruntime's error codes and source locations."""
+    line = (message.strip().splitlines() or [""])[0]
     line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
     return re.sub(r" Status Message: /\S+ .* was false\.", ":", line).strip()
 

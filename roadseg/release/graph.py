@@ -1,7 +1,7 @@
 """Store the ONNX graph without weights, which the archive holds once, in weights.safetensors.
 
-Halves the archive, and graph and network can't differ in a weight. It is what ONNX calls external data
-(onnx.ai, "External Data"), so that the files of an unpacked archive are a model to all that reads ONNX.
+Halves the archive, and graph and network can't have different weights. This uses ONNX's external data
+format (onnx.ai, "External Data"), so any ONNX reader can load the files of an unpacked archive.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredTensor:
     """A float32 tensor in the bytes of a safetensors file."""
 
     shape: list[int]
@@ -28,11 +28,11 @@ class _Stored:
 
 
 def without_weights(graph: bytes, weights: bytes) -> bytes:
-    """`graph`, an ONNX model, pointing into `weights`, a safetensors file, for each initializer that is in both.
+    """`graph`, an ONNX model, with references in place of the initializers that `weights`, a safetensors file, holds.
 
-    The same are float32 tensors of one name, shape and content; others stay inside.
+    Only float32 tensors of equal name, shape and content are replaced; others stay inside.
     """
-    stored = _stored(weights)
+    stored = _tensors(weights)
     model = onnx.load_model_from_string(graph)
     for tensor in model.graph.initializer:
         found = stored.get(tensor.name)
@@ -51,28 +51,28 @@ def without_weights(graph: bytes, weights: bytes) -> bytes:
 def with_weights(graph: bytes, weights: bytes, where: str) -> bytes:
     """The inverse: one ONNX model with everything inside, for runtimes that read it from memory.
 
-    Raises ArchiveError if `graph` is no ONNX model, or points elsewhere than into `weights`.
+    Raises ArchiveError if `graph` is not an ONNX model or refers to anything outside `weights`.
     """
     try:
         model = onnx.load_model_from_string(graph)
     except DecodeError as e:
-        raise ArchiveError("model.onnx is no ONNX model", where=where, todo="fetch the release again") from e
-    outside = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
-    if not outside:
+        raise ArchiveError("model.onnx is not an ONNX model", where=where, todo="fetch the release again") from e
+    external = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    if not external:
         return graph
-    for tensor in outside:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        tensor.raw_data = _part(weights, place, tensor.name, where)
+    for tensor in external:
+        location = {entry.key: entry.value for entry in tensor.external_data}
+        tensor.raw_data = _part(weights, location, tensor.name, where)
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
     return model.SerializeToString(deterministic=True)
 
 
-def _part(weights: bytes, place: dict[str, str], name: str, where: str) -> bytes:
-    start, length = (int(n) if (n := place.get(key, "")).isdecimal() else -1 for key in ("offset", "length"))
-    if place.get("location") != WEIGHTS or start < 0 or not 0 <= length <= len(weights) - start:
+def _part(weights: bytes, location: dict[str, str], name: str, where: str) -> bytes:
+    start, length = (int(n) if (n := location.get(key, "")).isdecimal() else -1 for key in ("offset", "length"))
+    if location.get("location") != WEIGHTS or start < 0 or not 0 <= length <= len(weights) - start:
         raise ArchiveError(
-            f"tensor {name!r} of model.onnx points to {place}",
+            f"tensor {name!r} of model.onnx points to {location}",
             expected=f"a part of {WEIGHTS}, {len(weights)} bytes",
             where=where,
             todo="do not use it: it was not made by roadseg, or was changed",
@@ -80,12 +80,12 @@ def _part(weights: bytes, place: dict[str, str], name: str, where: str) -> bytes
     return weights[start : start + length]
 
 
-def _stored(weights: bytes) -> dict[str, _Stored]:
-    """The header's entries by name. Format: its length as a little-endian uint64, JSON, then the tensors' bytes."""
+def _tensors(weights: bytes) -> dict[str, _StoredTensor]:
+    """The float32 tensors by name. File layout: header length (little-endian uint64), JSON header, tensor bytes."""
     size = int.from_bytes(weights[:8], "little")
     header = json.loads(weights[8 : 8 + size])
     return {
-        name: _Stored(
+        name: _StoredTensor(
             entry["shape"], 8 + size + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]
         )
         for name, entry in header.items()

@@ -12,7 +12,7 @@ from roadseg.release.graph import WEIGHTS
 
 
 def load_network(release: Release) -> DeepLabV3Plus:
-    """In eval mode, on the CPU. Raises ArchiveError if its weights don't fit its architecture."""
+    """The network in eval mode on the CPU. Raises ArchiveError if weights and architecture don't fit."""
     where = f"release {release.digest[:12]}"
     network = build(Architecture.from_json(release.model["architecture"]), seed=0)
     try:

@@ -1,8 +1,8 @@
 """Line and bar charts as inline SVG, without scripts or embedded fonts.
 
-Colours come from the page: custom properties `--series-0` .. `--series-5`, `--heat`, `--grid`, ... of style.css, so
-that one drawing serves light, dark and paper. Lines differ in dash and marker as well as in colour (the colours are
-Okabe and Ito's, told apart by colour-blind readers), heat maps in the lightness of one hue. All text is escaped.
+Colors come from the page: custom properties `--series-0` .. `--series-5`, `--heat`, `--grid`, ... of style.css, so
+that one drawing serves light, dark and print. Lines differ in dash and marker as well as in color (the colors are
+Okabe and Ito's, which color-blind readers can distinguish), heat maps in the lightness of one hue. All text is escaped.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "12 4", "4 2")
-SERIES = 6  # colours in the page
-CHAR = 6.6  # width of a character at 12 px, a little generous
+SERIES = 6  # number of series colors in style.css
+CHAR = 6.6  # width in px of a character at 12 px, rounded up
 
 
 @dataclass(frozen=True)
 class Line:
     """A series; points with a value that is not finite are left out. `marked` draws each point.
 
-    thin: faint, below the others, and without a colour of the series: what a smoothed line was made of.
+    thin: faint, below the others and in gray, for the raw values of a smoothed line.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Line:
 
 
 def bar(value: float | None, mark: float | None = None) -> Markup:
-    """A horizontal bar for `value` in 0..1 and a tick at `mark`, as wide as its container; silent to screen readers."""
+    """A horizontal bar for `value` in 0..1 with a tick at `mark`; fills its container, hidden from screen readers."""
     parts = [Markup('<rect class="track" width="100" height="12"/>')]
     if value is not None:
         parts.append(Markup('<rect class="value" width="{}" height="12"/>').format(num(100 * value)))
@@ -45,8 +45,8 @@ def bar(value: float | None, mark: float | None = None) -> Markup:
 
 
 def bars(values: Sequence[float | None]) -> Markup:
-    """Thin horizontal bars for values in 0..1, one below the other in the colours of the series; None draws none."""
-    drawn = [
+    """Thin horizontal bars for values in 0..1, one below the other in the series' colors; None leaves a gap."""
+    rects = [
         Markup('<rect class="s{}" y="{}" width="{}" height="6"/>').format(i % SERIES, 8 * i, f"{100 * v:.2f}")
         for i, v in enumerate(values)
         if v is not None
@@ -55,7 +55,7 @@ def bars(values: Sequence[float | None]) -> Markup:
     return Markup(
         '<svg class="stack" viewBox="0 0 100 {h}" style="height:{h}px" preserveAspectRatio="none" aria-hidden="true">'
         '<rect class="track" width="100" height="{h}"/>{}</svg>'
-    ).format(Markup("").join(drawn), h=height)
+    ).format(Markup("").join(rects), h=height)
 
 
 def difference_bar(value: float, limit: float) -> Markup:
@@ -79,23 +79,23 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def lines(series: Sequence[Line], *, label: str, x_label: str, percent: bool = False) -> Markup:
     """A line chart from zero, or empty where no series has a point.
 
-    label: text for screen readers. percent: values are 0..1 and the axis says %, ending at 100.
+    label: text for screen readers. percent: values are 0..1 and shown as 0..100 %.
     """
     finite = [replace(s, points=[p for p in s.points if math.isfinite(p[1])]) for s in series]
-    drawn = [s for s in sorted(finite, key=lambda s: s.thin) if s.points]
-    if not drawn:
+    visible = [s for s in sorted(finite, key=lambda s: s.thin) if s.points]
+    if not visible:
         return Markup("")
-    xs = [x for s in drawn for x, _ in s.points]
-    top = max(y for s in drawn for _, y in s.points)
+    xs = [x for s in visible for x, _ in s.points]
+    top = max(y for s in visible for _, y in s.points)
     x_low = 0.0 if 0 <= min(xs) <= 0.2 * max(xs) else min(xs)
     x_high = max(xs) if max(xs) > x_low else x_low + 1
     x_ticks = [t for t in ticks(x_low, x_high) if x_low <= t <= x_high + 0.03 * (x_high - x_low)]
     x_high = max(x_high, x_ticks[-1])
-    y_ticks = ticks(min(0.0, *(y for s in drawn for _, y in s.points)), 1.0 if percent else top if top > 0 else 1.0)
-    legend, legend_height = _legend(drawn)
+    y_ticks = ticks(min(0.0, *(y for s in visible for _, y in s.points)), 1.0 if percent else top if top > 0 else 1.0)
+    legend, legend_height = _legend(visible)
     frame = _Frame(x_low, x_high, y_ticks[0], y_ticks[-1], 12 + legend_height)
     body = [legend, *_axes(frame, x_ticks, y_ticks, x_label, percent)]
-    body += [_polyline(i, s, frame) for thin in (True, False) for i, s in enumerate(drawn) if s.thin == thin]
+    body += [_polyline(i, s, frame) for thin in (True, False) for i, s in enumerate(visible) if s.thin == thin]
     return Markup('<svg class="lines" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _Frame.WIDTH, num(frame.bottom + 40), label, Markup("").join(body)
     )
@@ -128,7 +128,7 @@ class _Frame:
 
 
 def _legend(series: Sequence[Line]) -> tuple[Markup, float]:
-    """The entries in as many rows as they need, and the height they take; nothing for a single series."""
+    """The legend, wrapped into rows, and its height; empty for a single series."""
     if len(series) == 1:
         return Markup(""), 0.0
     parts, x, y = [], float(_Frame.LEFT), 14.0
@@ -202,6 +202,6 @@ def _marker(index: int, x: float, y: float) -> Markup:
 
 
 def num(value: float) -> str:
-    """One decimal at most: a tenth of a pixel is enough, and keeps the file small."""
+    """At most one decimal: a tenth of a pixel is precise enough and keeps the file small."""
     text = f"{value:.1f}"
     return text[:-2] if text.endswith(".0") else text

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from roadseg.report.charts import SERIES, num, ticks
 
-_LEVELS = 6  # of a map: distinguishable steps of one hue
+_LEVELS = 6  # shades of a map that a reader can distinguish
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class _Axis:
     GAP = 24
 
     def share(self, value: float) -> float:
-        """0 at the left end, 1 at the right; beyond them no further."""
+        """Position along the axis, 0 at the left end and 1 at the right, clipped."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         return min(1.0, max(0.0, (self._scaled(max(value, self.low)) - low) / (high - low)))
 
@@ -50,8 +50,8 @@ def histograms(
 ) -> Markup:
     """One histogram a row on a common axis, each scaled to its own highest bin.
 
-    rows: (name, finite values), in the colours of the series. log: the axis is logarithmic; values of 0 and below
-    count as the smallest above. label: text for screen readers. Empty where no row has a value.
+    rows: (name, finite values), in the series' colors. log: logarithmic axis; values of 0 and below are drawn at
+    the smallest positive value. label: text for screen readers. Empty where no row has a value.
     """
     everything = [v for _, values in rows for v in values if not log or v > 0]
     if not everything:
@@ -76,7 +76,7 @@ def _histogram(index: int, name: str, values: Sequence[float], axis: _Axis, bins
         counts[min(bins - 1, int(axis.share(v) * bins))] += 1
     bottom, tallest, width = (index + 1) * (axis.ROW + axis.GAP), max(1, *counts), (axis.RIGHT - axis.LEFT) / bins
     steps = "".join(
-        # A single frame far out is what one looks for: no bin that holds one is lower than 2.
+        # Outliers must stay visible: a bin that is not empty is at least 2 px high.
         f"M{num(axis.LEFT + k * width)} {bottom}v-{num(max(2.0, axis.ROW * n / tallest))}h{num(width - 1)}V{bottom}z"
         for k, n in enumerate(counts)
         if n
@@ -87,9 +87,9 @@ def _histogram(index: int, name: str, values: Sequence[float], axis: _Axis, bins
 
 
 def location_map(shares: np.ndarray, label: str, aspect: float) -> Markup:
-    """Where in the frame something lies: float [H, W] >= 0, shaded in steps of its own highest value.
+    """A heat map of positions in the frame: float [H, W] >= 0, shaded relative to its highest value.
 
-    aspect: width / height of the frame, whatever the grid's.
+    aspect: width / height of the frame, which may differ from the grid's.
     """
     height, width = shares.shape
     top = float(shares.max(initial=0.0))

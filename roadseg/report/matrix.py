@@ -9,14 +9,14 @@ from markupsafe import Markup
 
 from roadseg.report.charts import CHAR, num
 
-_LABEL_CHARS = 22  # longer names are cut; the tooltip has them whole
+_LABEL_CHARS = 22  # longer names are cut; the tooltip shows the full name
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], colors: Sequence[str]) -> Markup:
     """A confusion matrix, rows truth and columns prediction, each row as shares of its pixels.
 
-    names, colors (CSS): one a class. Up to 24 classes each cell says its share in %; beyond that only its shade and
-    its tooltip do. Shares below 0.05 % are blank. A row without pixels says that it is absent.
+    names, colors (CSS): one per class. Up to 24 classes, each cell shows its share in %; above, only the shade and
+    the tooltip do. Shares below 0.05 % are blank. A row without pixels is marked as absent.
     """
     n = len(names)
     cell = 36 if n <= 24 else max(10, 860 // n)
@@ -61,7 +61,7 @@ def _heat_row(
 
 
 def _heat_labels(name: str, color: str, i: int, cell: float, left: float, top: float, font: float) -> Markup:
-    """The class beside its row and, turned, above its column, with its colour at both."""
+    """The class name beside its row and, rotated, above its column, each with its color."""
     short = name if len(name) <= _LABEL_CHARS else name[: _LABEL_CHARS - 1] + "…"
     middle = (i + 0.5) * cell
     x, y, swatch = left + middle, top + middle, min(10, cell - 2)
@@ -81,7 +81,7 @@ def _heat_labels(name: str, color: str, i: int, cell: float, left: float, top: f
 
 def _cell(what: str, count: int, total: int, x: float, y: float, size: float, written: bool) -> Markup:
     share = count / total
-    shade = math.sqrt(share)  # so that 1 % can be seen beside 99 %
+    shade = math.sqrt(share)  # square root, so that 1 % is visible beside 99 %
     text = Markup("")
     if written:
         percent = f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"

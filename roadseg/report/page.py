@@ -1,7 +1,7 @@
-"""What all reports share: templates, number formatting and embedded pictures.
+"""Shared by all reports: templates, number formatting and embedded pictures.
 
-A page holds everything it shows, runs no script and forbids itself to load anything (content security policy in
-base.html); names and reasons reach it escaped. The same input gives the same bytes: no clock, no host, no random ids.
+A page is self-contained, runs no script and blocks all loading by its content security policy (base.html). All
+text is escaped. The same input gives the same bytes: no time, host name or random id goes into a page.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from roadseg.images.decode import encode_jpeg
 
 
 def fill(template: Path, **values: Any) -> str:
-    """The page of a template that extends base.html, as text that UTF-8 can carry."""
+    """Render a template that extends base.html; the text can be encoded as UTF-8."""
     text = _environment(template.parent).get_template(template.name).render(**values)
-    # A file name may hold bytes that are no text (lone surrogates), which no UTF-8 file can carry.
+    # A file name may hold undecodable bytes (lone surrogates), which UTF-8 can't encode.
     return text.encode("utf-8", "replace").decode()
 
 
@@ -54,14 +54,14 @@ def picture(image: np.ndarray, max_width: int = 640, quality: int = 85) -> bytes
 
 
 def stripes(height: int, width: int, dark: int = 14, light: int = 74) -> np.ndarray:
-    """uint8 [H, W, 1]: the hatching of void, wide enough to survive the shrinking of a large image."""
+    """uint8 [H, W, 1]: diagonal stripes that mark void, wide enough to stay visible when a large image is shrunk."""
     rows, columns = np.ogrid[:height, :width]
     period = max(6, width // 48)
     return np.where((rows + columns) % period < period // 3, light, dark).astype(np.uint8)[..., None]
 
 
 def percent(value: object, digits: int = 1) -> str:
-    """0..1 as a percentage, or a dash for None and what is not finite."""
+    """0..1 as a percentage, or a dash for None and non-finite values."""
     number = finite(value)
     return "–" if number is None else f"{100 * number:.{digits}f}%"
 
@@ -73,7 +73,7 @@ def points(value: object) -> str:
 
 
 def soft(text: str) -> Markup:
-    """Text, mostly a path or a setting, that may be broken into lines after /, _, = and a dot between words."""
+    """Allow line breaks in a path or setting after /, _, = and a dot between words."""
     return Markup("<wbr>").join(re.split(r"(?<=[/_=])(?=.)|(?<=[a-z]\.)(?=[a-z])", text))
 
 
@@ -92,7 +92,7 @@ def finite(value: object) -> float | None:
 
 
 def count(value: object) -> str:
-    """1234 as 1,234; from a million on with three digits and M or G."""
+    """1234 as 1,234; a million and more with three digits and M or G."""
     number = finite(value)
     if number is None:
         return "–"

@@ -1,6 +1,6 @@
 """Predictions of the same frames at successive validations, side by side.
 
-A picture is a grid: a row a frame with frame, truth and prediction, cells of one size, GAP_PX between them.
+Each picture is a grid with one row per frame: frame, truth and prediction, in cells of equal size GAP_PX apart.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from roadseg.report.page import picture
 
 GAP_PX = 4
 _COLUMNS = 3
-_WIDTHS_PX = (360, 240, 160)  # of a shown column, as far as the limit allows
+_WIDTHS_PX = (360, 240, 160)  # column widths to try, until the size limit is met
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Panels, uint8 [h, w, 3] RGB, in cells as large as the largest of them."""
+    """Join panels, uint8 [h, w, 3] RGB, in cells of the largest panel's size."""
     height, width = (max(row[0].shape[axis] for row in rows) for axis in (0, 1))
     across = len(rows[0])
     sheet = np.zeros((len(rows) * (height + GAP_PX) - GAP_PX, across * (width + GAP_PX) - GAP_PX, 3), np.uint8)
@@ -43,24 +43,24 @@ def step_of(path: Path) -> int:
 def progress_strip(folder: Path, limit_bytes: int = 1_100_000) -> list[tuple[str, bytes]]:
     """(caption, JPEG) of the frames, their truth and the prediction at each step; [] without pictures.
 
-    Frames and truth are those of the last picture, as they are the same in all. At most `limit_bytes` in all
-    (a page holds them as base64, a third more): first by narrower columns, then by fewer steps.
+    Frames and truth come from the last picture; they are the same in all. The total is at most `limit_bytes`
+    (base64 in a page adds a third): columns get narrower first, then steps are left out.
     """
     columns = _columns(folder)
     for width in _WIDTHS_PX:
-        shown = [(caption, picture(column, width, 80)) for caption, column in columns]
-        if _bytes(shown) <= limit_bytes:
-            return shown
-    while len(shown) > _COLUMNS and _bytes(shown) > limit_bytes:
-        shown = shown[:2] + shown[2:-1:2] + shown[-1:] if len(shown) > _COLUMNS + 1 else shown[:2] + shown[-1:]
-    return shown if _bytes(shown) <= limit_bytes else []
+        strip = [(caption, picture(column, width, 80)) for caption, column in columns]
+        if _bytes(strip) <= limit_bytes:
+            return strip
+    while len(strip) > _COLUMNS and _bytes(strip) > limit_bytes:
+        strip = strip[:2] + strip[2:-1:2] + strip[-1:] if len(strip) > _COLUMNS + 1 else strip[:2] + strip[-1:]
+    return strip if _bytes(strip) <= limit_bytes else []
 
 
 def _columns(folder: Path) -> list[tuple[str, np.ndarray]]:
     found: list[tuple[str, np.ndarray]] = []
     last = None
     for path in sorted(folder.glob("step-*.jpg"), key=step_of):
-        with contextlib.suppress(ImageError, OSError):  # a damaged picture is no reason to have no report
+        with contextlib.suppress(ImageError, OSError):  # a damaged picture must not prevent the report
             sheet = read_image(path)
             cell = (sheet.shape[1] + GAP_PX) // _COLUMNS
             last = [sheet[:, i * cell : (i + 1) * cell - GAP_PX] for i in range(_COLUMNS)]
@@ -68,5 +68,5 @@ def _columns(folder: Path) -> list[tuple[str, np.ndarray]]:
     return [("Frame", last[0]), ("Truth", last[1]), *found] if last else []
 
 
-def _bytes(shown: Sequence[tuple[str, bytes]]) -> int:
-    return sum(len(data) for _, data in shown)
+def _bytes(strip: Sequence[tuple[str, bytes]]) -> int:
+    return sum(len(data) for _, data in strip)

@@ -1,7 +1,7 @@
 """The HTTP server: GET /ping and POST /invocations, as SageMaker calls them. Imports no torch and no stage.
 
-A JPEG or PNG comes in as the plain body, an indexed PNG of the photograph's upright size goes out.
-Every refusal is JSON, {"error": reason}, and names no path, address or line of code.
+The request body is a JPEG or PNG, the answer an indexed PNG in the photograph's upright size.
+Errors are JSON, {"error": reason}, without paths, addresses or code locations.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from roadseg.serve.model import Labels, Model, load_predictor
 logger = logging.getLogger(__name__)
 
 CONTAINER_MODEL = Path("/opt/ml/model")
-WORKERS = 2  # while one runs the network on all cores, the other decodes and encodes
-BODY_DEADLINE_S = 10.0  # for a body to arrive in whole: it holds a place meanwhile
-GRACE_S = 20  # SageMaker kills 30 s after SIGTERM
+WORKERS = 2  # one runs the network on all cores while the other decodes and encodes
+BODY_DEADLINE_S = 10.0  # for a body to arrive completely: it occupies a slot of the queue meanwhile
+GRACE_S = 20  # SageMaker sends SIGKILL 30 s after SIGTERM
 
 
 def container_release(folder: Path = CONTAINER_MODEL) -> Path | None:
@@ -46,7 +46,7 @@ def container_release(folder: Path = CONTAINER_MODEL) -> Path | None:
 
 
 def container_settings(settings: Serve) -> Serve:
-    """The section with the address that SageMaker calls: port 8080 on every interface."""
+    """The settings with the address that SageMaker calls: port 8080 on all interfaces."""
     return settings.model_copy(update={"host": "0.0.0.0", "port": 8080})
 
 
@@ -55,24 +55,24 @@ def serve(
 ) -> None:
     """Serve a model.tar.gz, or the folder of an unpacked one, until SIGTERM or SIGINT; then return.
 
-    Raises UsageError when the address can't be listened on. A release that can't be loaded keeps
-    /ping at 503 and is logged. Admitted requests are finished first, within GRACE_S seconds.
+    Raises UsageError when it can't listen on the address. If the release can't be loaded, the error is
+    logged and /ping answers 503. On a signal, accepted requests are finished within GRACE_S seconds.
     """
     run(create_app(lambda: load_predictor(release, settings.threads), settings, labels), settings, say)
 
 
 def run(app: FastAPI, settings: Serve, say: Callable[[str], None]) -> None:
-    """Run `app` until a signal; report the address once the socket listens."""
+    """Run `app` until SIGTERM or SIGINT; `say` gets the address once the socket listens."""
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=512)
     except OSError as e:
         raise UsageError(
             f"can't listen on {settings.host} port {settings.port} ({e.strerror})",
-            todo="choose another address with --serve.host and --serve.port, or stop what uses it",
+            todo="choose another address with --serve.host and --serve.port, or stop the process that uses it",
         ) from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("roadseg.serve").setLevel(logging.INFO)  # also where others configured the root
+    logging.getLogger("roadseg.serve").setLevel(logging.INFO)  # also when the root logger was configured elsewhere
     config = uvicorn.Config(
         app,
         http="h11",
@@ -89,7 +89,7 @@ def run(app: FastAPI, settings: Serve, say: Callable[[str], None]) -> None:
     def stop(signal_number: int, frame: Any) -> None:
         server.should_exit = True
 
-    # uvicorn raises a signal again when it is done; with these handlers that ends in a return, not a death.
+    # uvicorn raises the signal again at its end; with these handlers the process returns instead of dying.
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -100,14 +100,14 @@ def run(app: FastAPI, settings: Serve, say: Callable[[str], None]) -> None:
             signal.signal(number, handler)
 
 
-class _Places:
-    """How many requests may be inside at once, worked on or waiting. Only touched by the event loop."""
+class _Slots:
+    """Limits the number of requests being processed or waiting. Used by the event loop's thread only."""
 
     def __init__(self, limit: int) -> None:
         self.free = limit
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def take(self) -> Iterator[None]:
         if not self.free:
             raise HTTPException(503, "too many requests are waiting; try again", {"Retry-After": "1"})
         self.free -= 1
@@ -128,7 +128,7 @@ def create_app(
     """The application. `load` is called once, in a thread, when the server starts."""
     model = Model(load, labels)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="predict")
-    places = _Places(workers + settings.max_queue)
+    slots = _Slots(workers + settings.max_queue)
     limits = Limits(settings.max_body_bytes, settings.max_pixels)
 
     @asynccontextmanager
@@ -154,7 +154,7 @@ def create_app(
         _check_ready(model)
         _check_type(request)
         try:
-            with places.one():
+            with slots.take():
                 body = await _read_body(request, settings.max_body_bytes, body_deadline_s)
                 return await asyncio.get_running_loop().run_in_executor(pool, model.answer, body, limits)
         except HTTPException:
@@ -162,7 +162,7 @@ def create_app(
         except ImageError as e:
             raise HTTPException(400, str(e)) from None
         except ClientDisconnect:
-            return Response(status_code=499)  # the client has left; this is for the log
+            return Response(status_code=499)  # the client is gone; the status is for the access log
         except Exception:
             logger.exception("a request failed")
             raise HTTPException(500, "internal error") from None
@@ -178,7 +178,7 @@ def _check_ready(model: Model) -> None:
 
 
 def _check_type(request: Request) -> None:
-    """A missing type is accepted: the bytes decide. So do they among the image types."""
+    """Reject non-image types. A missing type is accepted, and the bytes decide which image type it is."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind and not kind.startswith("image/") and kind not in ("application/octet-stream", "application/x-image"):
         raise HTTPException(415, "expected the plain bytes of a JPEG or PNG, as image/jpeg or image/png")
@@ -187,7 +187,7 @@ def _check_type(request: Request) -> None:
 
 
 async def _read_body(request: Request, limit_bytes: int, deadline_s: float) -> bytes:
-    """The body, of which never more than the limit is held. Raises HTTPException 400, 408 or 413."""
+    """Read the body; never holds more than the limit in memory. Raises HTTPException 400, 408 or 413."""
     too_large = HTTPException(413, f"the body is too large; expected at most {limit_bytes:,} bytes")
     if int(request.headers.get("content-length", 0)) > limit_bytes:
         raise too_large
@@ -206,7 +206,7 @@ async def _read_body(request: Request, limit_bytes: int, deadline_s: float) -> b
 
 
 class _AccessLog:
-    """One JSON line a request, without headers, query or body; JSON, so that a path can't forge a line."""
+    """Log one JSON line per request, without headers, query or body; JSON, so that a path can't forge a line."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -216,7 +216,7 @@ class _AccessLog:
             return await self.app(scope, receive, send)
         began, status, sent_bytes = time.perf_counter(), 0, 0
 
-        async def note(message: Message) -> None:
+        async def record(message: Message) -> None:
             nonlocal status, sent_bytes
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -224,7 +224,7 @@ class _AccessLog:
             await send(message)
 
         try:
-            await self.app(scope, receive, note)
+            await self.app(scope, receive, record)
         finally:
             ms = round(1000 * (time.perf_counter() - began), 1)
             line = {"method": scope["method"], "path": scope["path"][:100], "status": status, "ms": ms}

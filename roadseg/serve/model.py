@@ -1,4 +1,4 @@
-"""The release that a server serves: loaded in the background, with a bounded pool of workers."""
+"""The release that the server answers with, loaded in the background."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Labels = Literal["trainIds", "labelIds"]
 
 
 def load_predictor(release: Path, threads: int) -> Predictor:
-    """From a model.tar.gz or the folder of an unpacked one. Raises ArchiveError."""
+    """Load a model.tar.gz or the folder of an unpacked one. Raises ArchiveError."""
     loaded = load_release_folder(release) if release.is_dir() else load_release(release)
     return Predictor(loaded, threads)
 
@@ -32,8 +32,8 @@ class Model:
     """The predictor, loaded in the background; `state` is "loading", "ready" or "failed"."""
 
     predictor: Predictor
-    palette: np.ndarray  # uint8 [256, 3] by the ids that go out
-    table: np.ndarray  # uint8 [256], train id to the id that goes out
+    palette: np.ndarray  # uint8 [256, 3], color of each id in the answer
+    table: np.ndarray  # uint8 [256], train id to the id in the answer
 
     def __init__(self, load: Callable[[], Predictor], labels: Labels) -> None:
         self.state = "loading"
@@ -43,8 +43,10 @@ class Model:
         try:
             began = time.perf_counter()
             self.predictor = self._load()
-            self.predictor(np.zeros((64, 64, 3), np.uint8))  # a graph that can't run is found before a request is
-            self.table, self.palette = _outgoing(self.predictor.label_set, self._labels)
+            self.predictor(
+                np.zeros((64, 64, 3), np.uint8)
+            )  # fail here, not at the first request, if the graph can't run
+            self.table, self.palette = _output_ids(self.predictor.label_set, self._labels)
             self.state = "ready"
             logger.info("model %s loaded in %.1f s", self.predictor.release.digest, time.perf_counter() - began)
         except RoadsegError as e:
@@ -71,13 +73,13 @@ class Model:
                 "X-Roadseg-Width": str(width),
                 "X-Roadseg-Height": str(height),
                 "X-Roadseg-Release": digest,
-                # The one header of a container's answer that SageMaker hands on to the caller.
+                # The only header of the container's answer that SageMaker passes to the caller.
                 "X-Amzn-SageMaker-Custom-Attributes": f"width={width};height={height};release={digest}",
             },
         )
 
 
-def _outgoing(label_set: LabelSet, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+def _output_ids(label_set: LabelSet, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
     if labels == "trainIds":
         return np.arange(256, dtype=np.uint8), label_set.palette
     palette = np.zeros((256, 3), np.uint8)

@@ -163,7 +163,7 @@ def test_a_failed_data_check_is_3(roadseg_, tmp_path: Path) -> None:
     assert said.code == 3 and str(tmp_path) in said.err and "Traceback" not in said.err
 
 
-def test_what_another_run_makes_is_5_at_once_and_names_the_owner(roadseg_, tmp_path: Path) -> None:
+def test_no_wait_exits_5_at_once_and_names_the_owner(roadseg_, tmp_path: Path) -> None:
     assert roadseg_("ingest", "--config", MICRO, "--workspace", "w").code == 0
     made = next((tmp_path / "w" / "stages" / "ingest").glob("*/stage.json")).parent
     made.rename(made.with_suffix(".partial"))
@@ -191,7 +191,7 @@ def test_a_full_or_closed_disk_is_one_sentence(roadseg_, tmp_path: Path) -> None
     assert said.code == 1 and "workspace" in one_line(said.err)
 
 
-def test_a_fault_of_ours_is_said_to_be_one(roadseg_, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_asks_for_a_report(roadseg_, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
@@ -212,14 +212,14 @@ def test_ctrl_c_is_130(roadseg_, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.code == 130 and said.err == "roadseg run: interrupted\n"
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+def test_a_closed_pipe_gives_no_traceback(tmp_path: Path) -> None:
     command = f"{sys.executable} -m roadseg.cli config schema | head -c 1"
     environment = {**os.environ, "PYTHONPATH": str(Path(roadseg.__file__).parents[2])}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == "{" and done.stderr == ""
 
 
-def test_the_champion_again_is_0_and_said(roadseg_, micro: Micro) -> None:
+def test_running_again_leaves_the_champion_unchanged(roadseg_, micro: Micro) -> None:
     said = roadseg_("run", "--config", MICRO, "--workspace", micro.workspace, "--name", "again")
     assert said.code == 0 and "unchanged: the candidate is the champion already" in said.out
     for stage in ("ingest", "transform", "train", "evaluate", "report"):

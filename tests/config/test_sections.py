@@ -31,7 +31,7 @@ def test_baseline_is_the_reference_recipe() -> None:
     assert (t.epochs, t.batch_size, t.learning_rate, t.optimizer, t.scheduler) == (60, 8, 0.001, "adam", "poly")
 
 
-def test_all_errors_of_file_and_flags_are_told_at_once_by_path(tmp_path: Path) -> None:
+def test_errors_of_file_and_flags_are_reported_together_by_path(tmp_path: Path) -> None:
     text = wrong(
         tmp_path,
         "training: {epochs: many, batch_size: 0, lerning_rate: 3}\nmodel: {fusion: foo}\ndat: 3\n",
@@ -49,7 +49,7 @@ def test_all_errors_of_file_and_flags_are_told_at_once_by_path(tmp_path: Path) -
     assert text.startswith("6 wrong values")
 
 
-def test_a_key_without_its_section_is_told_with_each_that_has_it(tmp_path: Path) -> None:
+def test_a_key_without_its_section_suggests_every_section_with_it(tmp_path: Path) -> None:
     text = wrong(tmp_path, "learning_rate: 1\nbakbone: x\nthreads: 2\ntrian: {}\ndata: {steps: 1}\n")
     for line in (
         "learning_rate: unknown key; perhaps you meant training.learning_rate\n",
@@ -61,38 +61,38 @@ def test_a_key_without_its_section_is_told_with_each_that_has_it(tmp_path: Path)
         assert line in text + "\n"
 
 
-def test_too_few_values_are_told_once_with_how_many_are_wanted(tmp_path: Path) -> None:
+def test_too_few_values_are_reported_once_with_the_expected_count(tmp_path: Path) -> None:
     text = wrong(tmp_path, "model: {atrous_rates: [2], early_strides: [3]}\ntraining: {crop_px: []}\n")
     assert text.startswith("4 wrong values")
-    assert "model.atrous_rates: 3 values are wanted (found [2])" in text
-    assert "model.early_strides.0: " in text and "model.early_strides: 2 values are wanted (found [3])" in text
-    assert "training.crop_px: 2 values are wanted (found [])" in text
+    assert "model.atrous_rates: expected 3 values (found [2])" in text
+    assert "model.early_strides.0: " in text and "model.early_strides: expected 2 values (found [3])" in text
+    assert "training.crop_px: expected 2 values (found [])" in text
 
 
-def test_unknown_keys_of_listed_sections_are_told_like_others(tmp_path: Path) -> None:
+def test_unknown_keys_in_a_list_of_sections_are_reported(tmp_path: Path) -> None:
     text = wrong(tmp_path, "training: {phases: [{after: 0.5, crop: [3, 3]}, {afte: 0.7}]}\n")
     assert "training.phases.0.crop: unknown key; perhaps you meant crop_px" in text
     assert "training.phases.1.afte: unknown key; perhaps you meant after" in text
 
 
-def test_python_s_words_for_lists_and_sections_are_not_shown(tmp_path: Path) -> None:
+def test_errors_describe_yaml_lists_and_sections_not_python_types(tmp_path: Path) -> None:
     text = wrong(tmp_path, "training: {freeze: backbone, crop_px: [1, 2, 3], loss: 3}\n")
-    assert "training.freeze: a list is wanted, such as [a, b] (found 'backbone')" in text
-    assert "training.crop_px: 2 values are wanted at most" in text
-    assert "training.loss: a section with keys of its own is wanted" in text
+    assert "training.freeze: expected a list such as [a, b] (found 'backbone')" in text
+    assert "training.crop_px: expected at most 2 values" in text
+    assert "training.loss: expected a section with its own keys" in text
 
 
-def test_true_and_off_are_no_numbers(tmp_path: Path) -> None:
+def test_booleans_are_not_accepted_as_numbers(tmp_path: Path) -> None:
     text = wrong(tmp_path, "training: {seed: off, crop_px: [64, true], loss: {lovasz: true}}\n")
     for key in ("seed", "crop_px", "loss.lovasz"):
-        assert f"training.{key}: a number is wanted, not true or false" in text
+        assert f"training.{key}: expected a number, not true or false" in text
     right = tmp_path / "right.yaml"
     right.write_text("training: {deterministic: true, class_offsets: off, seed: 1}\n")
     training = load_config(right).training
     assert (training.deterministic, training.class_offsets, training.seed) == (True, False, 1)
 
 
-def test_braces_in_what_a_validator_says_are_text() -> None:
+def test_braces_in_a_validator_message_are_kept() -> None:
     class Strict(BaseModel):
         value: int
 
@@ -115,7 +115,7 @@ def test_flags_override_the_file_with_dashes_and_underscores(tmp_path: Path) -> 
     assert config.data.holdout_sequences == ("a", "b")
 
 
-def test_a_flag_s_word_for_a_number_or_a_choice_is_told_as_in_yaml(tmp_path: Path) -> None:
+def test_an_invalid_flag_value_is_reported_as_in_yaml(tmp_path: Path) -> None:
     text = wrong(
         tmp_path,
         "model: {early_strides: [one, 2], output_stride: wide, fusion: foo, low_levels: [8, fine]}\n"
@@ -135,7 +135,7 @@ def test_a_flag_s_word_for_a_number_or_a_choice_is_told_as_in_yaml(tmp_path: Pat
 @pytest.mark.parametrize(
     ("word", "value"), [("true", True), ("True", True), ("yes", True), ("false", False), ("no", False)]
 )
-def test_a_flag_says_true_and_false_as_yaml_does(word: str, value: bool) -> None:
+def test_a_boolean_flag_takes_true_and_false(word: str, value: bool) -> None:
     assert parse_flags(None, ["--training.deterministic", word], "p", "d").training.deterministic is value
 
 
@@ -143,7 +143,7 @@ def test_length_is_epochs_or_steps_not_both(tmp_path: Path) -> None:
     assert "epochs (2) and steps (3) are both set" in wrong(tmp_path, "training: {epochs: 2, steps: 3}")
 
 
-def test_a_checkpoint_may_be_given_where_a_release_is(tmp_path: Path) -> None:
+def test_init_from_accepts_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("training: {init_from: runs/step-00000012.safetensors}\n")
     training = parse_flags(path, [], "roadseg run", "").training
@@ -173,7 +173,7 @@ def test_help_exits_with_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--training.learning-rate" in text and "peak learning rate" in text
 
 
-def test_places_and_speed_stay_out_of_keys() -> None:
+def test_paths_and_speed_settings_stay_out_of_keys() -> None:
     here = load_config(None, {"data": {"root": "/a", "workers": 1}, "training": {"device": "cpu", "workers": 3}})
     there = load_config(None, {"data": {"root": "/b", "workers": 2}, "training": {"device": "cuda"}})
     assert here.key_fields() == there.key_fields()
@@ -186,12 +186,12 @@ def test_the_schema_knows_every_section() -> None:
     assert set(Config.model_json_schema()["properties"]) == set(Config.model_fields)
 
 
-def test_show_is_a_config_again() -> None:
+def test_the_shown_config_can_be_loaded() -> None:
     config = load_config(CONFIGS[0])
     assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
-def test_a_flag_mends_a_wrong_value_of_the_file_also_with_the_default(tmp_path: Path) -> None:
+def test_a_flag_overrides_a_wrong_value_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("training: {batch_size: abc}\ndata: {source: folder}\n")
     config = parse_flags(path, ["--training.batch-size", "8", "--data.source=town"], "roadseg run", "")
@@ -234,8 +234,8 @@ def test_wrong_keys_of_a_mix_are_named_by_their_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("data: {}\nmodel: {}\ndata: {source: town}\n", "line 3 gives the key 'data' again, after line 1"),
-        ("data:\n  town: {seed: 1, seed: 2}\n", "line 2 gives the key 'seed' again"),
+        ("data: {}\nmodel: {}\ndata: {source: town}\n", "line 3 repeats the key 'data' of line 1"),
+        ("data:\n  town: {seed: 1, seed: 2}\n", "line 2 repeats the key 'seed'"),
         ("a: 2020-13-45", "month must be in"),
         ("[" * 3000, "nested too deep"),
         ("a: !!int ''", "not readable as YAML"),
@@ -245,11 +245,11 @@ def test_wrong_keys_of_a_mix_are_named_by_their_path(tmp_path: Path) -> None:
         ("a: " + "9" * 6000, "not readable as YAML"),
     ],
 )
-def test_what_no_yaml_can_be_made_of_is_one_error(tmp_path: Path, text: str, says: str) -> None:
+def test_invalid_yaml_is_one_error(tmp_path: Path, text: str, says: str) -> None:
     assert says in wrong(tmp_path, text)
 
 
-def test_merge_keys_may_give_what_stands_beside_them(tmp_path: Path) -> None:
+def test_a_key_may_override_a_merged_one(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("a: {b: &x {<<: &y {k: 1, m: 2}, k: 3}}\nc: {<<: *x, m: 4}\n")
     assert load_yaml(path, "") == {"a": {"b": {"k": 3, "m": 2}}, "c": {"k": 3, "m": 4}}

@@ -374,9 +374,9 @@ def test_the_documented_policy_allows_every_request(account: Account, store: S3S
 @pytest.mark.parametrize(
     ("broken", "made"),
     [
-        ("create_model_package_group", "nothing was made"),
-        ("list_model_packages", "there are: model package group roadseg;"),
-        ("create_model_package", "there are: model package group roadseg;"),
+        ("create_model_package_group", "nothing was created"),
+        ("list_model_packages", "created so far: model package group roadseg;"),
+        ("create_model_package", "created so far: model package group roadseg;"),
         ("update_model_package", "model package of release"),
         ("create_model", "its approval;"),
         ("create_endpoint_config", "model roadseg-"),
@@ -407,7 +407,7 @@ def test_running_again_makes_nothing_twice(account: Account, store: S3Store, dig
     deploy(digest, store, account.aws, say=said.append, connect=account.connect, poll_s=1)
     assert not [operation for _, operation, _ in account.changes() if operation.startswith("create_")]
     assert account.contents() == ONE_DEPLOYMENT
-    assert "endpoint roadseg: there already" in said
+    assert "endpoint roadseg: exists" in said
 
 
 def test_an_endpoint_of_another_release_is_not_touched(
@@ -417,7 +417,7 @@ def test_an_endpoint_of_another_release_is_not_touched(
     (tmp_path / "other").write_bytes(b"another archive")
     other = store.publish(tmp_path / "other", {})
     account.asked.clear()
-    with pytest.raises(RoadsegError, match="endpoint roadseg exists already, InService.*nothing was touched"):
+    with pytest.raises(RoadsegError, match="endpoint roadseg exists already, InService.*nothing was changed"):
         deploy(other, store, account.aws, connect=account.connect, poll_s=1)
     assert account.changes() == [] and account.contents() == ONE_DEPLOYMENT
 
@@ -439,7 +439,7 @@ def test_an_endpoint_that_fails(account: Account, store: S3Store, digest: str) -
     )
     with pytest.raises(RoadsegError, match="endpoint roadseg failed: the container did not pass") as e:
         deploy(digest, store, account.aws, connect=account.connect, poll_s=1)
-    assert "delete-endpoint --endpoint-name roadseg" in e.value.todo and "there are: " in e.value.todo
+    assert "delete-endpoint --endpoint-name roadseg" in e.value.todo and "created so far: " in e.value.todo
     assert account.contents()["alarms"] == 0
 
 

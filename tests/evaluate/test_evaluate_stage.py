@@ -106,11 +106,11 @@ def test_nothing_but_void_has_no_score(predictor: Predictor, tmp_path: Path) -> 
 
 def test_a_release_of_other_classes(predictor: Predictor, tmp_path: Path) -> None:
     manifest = write_frames(tmp_path, THREE, {"val": [frame(0, 0)]})
-    with pytest.raises(DataError, match=r"the release knows 3 classes \(red, green, blue\).*road, sky, car"):
+    with pytest.raises(DataError, match=r"the release predicts 3 classes \(red, green, blue\).*road, sky, car"):
         evaluate(predictor, Images(manifest, tmp_path, Limits()), ["val"], 1, tmp_path)
 
 
-def test_a_split_that_is_not_there(predictor: Predictor, tmp_path: Path) -> None:
+def test_an_unknown_split_is_refused(predictor: Predictor, tmp_path: Path) -> None:
     manifest = Manifest("test", RGB, write_frames(tmp_path, RGB, {"val": [frame(0, 0)]}).samples)
     with pytest.raises(DataError, match="no split 'test'; expected one of val"):
         evaluate(predictor, Images(manifest, tmp_path, Limits()), ["test"], 1, tmp_path)
@@ -144,7 +144,7 @@ def test_read_ahead_keeps_the_order_and_never_runs_far_ahead(count: int) -> None
     assert taken == count and furthest[0] <= DECODED_AHEAD
 
 
-def test_an_error_in_reading_comes_out_where_it_is() -> None:
+def test_a_read_error_is_raised_at_its_sample() -> None:
     def read(sample: str) -> tuple[np.ndarray, np.ndarray]:
         if sample == "s2":
             raise ImageError("broken")

@@ -98,7 +98,7 @@ def test_the_largest_confusion_comes_first():
 
 
 @pytest.mark.parametrize("outcome", ["promoted", "refused", "unchanged"])
-def test_the_decision_is_told_with_its_table(outcome):
+def test_the_decision_has_a_table_of_classes(outcome):
     html = render(evaluation(), [], [], decision=decision(outcome))
     text = Page(html).text
     assert f"{outcome.capitalize()}. gains 0.1 points" in text and f'class="verdict {outcome}"' in html
@@ -124,7 +124,7 @@ def test_hostile_names_are_inert():
     assert "<img src=x" not in html and page.text.count("<img src=x onerror=alert(1)>") >= 10
 
 
-def test_names_that_are_no_text_can_still_be_written():
+def test_undecodable_names_can_be_written():
     html = render(evaluation(), scenes(b"caf\xe9.png".decode("utf-8", "surrogateescape")), [])
     assert "caf?.png" in html and html.encode()
 

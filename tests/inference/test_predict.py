@@ -123,7 +123,9 @@ def test_bad_files_are_named_and_skipped_and_the_others_done(
     assert len(list(out.iterdir())) == 2 and good.exists()
 
 
-def test_a_file_that_goes_away(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_disappears_is_skipped(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save(tmp_path / "in" / "a.png", Image.fromarray(photo(8, 8)))
     monkeypatch.setattr("roadseg.inference.predict._refuse_clashes", lambda jobs: path.unlink())
     assert predict(predictor, [path], tmp_path / "out").failed == [
@@ -146,7 +148,7 @@ def test_limits_hold(predictor: Predictor, tmp_path: Path) -> None:
         assert not done.written and said in done.failed[0][1]
 
 
-def test_what_can_not_be_meant_is_a_usage_error(predictor: Predictor, tmp_path: Path) -> None:
+def test_unusable_inputs_are_usage_errors(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     one = save(tmp_path / "a" / "x.png", Image.fromarray(photo(4, 4)))
     other = save(tmp_path / "b" / "x.jpg", Image.fromarray(photo(4, 4)))
@@ -161,7 +163,7 @@ def test_what_can_not_be_meant_is_a_usage_error(predictor: Predictor, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_an_earlier_run_wrote_is_no_input(predictor: Predictor, tmp_path: Path) -> None:
+def test_outputs_of_an_earlier_run_are_not_inputs(predictor: Predictor, tmp_path: Path) -> None:
     save(tmp_path / "x.png", Image.fromarray(photo(4, 4)))
     first = predict(predictor, [tmp_path], tmp_path)
     again = predict(predictor, [tmp_path], tmp_path)

@@ -35,7 +35,7 @@ def test_a_label_of_the_image_s_size(predictor: Predictor, size: tuple[int, int]
     assert predictor.logits(pixels).shape == tuple(logits.shape[1:])
 
 
-def test_views_and_turned_images_will_do(predictor: Predictor) -> None:
+def test_strided_views_are_accepted(predictor: Predictor) -> None:
     whole = image(40, 60)
     for view in (whole[::-1], whole[:, ::2], whole[4:20, 3:33]):
         assert np.array_equal(predictor(view), predictor(view.copy()))
@@ -49,13 +49,13 @@ def test_several_threads_get_their_own_answers(predictor: Predictor) -> None:
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8)])
-def test_what_is_no_image_is_named(predictor: Predictor, array: np.ndarray) -> None:
+def test_arrays_that_are_not_images_are_refused(predictor: Predictor, array: np.ndarray) -> None:
     with pytest.raises(ImageError, match=r"an array of \w+ \[4, 4.*expected an image: uint8 RGB \[H, W, 3\]"):
         predictor(array)
 
 
-def test_the_name_of_a_picture_is_no_picture(predictor: Predictor) -> None:
-    with pytest.raises(ImageError, match=r"of type str; expected a NumPy array: uint8 RGB \[H, W, 3\]"):
+def test_a_file_name_is_not_an_image(predictor: Predictor) -> None:
+    with pytest.raises(ImageError, match=r"a str; expected a NumPy array: uint8 RGB \[H, W, 3\]"):
         predictor("photo.jpg")  # type: ignore[arg-type]
 
 
@@ -89,7 +89,7 @@ def two_classes() -> bytes:
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
-        (b"no graph", "onnxruntime refuses the graph"),
+        (b"no graph", "onnxruntime rejected the graph"),
         (renamed("image", "picture"), "takes picture"),
         (renamed("logits", "scores"), "gives scores"),
         (two_classes(), "gives logits of 2 classes; expected 3"),

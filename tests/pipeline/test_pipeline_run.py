@@ -515,7 +515,7 @@ def test_a_champion_of_other_classes_refuses_the_candidate(micro: Micro, release
     store.promote(Champion(digest, 0.5, "f" * 64, 1), None)
     with pytest.raises(GateRefused, match="can't be compared on this data .*choose another store") as caught:
         run(micro.config, workspace=tmp_path)
-    assert "the release knows 3 classes" in str(caught.value) and store.releases() == [digest]
+    assert "the release predicts 3 classes" in str(caught.value) and store.releases() == [digest]
 
 
 def test_held_out_sequences_are_a_split_of_their_own(micro: Micro, tmp_path: Path) -> None:

@@ -18,18 +18,18 @@ def test_the_first_is_promoted() -> None:
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.5))
-def test_nothing_that_gains_less_gets_through(candidate: float, champion: float, least: float) -> None:
+def test_a_smaller_gain_is_refused(candidate: float, champion: float, least: float) -> None:
     decision = decide(evaluation(candidate, "a"), evaluation(champion, "b"), least)
     assert (decision.outcome == "promoted") == (candidate - champion >= least)
     assert decision.miou_gain == candidate - champion
 
 
-def test_the_champion_itself_is_said() -> None:
+def test_the_champion_again_is_unchanged() -> None:
     assert decide(evaluation(0.5), evaluation(0.5), 0.0).outcome == "unchanged"
 
 
 @pytest.mark.parametrize("change", [{"data_fingerprint": "g"}, {"runtime": "s"}, {"class_iou": {"road": 0.5}}])
-def test_what_can_not_be_compared_is_refused(change: dict) -> None:
+def test_different_data_runtime_or_classes_are_refused(change: dict) -> None:
     with pytest.raises(GateRefused, match="different"):
         decide(evaluation(0.9, "a", **change), evaluation(0.1, "b"), 0.0)
 
@@ -39,7 +39,7 @@ def test_no_score_is_refused() -> None:
         decide(evaluation(None), None, 0.0)
 
 
-def test_the_table_tells_each_class() -> None:
+def test_the_table_lists_each_class() -> None:
     text = table(decide(evaluation(0.4, "a"), evaluation(0.5, "b"), 0.0))
     assert "mIoU" in text and "-0.1000" in text
     assert text.splitlines()[-1].split() == ["sky", "absent", "absent", "absent"]

@@ -73,7 +73,7 @@ def test_first_better_worse_and_the_same_again(made: Made) -> None:
     assert champion and (champion.digest, champion.previous, champion.serial) == (made.digest(2), made.digest(1), 2)
 
 
-def test_the_champion_is_scored_again_and_never_believed(made: Made) -> None:
+def test_the_champion_is_scored_again(made: Made) -> None:
     made.push(1)
     pointer = made.store.folder / "champion.json"
     told = json.loads(pointer.read_text())
@@ -90,7 +90,7 @@ def test_the_champion_is_scored_again_and_never_believed(made: Made) -> None:
         (DataError("knows 19 classes"), "can't be compared"),
     ],
 )
-def test_a_champion_without_a_score_refuses_and_is_left(made: Made, error: Exception, said: str) -> None:
+def test_a_champion_that_can_not_be_scored_stays(made: Made, error: Exception, said: str) -> None:
     made.push(1)
     before = made.bytes()
 
@@ -102,7 +102,7 @@ def test_a_champion_without_a_score_refuses_and_is_left(made: Made, error: Excep
     assert made.bytes() == before
 
 
-def test_a_pointer_that_moves_meanwhile_is_decided_against_again(made: Made) -> None:
+def test_a_moved_pointer_leads_to_a_new_decision(made: Made) -> None:
     made.push(1)
 
     def overtaken(digest: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_a_pointer_that_moves_meanwhile_is_decided_against_again(made: Made) -> 
     assert champion and champion.digest == made.digest(2) and made.asked[-1] == made.digest(2)
 
 
-def test_it_does_not_try_for_ever(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_limited(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def moved(*_: object) -> None:
         raise PointerMoved("again")
 
@@ -126,7 +126,7 @@ def test_it_does_not_try_for_ever(made: Made, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.fault
-def test_what_a_kill_after_the_pointer_left_out_is_added(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_missing_after_a_kill_are_added(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     real = FolderStore.promote
 
     def killed(self: FolderStore, champion: Champion, replacing: Champion | None) -> None:
@@ -151,18 +151,18 @@ def test_the_documents_lie_beside_the_archive(made: Made) -> None:
     assert json.loads(made.store.document(digest, "decision.json") or b"") == json.loads(json.dumps(decision.to_json()))
 
 
-def test_by_hand_back_and_forth(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no champion before"):
+def test_promote_by_hand_and_roll_back(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no previous champion"):
         promote_by_hand(made.store, None, tmp_path)
     made.push(1)
-    with pytest.raises(StoreError, match="no champion before"):
+    with pytest.raises(StoreError, match="no previous champion"):
         promote_by_hand(made.store, None, tmp_path)
     made.push(2)
     back = promote_by_hand(made.store, None, tmp_path)
     assert (back.digest, back.miou, back.serial) == (made.digest(1), 0.5, 3)
     before = made.bytes()
     assert promote_by_hand(made.store, made.digest(1)[:8], tmp_path).serial == 3 and made.bytes() == before
-    with pytest.raises(StoreError, match="no champion before"):  # going back again does not go forth
+    with pytest.raises(StoreError, match="no previous champion"):  # going back again does not go forth
         promote_by_hand(made.store, None, tmp_path)
     assert promote_by_hand(made.store, made.digest(2), tmp_path).digest == made.digest(2)
 
@@ -175,7 +175,7 @@ def test_two_rollbacks_go_back_two_champions(made: Made, tmp_path: Path) -> None
     assert back == [made.digest(2), made.digest(1)]
 
 
-def test_by_hand_only_what_was_evaluated(made: Made, tmp_path: Path) -> None:
+def test_promote_by_hand_needs_an_evaluation(made: Made, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="has no evaluation.json") as caught:
         promote_by_hand(made.store, str(made.releases[3][1]), tmp_path)
     assert "the config and the workspace that trained it (--push.min-gain -1 if" in caught.value.todo

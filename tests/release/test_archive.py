@@ -68,7 +68,7 @@ def test_the_same_model_gives_the_same_bytes_in_another_process_and_place(releas
     assert other.read_bytes() == release_path.read_bytes()
 
 
-def test_a_release_says_what_was_written(release_path: Path) -> None:
+def test_a_release_has_what_was_written(release_path: Path) -> None:
     release = load_release(release_path)
     assert release.digest == sha256_file(release_path)
     assert (release.label_set, release.temperature, release.members[WEIGHTS]) == (RGB, 1.0, b"weights")
@@ -79,13 +79,13 @@ def test_a_release_says_what_was_written(release_path: Path) -> None:
         assert {(m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(0, 0, 0, "")}
 
 
-def test_packed_again_by_others_it_is_readable_and_has_another_name(release_path: Path, tmp_path: Path) -> None:
+def test_a_repacked_archive_is_readable_with_another_digest(release_path: Path, tmp_path: Path) -> None:
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         again = load_release(packed(tmp_path / "again.tar.gz", unpacked(release_path), form))
         assert again.members == load_release(release_path).members and again.digest != sha256_file(release_path)
 
 
-def test_an_unpacked_release_has_the_archive_s_name(release_path: Path, tmp_path: Path) -> None:
+def test_an_unpacked_release_has_the_archive_s_digest(release_path: Path, tmp_path: Path) -> None:
     with tarfile.open(release_path) as tar:
         tar.extractall(tmp_path, filter="data")
     assert load_release_folder(tmp_path) == load_release(release_path)
@@ -151,7 +151,7 @@ def test_tampering_is_refused(release_path: Path, tmp_path: Path, how: str) -> N
     assert not [p for p in tmp_path.rglob("*") if p != path]  # nothing was unpacked
 
 
-def test_another_digest_than_the_expected(release_path: Path) -> None:
+def test_an_unexpected_digest_is_refused(release_path: Path) -> None:
     with pytest.raises(ArchiveError, match="its SHA-256 is .*expected 0000"):
         load_release(release_path, "0" * 64)
 
@@ -176,7 +176,7 @@ def test_every_cut_and_every_flipped_byte_is_refused(release_path: Path, tmp_pat
         with pytest.raises(ArchiveError):
             load_release(path)
     path.write_bytes(whole + b"x")
-    with pytest.raises(ArchiveError, match="something follows its end"):
+    with pytest.raises(ArchiveError, match="unexpected data after its end"):
         load_release(path)
 
 
@@ -236,10 +236,10 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
         load_release(path)
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_files_and_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(
-            ArchiveError, match="no such file" if path.name == "absent" else "a folder; .*name the archive"
+            ArchiveError, match="no such file" if path.name == "absent" else "a folder; .*give the archive"
         ):
             load_release(path)
 

@@ -18,7 +18,7 @@ def evaluation(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_it_says_what_where_from_how_good_and_where_weak(release_path: Path) -> None:
+def test_the_card_describes_model_data_scores_and_weaknesses(release_path: Path) -> None:
     release = load_release(release_path)
     text = card(release, evaluation())
     assert text.startswith(f"# roadseg release {release.digest[:12]}\n") and release.digest in text
@@ -57,7 +57,7 @@ def test_names_can_not_break_the_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["miou", "class_iou", "classes", "runtime"])
-def test_what_is_missing_is_not_passed_over(release_path: Path, missing: str) -> None:
+def test_a_missing_entry_is_an_error(release_path: Path, missing: str) -> None:
     whole = evaluation()
     del whole[missing]
     with pytest.raises(KeyError):

@@ -40,7 +40,7 @@ def outside(graph: bytes) -> set[str]:
     return {tensor.name for tensor in found if tensor.data_location == TensorProto.EXTERNAL}
 
 
-def test_what_is_in_both_is_stored_once_and_found_again(tmp_path: Path) -> None:
+def test_shared_weights_are_stored_once_and_restored(tmp_path: Path) -> None:
     whole, weights = convolution(), save({"another": KERNEL[:1], "bias": BIAS, "kernel": KERNEL})
     graph = without_weights(whole, weights)
     assert outside(graph) == {"bias", "kernel"} and KERNEL[0].tobytes() not in graph
@@ -56,7 +56,7 @@ def test_what_is_in_both_is_stored_once_and_found_again(tmp_path: Path) -> None:
     [{}, {"kernel": KERNEL + 1}, {"kernel": KERNEL.reshape(4, 27)}, {"kernel": KERNEL.view(np.int32)}],
     ids=["none", "of another content", "of another shape", "of another type"],
 )
-def test_what_differs_stays_inside(other: dict[str, np.ndarray]) -> None:
+def test_weights_that_differ_stay_in_the_graph(other: dict[str, np.ndarray]) -> None:
     whole, weights = convolution(), save(other)
     graph = without_weights(whole, weights)
     assert not outside(graph) and with_weights(graph, weights, "") == graph
@@ -86,7 +86,7 @@ def test_a_release_gives_the_whole_graph(tmp_path: Path) -> None:
     ],
     ids=lambda place: " ".join(place.values()) or "nothing",
 )
-def test_a_graph_that_points_elsewhere_is_refused(place: dict[str, str]) -> None:
+def test_references_outside_the_weights_are_refused(place: dict[str, str]) -> None:
     model, weights = onnx.load_model_from_string(convolution()), save({"bias": BIAS})
     tensor = model.graph.initializer[1]
     tensor.ClearField("raw_data")
@@ -97,6 +97,6 @@ def test_a_graph_that_points_elsewhere_is_refused(place: dict[str, str]) -> None
         with_weights(model.SerializeToString(), weights, "release 0")
 
 
-def test_what_is_no_graph_is_refused() -> None:
-    with pytest.raises(ArchiveError, match="is no ONNX model"):
+def test_bytes_that_are_not_onnx_are_refused() -> None:
+    with pytest.raises(ArchiveError, match="is not an ONNX model"):
         with_weights(b"\xff" * 40, save({}), "release 0")

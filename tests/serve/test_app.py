@@ -290,7 +290,7 @@ def test_an_endless_chunked_body_is_refused_without_being_kept(server: Server) -
     assert memory_kib(server) - before < 32 * 1024
 
 
-def test_clients_that_leave_free_their_places(server: Server) -> None:
+def test_disconnected_clients_free_their_slots(server: Server) -> None:
     for _ in range(60):  # more than there are places
         with raw(server, "Content-Length: 1000\r\n") as s:
             s.sendall(b"\x89PNG")
@@ -372,7 +372,7 @@ def test_loading_then_overload(archive: Path, gates: Path, tmp_path: Path) -> No
         assert server.send(body)[0] == 200
 
 
-def test_a_body_that_does_not_arrive_is_given_up(archive: Path, gates: Path, tmp_path: Path) -> None:
+def test_a_slow_body_times_out(archive: Path, gates: Path, tmp_path: Path) -> None:
     (gates / "load").touch()
     with started(GATED, archive, tmp_path / "log", str(gates)) as server:
         server.wait_for_ping(200)
@@ -391,7 +391,7 @@ def test_a_release_that_cannot_be_loaded_is_never_ready(tmp_path: Path) -> None:
             time.sleep(0.02)
         status, _, answer = server.send(encoded(photo()))
         assert status == 503 and str(tmp_path) not in answer.decode()
-        assert "no .tar.gz at all; expected a model.tar.gz" in server.log
+        assert "not a gzip file; expected a model.tar.gz" in server.log
 
 
 # ── the end ─────────────────────────────────────────────────────────────────────────────────────

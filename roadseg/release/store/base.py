@@ -1,7 +1,7 @@
 """Model stores: immutable releases, a champion pointer changed by compare-and-swap, and its history.
 
 The pointer holds everything that must agree (digest, mIoU, data fingerprint, what it replaced) and
-changes only by compare-and-swap: a writer that read an older pointer fails and decides again.
+changes only by compare-and-swap: a writer that read an older pointer fails and must decide again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ ARCHIVE, EVALUATION, CARD, DECISION = "model.tar.gz", "evaluation.json", "card.m
 
 @dataclass(frozen=True)
 class Champion:
-    """The pointer. serial: 1 for the first champion, and one more for each after it. previous: digest.
+    """The pointer. serial: counts champions from 1. previous: digest of the one before.
 
-    version: identifies the read it came from, and is never stored.
+    version: identifies the pointer's content when it was read, for compare-and-swap; never stored.
     """
 
     digest: str
@@ -43,7 +43,7 @@ class Store(Protocol):
     def address(self) -> str: ...
 
     def champion(self) -> Champion | None:
-        """The pointer, or None when there never was a champion. StoreError if it is unreadable."""
+        """The pointer, or None if there never was a champion. Raises StoreError if it is unreadable."""
         ...
 
     def promote(self, champion: Champion, replacing: Champion | None) -> None:
@@ -56,7 +56,7 @@ class Store(Protocol):
     def publish(self, archive: Path, documents: dict[str, bytes]) -> str:
         """Store an archive (named by its SHA-256, returned) and documents beside it.
 
-        Existing files are left as they are: a release is immutable.
+        Existing files are not overwritten: a release is immutable.
         """
         ...
 
@@ -102,7 +102,7 @@ def parse_champion(data: bytes, where: str, version: str) -> Champion:
         champion = Champion(**{**fields, "version": version})
         numbers = isinstance(champion.miou, float | int) and isinstance(champion.serial, int)
         if not numbers or not isinstance(champion.digest, str) or len(champion.digest) != 64:
-            raise ValueError("digest, miou or serial is not one")
+            raise ValueError("digest, miou or serial has a wrong type")
         return champion
     except (ValueError, TypeError) as e:
         raise StoreError(
@@ -119,7 +119,7 @@ def champion_bytes(champion: Champion) -> bytes:
 
 
 def stamp() -> str:
-    """UTC time that sorts, for the history."""
+    """UTC time in ISO 8601, which sorts as text."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
@@ -148,10 +148,10 @@ class FolderStore:
     def champion(self) -> Champion | None:
         data = self._read_pointer()
         if data is None and any((self.folder / "history").glob("*.json")):
-            data = self._read_pointer()  # the first champion may have come between the two looks
+            data = self._read_pointer()  # the first champion may have been written between the two reads
             if data is None:
                 raise StoreError(
-                    "the champion pointer is gone, but there is a history",
+                    "the champion pointer is missing, but a history exists",
                     where=str(self._pointer),
                     todo="restore it from the newest file in history/",
                 )
@@ -166,7 +166,7 @@ class FolderStore:
             now = self.champion()
             if (now.version if now else "") != (replacing.version if replacing else ""):
                 raise PointerMoved("the champion changed since it was read", where=self.address)
-            if now:  # a kill may have come between these two lines the last time
+            if now:  # an earlier run may have been killed before it wrote the history
                 self._remember(now)
             write_atomic(self._pointer, champion_bytes(champion))
             self._remember(champion)
@@ -184,7 +184,7 @@ class FolderStore:
             for name, data in {ARCHIVE: archive.read_bytes(), **documents}.items():
                 if not (folder / name).exists():
                     write_atomic(folder / name, data)
-        self.fetch(digest, self.folder)  # an existing archive must be intact
+        self.fetch(digest, self.folder)  # verify an archive that existed already
         return digest
 
     def fetch(self, digest: str, cache: Path) -> Path:
@@ -192,10 +192,10 @@ class FolderStore:
         if not path.exists():
             raise ReleaseNotFound(f"no release {digest}", where=self.address, todo="see `roadseg releases`")
         with _store_errors(path):
-            whole = sha256_file(path) == digest
-        if not whole:
+            is_intact = sha256_file(path) == digest
+        if not is_intact:
             raise StoreError(
-                f"release {digest} is damaged: its archive has another SHA-256",
+                f"release {digest} is damaged: the archive's SHA-256 differs",
                 where=str(path),
                 todo="restore the file, or remove the folder and push again",
             )

@@ -1,7 +1,7 @@
 """A model store in an S3 bucket.
 
-S3 can't change two objects at once, so all that must agree stands in the pointer, and the pointer
-changes by one conditional write.
+S3 can't change two objects atomically, so everything that must agree is in the pointer, which changes
+by one conditional write.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from roadseg.files import sha256_bytes, sha256_file, write_atomic
 from roadseg.release.archive import LIMIT_BYTES
 from roadseg.release.store.base import ARCHIVE, Champion, champion_bytes, parse_champion
 
-_CONFLICTS = 6  # attempts when S3 answers 409, some 3 s in all
+_CONFLICTS = 6  # attempts when S3 answers 409, about 3 s in total
 
 
 class S3Store:
@@ -36,17 +36,17 @@ class S3Store:
         return f"s3://{self.bucket}/{self._prefix}".rstrip("/")
 
     def archive_url(self, digest: str) -> str:
-        """S3 address of a release's archive, for services that read it themselves."""
+        """The s3:// address of a release's archive, for services that read it themselves."""
         return f"{self.address}/releases/{digest}/{ARCHIVE}"
 
     def champion(self) -> Champion | None:
         where = f"{self.address}/champion.json"
         answer = self._get("champion.json")
         if answer is None and self._names("history/"):
-            answer = self._get("champion.json")  # the first champion may have come between the two looks
+            answer = self._get("champion.json")  # the first champion may have been written between the two reads
             if answer is None:
                 raise StoreError(
-                    "the champion pointer is gone, but there is a history",
+                    "the champion pointer is missing, but a history exists",
                     where=where,
                     todo="restore it from the newest file in history/",
                 )
@@ -56,7 +56,7 @@ class S3Store:
         now = self.champion()
         if (now.version if now else "") != (replacing.version if replacing else ""):
             raise PointerMoved("the champion changed since it was read", where=self.address)
-        if now:  # the connection may have gone between the last two lines the last time
+        if now:  # an earlier run may have lost the connection before it wrote the history
             self._remember(now)
         condition = {"IfMatch": now.version} if now else {"IfNoneMatch": "*"}
         mark = secrets.token_hex(16)
@@ -135,16 +135,16 @@ class S3Store:
                     if code not in ("ConditionalRequestConflict", "409"):
                         raise
                     time.sleep(0.05 * 2**attempt)  # another write to the same key is under way
-        raise StoreError(f"another write to {name} does not end", where=self.address, todo="run again")
+        raise StoreError(f"another write to {name} keeps conflicting", where=self.address, todo="run again")
 
     def _is_marked(self, mark: str) -> bool:
-        """Whether the pointer is our own write: botocore repeats a request whose answer got lost."""
+        """Whether the pointer is our own write: botocore repeats a write whose answer was lost, and that conflicts."""
         with aws_errors(self.address):
             head = self.client.head_object(Bucket=self.bucket, Key=f"{self._prefix}champion.json")
         return bool(head["Metadata"].get("mark") == mark)
 
     def _stored_sha256(self, name: str) -> str:
-        """Hex SHA-256 of an object: S3's own when it is of the whole, else of the bytes."""
+        """Hex SHA-256 of an object: S3's checksum if it covers the whole object, else computed from the bytes."""
         with aws_errors(self.address):
             head = self.client.head_object(Bucket=self.bucket, Key=self._prefix + name, ChecksumMode="ENABLED")
         checksum = head.get("ChecksumSHA256", "")
@@ -178,7 +178,7 @@ class S3Store:
 
 def _damaged(digest: str, where: str) -> StoreError:
     return StoreError(
-        f"release {digest} is damaged: its archive has another SHA-256",
+        f"release {digest} is damaged: the archive's SHA-256 differs",
         where=where,
         todo="restore the object, or remove the folder and push again",
     )

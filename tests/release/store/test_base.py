@@ -127,7 +127,7 @@ def test_a_release_is_immutable(store: Store, archive: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [b'{"outcome": "prom', b"[]", b"\xff"])
-def test_a_damaged_document_is_told(store: Store, archive: Path, damaged: bytes) -> None:
+def test_a_damaged_document_is_reported(store: Store, archive: Path, damaged: bytes) -> None:
     digest = store.publish(archive, {"decision.json": b'{"outcome": "promoted"}', "evaluation.json": damaged})
     assert read_document(store, digest, "decision.json") == {"outcome": "promoted"}
     assert read_document(store, "0" * 64, "decision.json") is None
@@ -154,7 +154,7 @@ def test_champions_replace_each_other(store: Store) -> None:
     assert [replace(c, version="") for c in again(store).history()] == [first, second]
 
 
-def test_who_read_an_older_pointer_loses(store: Store) -> None:
+def test_a_stale_pointer_is_refused(store: Store) -> None:
     store.promote(champion(1), None)
     read = store.champion()
     store.promote(champion(2), read)
@@ -166,7 +166,7 @@ def test_who_read_an_older_pointer_loses(store: Store) -> None:
     assert [c.digest for c in store.history()] == [champion(1).digest, champion(2).digest]
 
 
-def test_promoting_over_a_champion_that_never_was(store: Store) -> None:
+def test_replacing_an_unknown_champion_is_refused(store: Store) -> None:
     with pytest.raises(PointerMoved):
         store.promote(champion(2), replace(champion(1), version='"0123"'))
     assert store.champion() is None and store.history() == []
@@ -181,16 +181,16 @@ def test_history_heals_after_a_kill_between_pointer_and_history(store: Store) ->
     assert json.loads(Backdoor(store).get("history/000001.json"))["digest"] == champion(1).digest
 
 
-def test_a_lost_pointer_is_not_taken_for_an_empty_store(store: Store) -> None:
+def test_a_missing_pointer_is_not_an_empty_store(store: Store) -> None:
     store.promote(champion(1), None)
     Backdoor(store).delete("champion.json")
     for act in (store.champion, lambda: store.promote(champion(2), None)):
-        with pytest.raises(StoreError, match="pointer is gone") as e:
+        with pytest.raises(StoreError, match="pointer is missing") as e:
             act()
         assert not isinstance(e.value, PointerMoved)
 
 
-def test_a_first_champion_that_comes_while_one_looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_champion_written_between_two_reads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pointer isn't there, then another process promotes, then there is a history."""
     one, look = again(store), "_get" if isinstance(store, S3Store) else "_read_pointer"
     first_look = getattr(one, look)
@@ -219,7 +219,7 @@ def test_an_unreadable_pointer_is_refused_and_kept(store: Store, content: bytes)
     assert Backdoor(store).get("champion.json") == content
 
 
-def test_of_eight_who_read_the_same_pointer_one_wins(store: Store) -> None:
+def test_one_of_eight_concurrent_promotions_wins(store: Store) -> None:
     store.promote(champion(1), None)
     read = store.champion()
     stores = [again(store) for _ in range(8)]
@@ -242,7 +242,7 @@ def test_of_eight_who_read_the_same_pointer_one_wins(store: Store) -> None:
     assert [c.digest for c in store.history()] == [champion(1).digest, winner.digest]
 
 
-def test_of_two_first_champions_one_wins(store: Store) -> None:
+def test_one_of_two_first_champions_wins(store: Store) -> None:
     """Both have read that there is none before either writes."""
     stores = [again(store), again(store)]
     read_both = threading.Barrier(2)
@@ -262,7 +262,7 @@ def test_of_two_first_champions_one_wins(store: Store) -> None:
     assert [c.digest for c in store.history()] == [champion(1, name=f"racer {won.index(True)}").digest]
 
 
-def test_eight_who_decide_again_all_get_their_turn(store: Store) -> None:
+def test_eight_writers_that_retry_all_succeed(store: Store) -> None:
     """Every racer raises the mIoU a little: none is lost, and none goes back."""
 
     def race(i: int) -> None:
@@ -343,7 +343,7 @@ def test_a_conflict_is_tried_again(s3: S3Store) -> None:
     assert not conflicts and s3.champion()
 
 
-def test_a_promotion_whose_answer_got_lost_is_our_own(s3: S3Store) -> None:
+def test_a_promotion_with_a_lost_answer_is_recognized(s3: S3Store) -> None:
     """S3 did it and the answer is lost; botocore sends it again and is told 412."""
     lost = [1]
 
@@ -418,7 +418,7 @@ def test_a_bucket_that_does_not_exist(s3_endpoint: str) -> None:
             act()
 
 
-def test_missing_credentials_are_said_at_once(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_reported_at_once(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
@@ -430,7 +430,7 @@ def test_missing_credentials_are_said_at_once(s3_endpoint: str, monkeypatch: pyt
     assert time.monotonic() - began < 5
 
 
-def test_nobody_answers() -> None:
+def test_an_unreachable_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
     store = s3_store(f"http://127.0.0.1:{port}")
@@ -452,7 +452,7 @@ def test_a_download_that_breaks_off(s3: S3Store, archive: Path, tmp_path: Path) 
     assert not list((tmp_path / "cache").rglob("*.tar.gz"))
 
 
-def test_a_profile_or_address_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_profiles_and_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="aws.endpoint_url"):
         aws_client("s3", endpoint_url="nonsense")
     monkeypatch.delenv("AWS_DEFAULT_REGION")
