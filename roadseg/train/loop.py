@@ -39,7 +39,7 @@ from roadseg.train.signals import stop_signals, stopped_at_once
 from roadseg.train.step import Step, non_finite, record_event, send_to_host
 from roadseg.train.tracking.history import History
 from roadseg.train.tracking.timing import Timing, warn_if_disk_full
-from roadseg.train.tracking.trackers import Mirrors
+from roadseg.train.tracking.trackers import Trackers
 from roadseg.train.validation import score_splits
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ class TrainingPhase:
 
 
 @contextmanager
-def no_trackers(step: int) -> Iterator[Mirrors]:
-    yield Mirrors(())
+def no_trackers(step: int) -> Iterator[Trackers]:
+    yield Trackers(())
 
 
 def train(
@@ -103,7 +103,7 @@ def train(
     work: Path,
     *,
     ranks: Ranks = ALONE,
-    trackers: Callable[[int], AbstractContextManager[Mirrors]] = no_trackers,
+    trackers: Callable[[int], AbstractContextManager[Trackers]] = no_trackers,
     draw: Callable[[nn.Module, int], object] | None = None,
     terms: str = "",
     name_of: Callable[[int], str] = "frame {}".format,
@@ -288,7 +288,7 @@ class _Run:
             of = checkpoint.Origin(self.label_set.names, self.average.architecture.to_json(), self.terms)
             checkpoint.save(self.folder, step, self.network, self.average, self.optimizer, of)
 
-    def settle(self, step: Step, tracker: Mirrors, bar: Any) -> bool:
+    def settle(self, step: Step, tracker: Trackers, bar: Any) -> bool:
         """Wait for a step and log its loss and speed, once; return whether any rank had a signal when it began.
 
         Raises NonFiniteLoss. What later steps did to the weights is never saved then.
@@ -320,7 +320,7 @@ class _Validator:
     history: History
     draw: Callable[[nn.Module, int], object] | None
 
-    def __call__(self, step: int, stopped: Callable[[], int], tracker: Mirrors) -> bool:
+    def __call__(self, step: int, stopped: Callable[[], int], tracker: Trackers) -> bool:
         """Validate after `step`; False, with nothing recorded, if a signal cut it short."""
         self.ranks.same_weights(self.average)  # without sync-BN each rank has running statistics of its own
         results = score_splits(

@@ -49,7 +49,7 @@ from roadseg.train.package import write_candidate
 from roadseg.train.recipe import Recipe, recipe_of
 from roadseg.train.signals import stopped_at_once
 from roadseg.train.tracking.pictures import Pictures, evenly
-from roadseg.train.tracking.trackers import mirrors
+from roadseg.train.tracking.trackers import open_trackers as open_all_trackers
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def train_candidate(
         if recipe.trackers:
             fields = {k: config.key_fields()[k] for k in ("model", "training")}
             name = work.name.removesuffix(".partial")
-            open_trackers = partial(mirrors, recipe.trackers, log_folder, name, fields)
+            open_trackers = partial(open_all_trackers, recipe.trackers, log_folder, name, fields)
         if recipe.pictures:
             pictures = Pictures(shown, shards.label_set, evenly(len(shown), recipe.pictures), log_folder / "pictures")
             draw = partial(pictures.draw, device=device, bf16=recipe.loop.bf16)

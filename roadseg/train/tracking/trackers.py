@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from roadseg.errors import ConfigError, Interrupted
-from roadseg.train.tracking import sinks as mirror_sinks
+from roadseg.train.tracking import sinks
 from roadseg.train.tracking.sinks import Row, Sink
 
 log = logging.getLogger(__name__)
 EVERY_STEPS = 20  # window of the values that are sent as a mean
-WAITING_ROWS = 1000  # rows that may wait for a slow mirror; more are dropped
+WAITING_ROWS = 1000  # rows that may wait for a slow tracker; more are dropped
 ROWS_AT_ONCE = 100
 RETRY_S = 30.0
-CLOSE_S = 10.0  # what a run waits at its end, over all mirrors: a signal leaves it 30 s in all
+CLOSE_S = 10.0  # what a run waits at its end, over all trackers: a signal leaves it 30 s in all
 
 
-class Mirrors:
+class Trackers:
     """Takes values from the loop; every call returns at once. Without trackers nothing is kept."""
 
-    def __init__(self, mirrors: Sequence[_Mirror]) -> None:
-        self._mirrors = mirrors
+    def __init__(self, threads: Sequence[_TrackerThread]) -> None:
+        self._threads = threads
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._last = 0
@@ -41,11 +41,11 @@ class Mirrors:
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Values of this step, such as {"val/miou": 0.61}; None, such as the score of no class, is left out."""
         if given := {name: float(value) for name, value in values.items() if value is not None}:
-            self._tell(Row(step, time.time(), given))
+            self._send(Row(step, time.time(), given))
 
     def mean(self, step: int, values: Mapping[str, float]) -> None:
         """Values of every step, sent as their mean since the last multiple of EVERY_STEPS."""
-        if not self._mirrors:
+        if not self._threads:
             return
         self._last = step
         for name, value in values.items():
@@ -55,33 +55,33 @@ class Mirrors:
             self.flush()
 
     def flush(self) -> None:
-        """Tell the means of a window that has not ended."""
+        """Send the means of a window that has not ended."""
         self.scalars(self._last, {name: total / self._counts[name] for name, total in self._sums.items()})
         self._sums, self._counts = {}, {}
 
     def text(self, name: str, text: str) -> None:
-        self._tell(Row(0, time.time(), {}, (name, text)))
+        self._send(Row(0, time.time(), {}, (name, text)))
 
-    def _tell(self, row: Row) -> None:
-        for mirror in self._mirrors:
-            mirror.tell(row)
+    def _send(self, row: Row) -> None:
+        for thread in self._threads:
+            thread.send(row)
 
 
-class _Mirror(threading.Thread):
+class _TrackerThread(threading.Thread):
     """Hands rows to a sink that it opens itself, as opening may take as long as writing."""
 
     def __init__(self, name: str, opens: Callable[[], Sink]) -> None:
-        super().__init__(name=f"mirror {name}", daemon=True)  # one that hangs must not keep the process
-        self.what, self._opens = name, opens
+        super().__init__(name=f"tracker {name}", daemon=True)  # one that hangs must not keep the process
+        self.tracker, self._opens = name, opens
         self._rows: queue.Queue[Row] = queue.Queue(WAITING_ROWS)
         self._status = ""  # set when no row follows
         self._sink: Sink | None = None
         self._retry_at = 0.0
-        self._told = self._written = 0
-        self._said = False
+        self._sent = self._written = 0
+        self._warned = False
 
-    def tell(self, row: Row) -> None:
-        self._told += 1
+    def send(self, row: Row) -> None:
+        self._sent += 1
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(row)
 
@@ -89,20 +89,20 @@ class _Mirror(threading.Thread):
         """Write waiting rows for at most `within_s`; then report how many were lost."""
         self._status = status
         self.join(within_s)
-        if lost := self._told - self._written:
-            log.warning("%s: %d of %d rows were dropped", self.what, lost, self._told)
+        if lost := self._sent - self._written:
+            log.warning("%s: %d of %d rows were dropped", self.tracker, lost, self._sent)
 
     def run(self) -> None:
         while True:
             status = self._status  # read before the queue, so that rows sent before it was set are still written
-            if rows := self._take():
-                self._hand_over(rows)
+            if rows := self._next_rows():
+                self._write(rows)
             elif status:
                 break
         if self._sink:
             self._try(lambda sink: sink.close(status))
 
-    def _take(self) -> list[Row]:
+    def _next_rows(self) -> list[Row]:
         rows: list[Row] = []
         with contextlib.suppress(queue.Empty):
             rows.append(self._rows.get(timeout=0.1))
@@ -110,7 +110,7 @@ class _Mirror(threading.Thread):
                 rows.append(self._rows.get_nowait())
         return rows
 
-    def _hand_over(self, rows: list[Row]) -> None:
+    def _write(self, rows: list[Row]) -> None:
         if time.monotonic() >= self._retry_at and self._try(lambda sink: sink.write(rows)):
             self._written += len(rows)
 
@@ -121,24 +121,24 @@ class _Mirror(threading.Thread):
             return True
         except Exception as e:  # clients raise anything, and none of it may end a training
             self._sink, self._retry_at = None, time.monotonic() + RETRY_S
-            if not self._said:
-                self._said = True
+            if not self._warned:
+                self._warned = True
                 log.warning(
-                    "%s does not take the figures of this run, which goes on without it: %s", self.what, _plain(e)
+                    "%s does not take the figures of this run, which goes on without it: %s", self.tracker, _plain(e)
                 )
             return False
 
 
 def _plain(e: Exception) -> str:
     """Its first line without what a URL may hold of names and passwords."""
-    text = mirror_sinks.without_password(str(e).strip().split("\n")[0])
+    text = sinks.without_password(str(e).strip().split("\n")[0])
     return f"{type(e).__name__}: {text}"[:300]
 
 
 @contextmanager
-def mirrors(
+def open_trackers(
     names: Sequence[str], folder: Path, run_name: str, config_fields: Mapping[str, Any], start: int = 0
-) -> Iterator[Mirrors]:
+) -> Iterator[Trackers]:
     """Open "tensorboard" (events in `folder`/tensorboard) and "mlflow" (MLFLOW_TRACKING_URI, else `folder`/mlruns).
 
     folder: the run's log folder. config_fields: nested; written as text or parameters, so nothing secret.
@@ -146,30 +146,30 @@ def mirrors(
     ConfigError, before anything is written, if a package is missing or can't use that address.
     """
     opens = {name: _opener(name, folder, run_name, flat(config_fields), start) for name in names}
-    running = [_Mirror(name, open_sink) for name, open_sink in opens.items()]
-    for mirror in running:
-        mirror.start()
-        how = mirror_sinks.open_command(mirror.what, _finished(folder), folder)
-        log.info("%s: to look at this run: %s", mirror.what, how)
-    told, status = Mirrors(running), "FAILED"
+    running = [_TrackerThread(name, open_sink) for name, open_sink in opens.items()]
+    for thread in running:
+        thread.start()
+        how = sinks.open_command(thread.tracker, _finished(folder), folder)
+        log.info("%s: to look at this run: %s", thread.tracker, how)
+    trackers, status = Trackers(running), "FAILED"
     try:
         if start == 0:
-            told.text("config", "\n".join(f"{key}: {value}" for key, value in flat(config_fields).items()))
-        yield told
+            trackers.text("config", "\n".join(f"{key}: {value}" for key, value in flat(config_fields).items()))
+        yield trackers
         status = "FINISHED"
     except Interrupted:
         status = "KILLED"
         raise
     finally:
-        told.flush()
+        trackers.flush()
         until = time.monotonic() + CLOSE_S
-        for mirror in running:
-            mirror.end(status, max(0.0, until - time.monotonic()))
+        for thread in running:
+            thread.end(status, max(0.0, until - time.monotonic()))
 
 
 def refuse_missing(names: Sequence[str]) -> None:
-    """Raise ConfigError for trackers whose package is missing or can't use its address, as `mirrors` does."""
-    with tempfile.TemporaryDirectory(prefix="roadseg-mirrors-") as folder:
+    """Raise ConfigError for trackers whose package is missing or can't use its address, as `open_trackers` does."""
+    with tempfile.TemporaryDirectory(prefix="roadseg-trackers-") as folder:
         for name in names:
             _opener(name, Path(folder), "", {}, 0)
 
@@ -183,11 +183,11 @@ def _opener(name: str, folder: Path, run_name: str, fields: dict[str, str], star
     """What opens the sink, after its package was imported: later would be in the middle of a run."""
     try:
         if name == "tensorboard":
-            return mirror_sinks.tensorboard(folder / "tensorboard", start)
-        return mirror_sinks.mlflow(folder, run_name, fields)
+            return sinks.tensorboard(folder / "tensorboard", start)
+        return sinks.mlflow(folder, run_name, fields)
     except ImportError as e:
         raise ConfigError(
-            f"the mirror {name} needs a package that is not installed ({e.name or e})",
+            f"the tracker {name} needs a package that is not installed ({e.name or e})",
             where="training.mirrors",
             todo=f"pip install 'roadseg[{name}]', or leave {name} out",
         ) from e

@@ -1,4 +1,4 @@
-"""Mirrors take what they can and never hold up or end a run."""
+"""Trackers take what they can and never hold up or end a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ import pytest
 
 from roadseg.errors import ConfigError, Interrupted
 from roadseg.files import read_json
-from roadseg.train.tracking import sinks as mirror_sinks
-from roadseg.train.tracking import trackers as mirrors
+from roadseg.train.tracking import sinks, trackers
 from roadseg.train.tracking.sinks import Row
 
 CONFIG = {"training": {"learning_rate": 0.001, "loss": {"dice": 0.5}}, "model": {"backbone": "mobilenetv2_100"}}
@@ -46,12 +45,12 @@ class Kept:
 @pytest.fixture
 def into(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
     """Puts what the function returns in the place of TensorBoard."""
-    return lambda opens: monkeypatch.setattr(mirror_sinks, "tensorboard", lambda folder, start: opens)
+    return lambda opens: monkeypatch.setattr(sinks, "tensorboard", lambda folder, start: opens)
 
 
-def test_nothing_is_kept_and_no_thread_started_without_mirrors(tmp_path: Path) -> None:
+def test_nothing_is_kept_and_no_thread_started_without_threads(tmp_path: Path) -> None:
     before = threading.active_count()
-    with mirrors.mirrors((), tmp_path, "run", CONFIG) as told:
+    with trackers.open_trackers((), tmp_path, "run", CONFIG) as told:
         for step in range(100):
             told.mean(step, {"train/loss": 1.0})
         told.scalars(1, {"val/miou": 0.5})
@@ -62,7 +61,7 @@ def test_nothing_is_kept_and_no_thread_started_without_mirrors(tmp_path: Path) -
 def test_means_are_of_every_window_and_the_last_may_be_short(tmp_path: Path, into: Any) -> None:
     into(lambda: sink)
     sink = Kept()
-    with mirrors.mirrors(["tensorboard"], tmp_path, "run", CONFIG, start=37) as told:
+    with trackers.open_trackers(["tensorboard"], tmp_path, "run", CONFIG, start=37) as told:
         for step in range(38, 66):
             told.mean(step, {"train/loss": float(step)})
         told.scalars(65, {"val/miou": 0.5, "holdout/miou": None})
@@ -80,7 +79,7 @@ def test_it_is_said_how_to_look_at_it(
     into(Kept)
     with (
         caplog.at_level(logging.INFO, "roadseg"),
-        mirrors.mirrors(["tensorboard"], tmp_path / "k.partial" / "log", "r", {}),
+        trackers.open_trackers(["tensorboard"], tmp_path / "k.partial" / "log", "r", {}),
     ):
         pass
     (said,) = caplog.messages  # once, with the folder that will stand
@@ -88,26 +87,26 @@ def test_it_is_said_how_to_look_at_it(
     assert said.rpartition("run: ")[2] == f"tensorboard --logdir {done} (until training is done: {before})"
     clean(monkeypatch)
     store = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri '{tmp_path}/a b/mlruns'"
-    monkeypatch.setattr(mirror_sinks, "find_spec", lambda name: name)
+    monkeypatch.setattr(sinks, "find_spec", lambda name: name)
     done, before = tmp_path / "a b", tmp_path / "a b.partial"
-    assert mirror_sinks.open_command("mlflow", done, done) == store
-    both = mirror_sinks.open_command("mlflow", done, before)
+    assert sinks.open_command("mlflow", done, done) == store
+    both = sinks.open_command("mlflow", done, before)
     assert both == f"{store} (until training is done: '{before}/mlruns')"
-    monkeypatch.setattr(mirror_sinks, "find_spec", lambda name: None)  # of mlflow-skinny, which has no pages
-    needs = mirror_sinks.open_command("mlflow", done, done)
+    monkeypatch.setattr(sinks, "find_spec", lambda name: None)  # of mlflow-skinny, which has no pages
+    needs = sinks.open_command("mlflow", done, done)
     assert needs.startswith(f"{store}; the page needs the whole mlflow") and "pip install mlflow" in needs
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p@ss@server:5000/x")
-    assert mirror_sinks.open_command("mlflow", done, before) == "https://server:5000/x"
+    assert sinks.open_command("mlflow", done, before) == "https://server:5000/x"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///shared/runs")  # it stays where it is
-    assert "--backend-store-uri file:///shared/runs; the page" in mirror_sinks.open_command("mlflow", done, before)
-    assert "shared" not in mirror_sinks.open_command("tensorboard", done, before)
+    assert "--backend-store-uri file:///shared/runs; the page" in sinks.open_command("mlflow", done, before)
+    assert "shared" not in sinks.open_command("tensorboard", done, before)
 
 
 def test_the_config_is_told_once_not_by_a_run_that_goes_on(tmp_path: Path, into: Any) -> None:
     into(lambda: sink)
     for start, texts in ((0, ["config"]), (5, [])):
         sink = Kept()
-        with mirrors.mirrors(["tensorboard"], tmp_path, "run", CONFIG, start):
+        with trackers.open_trackers(["tensorboard"], tmp_path, "run", CONFIG, start):
             pass
         assert [row.text[0] for row in sink.rows if row.text] == texts
         assert all("training.loss.dice: 0.5" in row.text[1] for row in sink.rows if row.text)
@@ -119,7 +118,7 @@ def test_the_config_is_told_once_not_by_a_run_that_goes_on(tmp_path: Path, into:
 def test_how_a_run_ended_is_told(tmp_path: Path, into: Any, raised: BaseException, status: str) -> None:
     into(lambda: sink)
     sink = Kept()
-    with pytest.raises(type(raised)), mirrors.mirrors(["tensorboard"], tmp_path, "run", CONFIG):
+    with pytest.raises(type(raised)), trackers.open_trackers(["tensorboard"], tmp_path, "run", CONFIG):
         raise raised
     assert sink.status == status
 
@@ -128,8 +127,8 @@ def test_how_a_run_ended_is_told(tmp_path: Path, into: Any, raised: BaseExceptio
 def test_a_failure_is_said_once_without_passwords_and_tried_again(
     tmp_path: Path, into: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mirrors, "RETRY_S", 0.0)
-    monkeypatch.setattr(mirrors, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(trackers, "RETRY_S", 0.0)
+    monkeypatch.setattr(trackers, "ROWS_AT_ONCE", 1)
     down = [True]
 
     def act() -> None:
@@ -138,7 +137,10 @@ def test_a_failure_is_said_once_without_passwords_and_tried_again(
 
     into(lambda: sink)
     sink = Kept(act)
-    with caplog.at_level(logging.WARNING, "roadseg"), mirrors.mirrors(["tensorboard"], tmp_path, "r", {}, 1) as told:
+    with (
+        caplog.at_level(logging.WARNING, "roadseg"),
+        trackers.open_trackers(["tensorboard"], tmp_path, "r", {}, 1) as told,
+    ):
         for step in range(1, 6):
             told.scalars(step, {"a": 1.0})
         until_empty(told)
@@ -150,15 +152,15 @@ def test_a_failure_is_said_once_without_passwords_and_tried_again(
     assert "ret@" not in caplog.text and said[1] == "tensorboard: 5 of 6 rows were dropped"
 
 
-def until_empty(told: mirrors.Mirrors) -> None:
+def until_empty(told: trackers.Trackers) -> None:
     until = time.monotonic() + 10
-    while not told._mirrors[0]._rows.empty() and time.monotonic() < until:
+    while not told._threads[0]._rows.empty() and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.1)  # what was taken is tried
 
 
 @pytest.mark.fault
-def test_a_failed_mirror_is_left_alone_for_a_while(tmp_path: Path, into: Any) -> None:
+def test_a_failed_tracker_is_left_alone_for_a_while(tmp_path: Path, into: Any) -> None:
     tries = []
 
     def opens() -> Kept:
@@ -166,7 +168,7 @@ def test_a_failed_mirror_is_left_alone_for_a_while(tmp_path: Path, into: Any) ->
         raise OSError("no space")
 
     into(opens)
-    with mirrors.mirrors(["tensorboard"], tmp_path, "run", {}) as told:
+    with trackers.open_trackers(["tensorboard"], tmp_path, "run", {}) as told:
         for step in range(50):
             told.scalars(step, {"a": 1.0})
             time.sleep(0.002)
@@ -174,20 +176,23 @@ def test_a_failed_mirror_is_left_alone_for_a_while(tmp_path: Path, into: Any) ->
 
 
 @pytest.mark.fault
-def test_a_mirror_that_hangs_holds_up_neither_steps_nor_the_end(
+def test_a_tracker_that_hangs_holds_up_neither_steps_nor_the_end(
     tmp_path: Path, into: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mirrors, "CLOSE_S", 0.3)
+    monkeypatch.setattr(trackers, "CLOSE_S", 0.3)
     hangs, stuck = threading.Event(), threading.Event()
     into(lambda: Kept(lambda: hangs.set() or (stuck.wait(30) and None)))
-    with caplog.at_level(logging.WARNING, "roadseg"), mirrors.mirrors(["tensorboard"], tmp_path, "run", {}, 1) as told:
+    with (
+        caplog.at_level(logging.WARNING, "roadseg"),
+        trackers.open_trackers(["tensorboard"], tmp_path, "run", {}, 1) as told,
+    ):
         told.scalars(0, {"a": 1.0})
         assert hangs.wait(20)  # else, on a busy machine, it takes its first rows late, and a full queue has room again
         began = time.monotonic()
-        for step in range(1, 5 * mirrors.WAITING_ROWS):
+        for step in range(1, 5 * trackers.WAITING_ROWS):
             told.scalars(step, {"a": 1.0})
     assert time.monotonic() - began < 5
-    assert told._mirrors[0]._rows.qsize() == mirrors.WAITING_ROWS
+    assert told._threads[0]._rows.qsize() == trackers.WAITING_ROWS
     assert "tensorboard: 5000 of 5000 rows were dropped" in caplog.text
     stuck.set()
 
@@ -201,16 +206,16 @@ def test_a_package_that_is_not_there_is_refused_at_once(
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     clean(monkeypatch)
     refused = pytest.raises(ConfigError, match=rf"training.mirrors: .*{name}.*pip install 'roadseg\[{name}\]'")
-    with refused, mirrors.mirrors([name], tmp_path, "run", CONFIG):
+    with refused, trackers.open_trackers([name], tmp_path, "run", CONFIG):
         raise AssertionError("training began")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match=f"the mirror {name} needs a package"):
-        mirrors.refuse_missing([name])
+    with pytest.raises(ConfigError, match=f"the tracker {name} needs a package"):
+        trackers.refuse_missing([name])
 
 
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the mirror sets in the environment is gone after the test."""
-    for name, value in mirror_sinks._MLFLOW_ENVIRONMENT.items():
+    """What the tracker sets in the environment is gone after the test."""
+    for name, value in sinks._MLFLOW_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
@@ -220,7 +225,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told_run(names: list[str], folder: Path, start: int = 0, steps: int = 40) -> None:
-    with mirrors.mirrors(names, folder, "run of today", CONFIG, start) as told:
+    with trackers.open_trackers(names, folder, "run of today", CONFIG, start) as told:
         for step in range(start + 1, start + steps + 1):
             told.mean(step, {"train/loss": 1 / step})
         told.scalars(start + steps, {"val/miou": 0.25 + start / 1000})
@@ -359,6 +364,6 @@ def test_an_address_mlflow_can_not_use_is_refused_without_its_password(
     clean(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://me:secret@loft/1")
     refused = pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI: .* carrier-pigeon")
-    with refused as caught, mirrors.mirrors(["mlflow"], tmp_path, "run", CONFIG):
+    with refused as caught, trackers.open_trackers(["mlflow"], tmp_path, "run", CONFIG):
         raise AssertionError("training began")
     assert "secret" not in str(caught.value)
