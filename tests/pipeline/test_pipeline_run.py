@@ -338,7 +338,7 @@ def test_a_changed_training_key_makes_train_again_but_not_what_is_before_it(two:
 
 @pytest.mark.fault
 def test_a_damaged_shard_is_said_and_made_again(two: Two, micro: Micro) -> None:
-    assert f"shard {two.damaged.name} is damaged; making it again" in two.log
+    assert f"shard {two.damaged.name} is damaged; rebuilding it" in two.log
     original = micro.result.outputs["transform"].folder / two.damaged.name
     assert two.damaged.read_bytes() == original.read_bytes()
     assert Shards.load(two.damaged.parent).damaged() == [] and not list(two.damaged.parent.glob("*.tmp"))
