@@ -1,9 +1,9 @@
-"""Time of one confusion matrix at 2048x1024, 19 classes: roadseg beside the ways it is usually written.
+"""Time of one confusion matrix at 2048x1024, 19 classes: roadseg compared with the usual implementations.
 
     python benchmarks/confusion_speed.py
 
-Every way is checked to give the same integers before it is timed; scikit-learn runs when it is
-installed. Prints the median of 15 runs (of 3 for what takes over half a second).
+Each implementation is checked for equal results before it is timed; scikit-learn runs if installed.
+Prints the median of 15 runs (of 3 for those that take over half a second).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Peak memory of evaluation by number of images: python benchmarks/evaluate_memory.py
 
-Town frames are rendered, a small untrained network is exported, and for each number of frames a fresh
-process ingests nothing and scores that many. Printed are the peak resident memory of that process and
-the ratio of the largest to the smallest.
+Renders town frames, exports a small untrained network, and scores each number of frames in a new process.
+Prints the peak resident memory of each process and the ratio of the last to the first.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def write_model(path: Path) -> None:
 
 
 def score(folder: Path, release: Path) -> None:
-    """In the measured process: what the stage does, and its peak."""
+    """Run the evaluation in the measured process and print its peak memory."""
     from roadseg.data.manifest import Manifest
     from roadseg.evaluate.stage import Images, evaluate
     from roadseg.images.decode import Limits
@@ -72,7 +71,7 @@ def score(folder: Path, release: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process. On Linux ru_maxrss won't do: it starts with the parent's."""
+    """Peak resident memory of this process. Not ru_maxrss on Linux, which starts at the parent's peak."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)

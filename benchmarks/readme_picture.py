@@ -26,8 +26,8 @@ def main(workspace: Path, name: str, out: Path) -> None:
     truth = Path(str(photo).replace("leftImg8bit/", "gtFine/", 1).replace("_leftImg8bit.png", "_gtFine_labelIds.png"))
     image, ids = read_image(photo), read_label(truth)
     label = CITYSCAPES.id_to_train[ids]
-    coloured = np.where(label[..., None] == IGNORE, 0, CITYSCAPES.palette[label]).astype(np.uint8)
-    parts = [image, blend(image, Predictor(release)(image), release.label_set, 0.65), coloured]
+    colored = np.where(label[..., None] == IGNORE, 0, CITYSCAPES.palette[label]).astype(np.uint8)
+    parts = [image, blend(image, Predictor(release)(image), release.label_set, 0.65), colored]
     large = [cv2.resize(p, None, fx=1.5, fy=1.5, interpolation=cv2.INTER_CUBIC) for p in parts]
     out.write_bytes(encode_jpeg(np.hstack(large), 88))
 
@@ -35,7 +35,7 @@ def main(workspace: Path, name: str, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path)
-    parser.add_argument("name", help="of a val frame of the town")
+    parser.add_argument("name", help="name of a val frame of the town")
     parser.add_argument("out", type=Path)
     a = parser.parse_args()
     main(a.workspace, a.name, a.out)
