@@ -26,7 +26,7 @@ format: $(VENV)/.ready
 
 # Bring the list of files in docs/architecture.md up to date.
 docs: $(VENV)/.ready
-	$(VENV)/bin/python tests/test_architecture.py --write
+	$(VENV)/bin/python tests/test_architecture_page.py --write
 
 # Record the hashes of the stages' sources, after deciding whether a VERSION moves.
 versions: $(VENV)/.ready

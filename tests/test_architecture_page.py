@@ -1,6 +1,6 @@
 """docs/architecture.md lists every file of the package, each with the first line of its docstring.
 
-`python tests/test_architecture.py --write` (make docs) brings the list up to date.
+`python tests/test_architecture_page.py --write` (make docs) brings the list up to date.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ def test_the_page_lists_the_files_as_they_are():
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python tests/test_architecture.py --write")
+        sys.exit("usage: python tests/test_architecture_page.py --write")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + listing() + END + rest.partition(END)[2], encoding="utf-8")
