@@ -114,6 +114,7 @@ def _dispatch(name: str, rest: list[str]) -> int:
     parsed, unknown = parser.parse_known_intermixed_args(own)
     if unknown:
         raise unknown_flag(unknown, f"roadseg {name}")
+    parsed.command_line = [name, *rest]
     settings = parse_flags(parsed.config, flags, f"roadseg {name}", about)
     log_to_console(sys.stderr)
     return command.call(parsed, settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ def stage(until: str) -> Callable[[argparse.Namespace, Config], int]:
     def call(a: argparse.Namespace, config: Config) -> int:
         from roadseg.pipeline.run import run, run_folder
 
-        if (code := _run_on_all_hosts(config)) is not None:
+        if (code := _run_on_all_hosts(a.command_line, config)) is not None:
             return code
         log.addHandler(JsonLines(run_folder(a.workspace, a.name) / "log.jsonl"))
         result = run(config, until, workspace=a.workspace, name=a.name, wait=not a.no_wait)  # type: ignore[arg-type]
@@ -47,23 +46,21 @@ def stage(until: str) -> Callable[[argparse.Namespace, Config], int]:
     return call
 
 
-def _run_on_all_hosts(config: Config) -> int | None:
+def _run_on_all_hosts(command_line: list[str], config: Config) -> int | None:
     """On a host of a SageMaker cluster: run this command under torchrun, and return its exit code; elsewhere None."""
     from roadseg.train.distributed.environment import PORT, cluster_from_environment, sagemaker_hosts
 
     number, hosts = sagemaker_hosts()
     if len(hosts) < 2 or cluster_from_environment().world > 1:
         return None
-    from torch.distributed.run import main as torchrun
-
     from roadseg.train.device import processes_per_machine
+    from roadseg.train.distributed.launch import run_torchrun
 
     t = config.training
     processes = processes_per_machine(t.gpus, t.device, processes_started=len(hosts))
     machines = ["--nnodes", len(hosts), "--node-rank", number, "--nproc-per-node", processes]
     rendezvous = ["--master-addr", hosts[0], "--master-port", PORT]
-    torchrun([*map(str, machines), *map(str, rendezvous), "-m", "roadseg.cli", *sys.argv[1:]])
-    return 0
+    return run_torchrun([*map(str, machines), *map(str, rendezvous), "-m", "roadseg.cli", *command_line])
 
 
 def _print_scores(evaluation: dict[str, Any]) -> None:

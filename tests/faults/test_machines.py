@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -79,11 +80,35 @@ def test_a_host_of_a_sagemaker_cluster_starts_torchrun(monkeypatch: pytest.Monke
     started: list[list[str]] = []
     resources = "roadseg.train.distributed.environment.sagemaker_hosts"
     monkeypatch.setattr(resources, lambda: (1, ["algo-1", "algo-2"]))
-    monkeypatch.setattr("torch.distributed.run.main", started.append)
+    monkeypatch.setattr("torch.distributed.run.main", started.append)  # the next test starts it
     command = ["train", "--config", str(MICRO), "--workspace", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["roadseg", *command])
     assert cli(command) == 0
     (arguments,) = started
     assert arguments[arguments.index("--node-rank") + 1] == "1"
     assert arguments[arguments.index("--master-addr") + 1] == "algo-1"
     assert arguments[-len(command) - 2 :] == ["-m", "roadseg.cli", *command]
+
+
+RUN_TORCHRUN = "import sys; from roadseg.train.distributed import launch; sys.exit(launch.run_torchrun(sys.argv[1:]))"
+
+
+def test_torchrun_ends_with_the_exit_code_of_a_failed_rank_which_prints_its_own_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RUN_TORCHRUN, "--master-port", str(free_port()), "-m", "roadseg.cli", "train"]
+    with running([*command, "--training.epochs", "none"], tmp_path / "log") as process:
+        assert process.wait(DEADLINE_S) == 2
+    log = (tmp_path / "log").read_text()
+    assert log.count("training.epochs") == 1 and "Traceback" not in log and "bug in roadseg" not in log
+
+
+def test_torchrun_ends_with_143_after_sigterm(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    program = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+    (tmp_path / "rank.py").write_text(program)
+    command = [sys.executable, "-c", RUN_TORCHRUN, "--master-port", str(free_port()), str(tmp_path / "rank.py")]
+    with running(command, tmp_path / "log") as process:
+        until = time.monotonic() + DEADLINE_S
+        while not started.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 143
+    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -63,6 +64,23 @@ def launch(function: Callable[..., None], arguments: tuple[Any, ...], world: int
         rows = [json.loads(path.read_bytes()) for path in sorted(Path(folder).rglob("error.json"), key=_modified)]
     if error := _verdict([row["message"]["extraInfo"]["roadseg"] for row in rows], failures, signalled):
         raise error
+
+
+def run_torchrun(arguments: list[str]) -> int:
+    """Run torchrun's command line in this process and return its exit code.
+
+    That is 0, the exit code of the first rank of this machine to fail, or 128 + the number of the signal that ended it
+    or this process. The ranks print their own errors.
+    """
+    with _elastic_contained():
+        try:
+            torchrun.main(arguments)
+        except ChildFailedError as e:
+            _, failure = e.get_first_failure()
+            return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        except SignalException as e:
+            return 128 + int(e.sigval)
+    return 0
 
 
 def _modified(path: Path) -> int:
