@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from roadseg.errors import ConfigError, RoadsegError
+from roadseg.errors import ConfigError
 from roadseg.pipeline.context import Context
-from roadseg.pipeline.stages import external_shards, find_trained, ingested, transformed
-from roadseg.pipeline.workspace import Output, Workspace
+from roadseg.pipeline.stages import find_trained
 from roadseg.release.store.resolve import find_release
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ def preflight(context: Context, *, train: bool = True, push: bool = False) -> In
     if not train:
         return None
     inputs = training_inputs(context)
-    if not is_trained(context, inputs):
+    if not find_trained(context, inputs):
         refuse_impossible(context, inputs)
     if push:
         from roadseg.push.stage import read_champion
@@ -37,14 +35,10 @@ def preflight(context: Context, *, train: bool = True, push: bool = False) -> In
 
 
 def training_inputs(context: Context) -> Inputs:
-    """The releases and files that training starts from. Raises ConfigError for missing ones and an uneven batch."""
-    from roadseg.train.checks.batch import refuse_uneven_batch
+    """The releases and files that training starts from. Raises ConfigError for missing ones."""
     from roadseg.train.inputs import training_inputs as read_inputs
 
     m, t = context.config.model, context.config.training
-    refuse_uneven_batch(
-        t.batch_size, t.accumulate, context.cluster.world if context.cluster.world > 1 else max(t.gpus, 1)
-    )
     return read_inputs(
         lambda reference: find_release(context.config, context.workspace.path, reference),
         backbone_weights=m.backbone_weights,
@@ -65,37 +59,6 @@ def refuse_impossible(context: Context, inputs: Inputs) -> None:
     recipe = recipe_of(context.config, num_classes=len(ANY_CLASSES), device_type=device_type)
     init = inputs.init.release if inputs.init else None
     refuse_impossible_training(recipe, init, device=t.device, gpus=t.gpus, cluster=context.cluster)
-
-
-def is_trained(context: Context, inputs: Inputs) -> bool:
-    """Whether the training of this config exists. Makes nothing."""
-    from roadseg.ingest.stage import locate
-
-    context = replace(context, workspace=_FindOnly(context.workspace.path), folder=None)
-    try:
-        if context.config.transform.shards:
-            data = external_shards(context)
-        else:
-            root = locate(context.config.data, context.cache)
-            data = transformed(context, ingested(context, root))
-        return find_trained(context, data, inputs) is not None
-    except (RoadsegError, _NotMadeError, OSError):
-        return False
-
-
-class _NotMadeError(Exception):
-    pass
-
-
-class _FindOnly(Workspace):
-    """Finds outputs and makes none."""
-
-    def make(
-        self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str], *_: Any, **__: Any
-    ) -> Output:
-        if found := self.find(stage, version, fields, inputs):
-            return found
-        raise _NotMadeError
 
 
 def refuse_other_training(context: Context, ours: str, rank_0s: str) -> None:

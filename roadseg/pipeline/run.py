@@ -175,7 +175,8 @@ def _follow(context: Context, until: Stage, store: RunStore) -> None:
     else:
         root = prepare(context.config.data, context.cache)
         shards = stages.transformed(context, stages.ingested(context, root))
-    refuse_other_training(context, context.workspace.key("train", *stages.train_key(context, shards, inputs)), key)
+    own_key = context.workspace.key("train", *stages.train_key(context, shards.content, inputs))
+    refuse_other_training(context, own_key, key)
     with TemporaryDirectory(prefix="roadseg-rank-") as work:  # it writes nothing there
         stages.train_with_other_ranks(context, shards, inputs, Path(work))
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 DATA_REPORT = "log/data_report.html"  # in ingest's output, and in the run's folder
 ARCHIVE = "model.tar.gz"
+Key = tuple[int, dict[str, Any], dict[str, str]]  # version, config fields and inputs, as Workspace.make takes them
 TRAIN_KEY = "train key"  # what rank 0 publishes once the data is ready; "" if there is nothing to train
 
 
@@ -73,19 +74,14 @@ class Evaluated:
 
 def ingested(context: Context, root: Path, only_splits: tuple[str, ...] = ()) -> Ingested:
     """The checked frames. root: from roadseg.ingest.stage.prepare. only_splits: no others are read."""
-    from roadseg.ingest.stage import VERSION, ingest, source_digest
+    from roadseg.ingest.stage import ingest
 
     data = context.config.data
     if data.source == "town":
         only_splits = ()  # rendered as a whole
-    fields = {**data.key_fields(), "only_splits": only_splits}
-    if data.source != "town":
-        del fields["town"]
     output = context.workspace.make(
         "ingest",
-        VERSION,
-        fields,
-        {"source": source_digest(data, root)},
+        *_ingest_key(context, root, only_splits),
         lambda work: ingest(data, root, work, only_splits, context.folder),
     )
     if context.folder and (report := output.folder / DATA_REPORT).exists():
@@ -98,23 +94,37 @@ def ingested(context: Context, root: Path, only_splits: tuple[str, ...] = ()) ->
     )
 
 
+def _ingest_key(context: Context, root: Path, only_splits: tuple[str, ...] = ()) -> Key:
+    from roadseg.ingest.stage import VERSION, source_digest
+
+    data = context.config.data
+    fields = {**data.key_fields(), "only_splits": only_splits}
+    if data.source != "town":
+        del fields["town"]
+    return VERSION, fields, {"source": source_digest(data, root)}
+
+
 # ---- transform ------------------------------------------------------------------------------
 
 
 def transformed(context: Context, data: Ingested) -> Transformed:
-    from roadseg.transform.stage import VERSION, transform
+    from roadseg.transform.stage import transform
 
     settings, workers = context.config.transform, context.config.data.workers
     output = context.workspace.make(
         "transform",
-        VERSION,
-        settings.key_fields(),
-        {"ingest": data.output.content},
+        *_transform_key(context, data.output.content),
         lambda work: transform(settings, data.manifest, data.root, work, data.limits, workers),
         resumes=True,
     )
     context.record("transform", output)
     return Transformed(content=output.content, load=lambda: _repaired(context, data, output), output=output)
+
+
+def _transform_key(context: Context, ingest: str) -> Key:
+    from roadseg.transform.stage import VERSION
+
+    return VERSION, context.config.transform.key_fields(), {"ingest": ingest}
 
 
 def _repaired(context: Context, data: Ingested, output: Output) -> Shards:
@@ -159,7 +169,6 @@ def external_shards(context: Context) -> Transformed:
 
 def trained(context: Context, data: Transformed, inputs: Inputs) -> Trained:
     """The candidate, trained by this process, or by as many as the config says, or with the other ranks of torchrun."""
-    version, fields, digests = train_key(context, data, inputs)
     made = False
 
     def build(work: Path) -> None:
@@ -167,22 +176,39 @@ def trained(context: Context, data: Transformed, inputs: Inputs) -> Trained:
         made = True
         _train(context, data, inputs, work)
 
-    output = context.workspace.make("train", version, fields, digests, build, resumes=True)
+    output = context.workspace.make("train", *train_key(context, data.content, inputs), build, resumes=True)
     if not made:
         _publish(context, "")
     return Trained(output=context.record("train", output))
 
 
-def find_trained(context: Context, data: Transformed, inputs: Inputs) -> Output | None:
-    return context.workspace.find("train", *train_key(context, data, inputs))
+def find_trained(context: Context, inputs: Inputs) -> Output | None:
+    """The output of this training, None unless it and the data it was made from exist. Makes nothing."""
+    from roadseg.ingest.stage import locate
+
+    workspace = context.workspace
+    if context.config.transform.shards:
+        shards = external_shards(context).content
+    else:
+        try:
+            key = _ingest_key(context, locate(context.config.data, context.cache))
+        except (DataError, OSError):  # the data is not here, perhaps not downloaded yet
+            return None
+        if not (ingest := workspace.find("ingest", *key)):
+            return None
+        if not (transform := workspace.find("transform", *_transform_key(context, ingest.content))):
+            return None
+        shards = transform.content
+    return workspace.find("train", *train_key(context, shards, inputs))
 
 
-def train_key(context: Context, data: Transformed, inputs: Inputs) -> tuple[int, dict[str, Any], dict[str, str]]:
+def train_key(context: Context, shards: str, inputs: Inputs) -> Key:
+    """shards: their content digest."""
     from roadseg.train.version import VERSION
 
     c = context.config
     fields = {"model": c.model.key_fields(), "training": c.training.key_fields(), **_ranks_in_key(context)}
-    return VERSION, fields, {"transform": data.content, **inputs.digests}
+    return VERSION, fields, {"transform": shards, **inputs.digests}
 
 
 def _ranks_in_key(context: Context) -> dict[str, int]:
@@ -204,14 +230,12 @@ def _ranks_in_key(context: Context) -> dict[str, int]:
 
 
 def _train(context: Context, data: Transformed, inputs: Inputs, work: Path) -> None:
-    from roadseg.train.checks.batch import refuse_uneven_batch
     from roadseg.train.device import processes_per_machine
 
     t, cluster = context.config.training, context.cluster
     here = 1 if cluster.world > 1 else processes_per_machine(t.gpus, t.device)
-    refuse_uneven_batch(t.batch_size, t.accumulate, cluster.world * here)
     if cluster.world > 1:
-        _publish(context, context.workspace.key("train", *train_key(context, data, inputs)))
+        _publish(context, context.workspace.key("train", *train_key(context, data.content, inputs)))
         train_with_other_ranks(context, data, inputs, work)
     elif here > 1:
         from roadseg.train.distributed.launch import launch

@@ -60,11 +60,11 @@ class Workspace:
         whether `build` continues from what a killed run left; otherwise it gets an empty folder.
         """
         if found := self.find(stage, version, fields, inputs):
-            return found
+            return _logged(found)
         named, key, folder = self._named_folder(stage, version, fields, inputs)
         with lock(folder.with_suffix(".lock"), f"{stage} {key}", wait=self.wait, say=log.warning):
             if (folder / RECORD).exists():
-                return self._found(stage, key, folder)
+                return _logged(_finished(stage, key, folder))
             log.info("%-9s making   %s", stage, folder)
             partial = folder.with_suffix(".partial")
             _make_room(folder, partial, resumes)
@@ -100,7 +100,7 @@ class Workspace:
     def find(self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]) -> Output | None:
         """The output of this key, or None."""
         _, key, folder = self._named_folder(stage, version, fields, inputs)
-        return self._found(stage, key, folder) if (folder / RECORD).exists() else None
+        return _finished(stage, key, folder) if (folder / RECORD).exists() else None
 
     def key(self, stage: str, version: int, fields: dict[str, Any], inputs: dict[str, str]) -> str:
         return self._named_folder(stage, version, fields, inputs)[1]
@@ -112,9 +112,14 @@ class Workspace:
         key = sha256_bytes(json_bytes(named))[:16]
         return named, key, self.path / "stages" / stage / key
 
-    def _found(self, stage: str, key: str, folder: Path) -> Output:
-        log.info("%-9s found    %s", stage, folder)
-        return Output(stage, key, read_json(folder / RECORD)["content"], folder, cached=True)
+
+def _finished(stage: str, key: str, folder: Path) -> Output:
+    return Output(stage, key, read_json(folder / RECORD)["content"], folder, cached=True)
+
+
+def _logged(found: Output) -> Output:
+    log.info("%-9s found    %s", found.stage, found.folder)
+    return found
 
 
 def _make_room(folder: Path, partial: Path, resumes: bool) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from roadseg.config.sections import Config
 from roadseg.errors import ArchiveError, ConfigError, RoadsegError, StoreError
 from roadseg.pipeline.context import Context
-from roadseg.pipeline.preflight import is_trained, refuse_impossible, training_inputs
+from roadseg.pipeline.preflight import refuse_impossible, training_inputs
+from roadseg.pipeline.stages import find_trained
 from roadseg.pipeline.workspace import Workspace
 from roadseg.progress import progress
 from roadseg.sweep.plan import Plan
@@ -18,9 +19,9 @@ SECTIONS = {"model", "training", "store", "aws"}  # sections that are checked; t
 
 
 def refuse_untrainable(plan: Plan, workspace: Path, wait: bool) -> None:
-    """Raises ConfigError that lists every setting that no data could be trained with.
+    """Raise ConfigError that lists every setting that can't be trained on any data.
 
-    What was trained already is not refused: it may have been on another machine.
+    Settings that are trained already, perhaps on another machine, are not refused.
     """
     configs: dict[str, list[Config]] = {}
     for point in plan.points:
@@ -37,27 +38,27 @@ def refuse_untrainable(plan: Plan, workspace: Path, wait: bool) -> None:
             bar.update()
     if labels:
         count = sum(map(len, labels.values()))
-        told = ["\n".join(f"  {label}" for label in of) + f":\n{refusal}" for refusal, of in labels.items()]
-        raise ConfigError(f"{count} of {counted(len(plan.settings), 'setting')} can't be trained:\n" + "\n".join(told))
+        lines = ["\n".join(f"  {label}" for label in of) + f":\n{refusal}" for refusal, of in labels.items()]
+        raise ConfigError(f"{count} of {counted(len(plan.settings), 'setting')} can't be trained:\n" + "\n".join(lines))
 
 
 def _is_trained(config: Config, workspace: Path) -> bool:
     context = Context(config=config, workspace=Workspace(workspace))
     try:
-        return is_trained(context, training_inputs(context))
+        return find_trained(context, training_inputs(context)) is not None
     except RoadsegError:
         return False
 
 
 def _checked_sections(config: Config) -> str:
-    """Equal for configs that are refused for the same."""
+    """The sections that decide about a refusal, as text."""
     sections = config.model_dump(mode="json", include=SECTIONS)
     del sections["training"]["seed"]
     return json.dumps(sections)
 
 
 def _refusal(config: Config, workspace: Path, wait: bool) -> str:
-    """One indented line for each thing, or nothing."""
+    """One indented line for each reason, or an empty text."""
     context = Context(config=config, workspace=Workspace(workspace, wait))
     try:
         refuse_impossible(context, training_inputs(context))

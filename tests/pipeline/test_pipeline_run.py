@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ from roadseg.errors import Busy, ConfigError, DataError, GateRefused, Interrupte
 from roadseg.files import lock, read_json, sha256_file
 from roadseg.pipeline.context import Context
 from roadseg.pipeline.run import Stage, evaluate_release, run, run_folder
-from roadseg.pipeline.stages import Transformed, train_key
+from roadseg.pipeline.stages import train_key
 from roadseg.pipeline.workspace import Workspace, leftovers
 from roadseg.push.stage import promote_by_hand
 from roadseg.release.archive import load_release
@@ -65,6 +64,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
         pytest.param({"training": {"device": "cuda", "gpus": 2}}, "training.gpus: 2 GPUs", marks=no_gpu),
         ({"training": {"crop_px": [8, 8]}}, "one cell of the map at output stride 16"),
         ({"training": {"batch_size": 1}}, "statistics from one image"),
+        ({"training": {"gpus": 2, "batch_size": 3}}, "3 samples can't be shared evenly by 2 processes"),
         ({"training": {"steps": 20, "patience": 20}}, "a run of 20 steps never ends early"),
         (
             {"training": {"phases": [{"after": 0.05, "crop_px": [32, 96]}]}},
@@ -251,12 +251,14 @@ def test_the_run_is_recorded(micro: Micro) -> None:
     assert read_json(folder / "decision.json")["outcome"] == "promoted"
 
 
-def test_a_second_run_makes_nothing_and_is_quick(micro: Micro) -> None:
+def test_a_second_run_makes_nothing_and_is_quick(micro: Micro, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     before = {p: p.stat().st_mtime_ns for p in (micro.workspace / "stages").rglob("*")}
     started = time.monotonic()
     again = run(micro.config, workspace=micro.workspace, name="second")
     assert time.monotonic() - started < 3
     assert all(o.cached for o in again.outputs.values())
+    assert sum(" found " in line for line in caplog.messages) == len(again.outputs)  # each is logged once
     assert {s: o.content for s, o in again.outputs.items()} == micro.contents
     assert {p: p.stat().st_mtime_ns for p in (micro.workspace / "stages").rglob("*")} == before
     assert again.decision and again.decision.outcome == "unchanged"
@@ -336,7 +338,6 @@ def test_a_changed_training_key_makes_train_again_but_not_what_is_before_it(two:
     assert outputs["transform"]["content"] == micro.contents["transform"]
 
 
-@pytest.mark.fault
 def test_a_damaged_shard_is_said_and_made_again(two: Two, micro: Micro) -> None:
     assert f"shard {two.damaged.name} is damaged; rebuilding it" in two.log
     original = micro.result.outputs["transform"].folder / two.damaged.name
@@ -416,9 +417,9 @@ def test_the_number_of_ranks_is_in_the_key_where_it_changes_the_result(micro: Mi
         context = Context(
             config=config_of(training={"device": "cpu", **training}), workspace=Workspace(micro.workspace)
         )
-        data = Transformed(content=micro.result.outputs["transform"].content, load=Mock(), output=None)
+        shards = micro.result.outputs["transform"].content
         digests = {"weights": "none", "weights_from": "", "init_from": "", "distill_from": ""}
-        return context.workspace.key("train", *train_key(context, data, Inputs(None, None, digests)))
+        return context.workspace.key("train", *train_key(context, shards, Inputs(None, None, digests)))
 
     assert key(gpus=1) == key(gpus=2) == micro.result.outputs["train"].key
     for parts in ({"sync_batch_norm": False}, {"batch_size": 8, "accumulate": 2}):
