@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from roadseg.profile.cost import Cost
     from roadseg.profile.latency import Latency
     from roadseg.release.archive import Release
+    from roadseg.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
 MOST_CLASSES = 255  # then comes void
@@ -44,17 +45,21 @@ def profile(a: argparse.Namespace, config: Config) -> int:
         if value < least:
             raise UsageError(f"{name} {value}", expected=f"{least} or more")
     release = _release(a, config)
-    (height, width), size_from = _size(a.size, config, release)
-    image_BHW = (a.batch, height, width)
+    classes = _classes(a, config, release)
     from roadseg.profile.cost import cost
     from roadseg.profile.latency import machine
     from roadseg.train.device import choose_device
+    from roadseg.train.recipe import recipe_of
 
     t = config.training
     device = choose_device(t.device)
-    bf16 = t.precision == "bf16" or (t.precision == "auto" and device.type == "cuda")
-    network, graph = _network(a, config, release)
-    trained, crops_BHW = _costliest(network, _phases(t, None if release else config.model.output_stride), t, bf16)
+    recipe = recipe_of(config, num_classes=classes, device_type=device.type)
+    bf16 = recipe.loop.bf16
+    (height, width), size_from = _size(a.size, config, release, recipe.phases[-1].crop_px)
+    image_BHW = (a.batch, height, width)
+    network, graph = _network(recipe, release)
+    phases = [(phase.crop_px, None if release else phase.output_stride) for phase in recipe.phases]
+    trained, crops_BHW = _costliest(network, phases, t, bf16)
     moments = 2 if t.optimizer != "sgd" else int(t.momentum > 0)
     counted = cost(network, image_BHW, crops_BHW, bf16, moments, trained)
     _require_memory(counted, device)
@@ -91,15 +96,17 @@ def _release(a: argparse.Namespace, config: Config) -> Release | None:
     return load_release(find_release(config, a.workspace, a.release))
 
 
-def _size(given: str | None, config: Config, release: Release | None) -> tuple[tuple[int, int], str]:
-    """Height and width, and their origin: --size, or the last crop size of the release's or the config's training."""
+def _size(
+    given: str | None, config: Config, release: Release | None, crop_px: tuple[int, int]
+) -> tuple[tuple[int, int], str]:
+    """Height and width, and their origin: --size, or the last crop size of the release's training, else crop_px."""
     if given is not None:
         return _parsed(given, config.data.max_image_pixels), "--size"
     own = release.model.get("config", {}).get("training", {}) if release else {}
     crops = [crop for place in (own, *own.get("phases", ())) if (crop := place.get("crop_px"))]
     source = "the release's training"
     if not crops:
-        crops = [_phases(config.training, None)[-1][0]]
+        crops = [crop_px]
         source = "training.phases" if any(p.crop_px for p in config.training.phases) else "training.crop_px"
     return _parsed("x".join(map(str, crops[-1])), config.data.max_image_pixels), source
 
@@ -116,40 +123,21 @@ def _parsed(text: str, most_pixels: int) -> tuple[int, int]:
     return height, width
 
 
-def _network(a: argparse.Namespace, config: Config, release: Release | None) -> tuple[DeepLabV3Plus, bytes]:
+def _network(recipe: Recipe, release: Release | None) -> tuple[DeepLabV3Plus, bytes]:
     """What ships, so after the last phase. Random weights cost what trained ones do.
 
     A release brings its graph, "" means that it is to be exported.
     """
-    from dataclasses import fields
-
-    from roadseg.model.deeplab import Architecture, build
+    from roadseg.model.deeplab import build
     from roadseg.model.surgery import set_output_stride
 
     if release:
         from roadseg.release.network import load_network
 
         return load_network(release), release.onnx
-    given = config.model.model_dump()
-    chosen = {f.name: given[f.name] for f in fields(Architecture) if f.name in given}
-    classes = _classes(config) if a.classes is None else a.classes
-    if not 1 <= classes <= MOST_CLASSES:
-        raise UsageError(f"--classes {classes}", expected=f"1 to {MOST_CLASSES}")
-    network = build(
-        Architecture(**{**chosen, "num_classes": classes, "auxiliary": config.training.auxiliary_weight > 0}), seed=0
-    )
-    if (shipped := _phases(config.training, config.model.output_stride)[-1][1]) is not None:
-        set_output_stride(network, shipped)
+    network = build(recipe.architecture, seed=0)
+    set_output_stride(network, recipe.phases[-1].output_stride)
     return network, b""
-
-
-def _phases(t: Training, output_stride: int | None) -> list[tuple[tuple[int, int], int | None]]:
-    """Crop size and output stride of every phase of the training, the first too; None: a release's own throughout."""
-    made = [(t.crop_px, output_stride)]
-    for phase in t.phases:
-        crop_px, stride = made[-1]
-        made.append((phase.crop_px or crop_px, (phase.output_stride or stride) if output_stride else None))
-    return made
 
 
 def _costliest(
@@ -182,10 +170,17 @@ def _on_cuda(
     }
 
 
-def _classes(config: Config) -> int:
-    from roadseg.ingest.sources.select import label_set_of
+def _classes(a: argparse.Namespace, config: Config, release: Release | None) -> int:
+    if release:
+        return release.label_set.num_classes
+    if a.classes is None:
+        from roadseg.ingest.sources.select import label_set_of
 
-    return label_set_of(config.data).num_classes
+        return label_set_of(config.data).num_classes
+    if not 1 <= a.classes <= MOST_CLASSES:
+        raise UsageError(f"--classes {a.classes}", expected=f"1 to {MOST_CLASSES}")
+    classes: int = a.classes
+    return classes
 
 
 def _micro_batch(t: Training) -> int:
