@@ -23,6 +23,7 @@ from roadseg.train.distributed.sync_batch_norm import sync_batch_norm
 from roadseg.train.gradients import EAGER_STEPS, Gradients
 from roadseg.train.losses.criterion import Criterion, Terms
 from roadseg.train.losses.objective import Objective
+from tests.train.small import plain_criterion
 
 CPU = torch.device("cpu")
 
@@ -43,19 +44,7 @@ def batch() -> Batch:
 
 
 def objective() -> Objective:
-    return Objective(
-        Criterion(
-            main=Terms(),
-            auxiliary=Terms(),
-            auxiliary_weight=0.4,
-            class_weights_K=None,
-            label_smoothing=0.0,
-            ohem_threshold=0.7,
-            ohem_keep=0.0625,
-            focal_gamma=2.0,
-            boundary_px=3,
-        )
-    )
+    return Objective(plain_criterion())
 
 
 def of(net: nn.Module, **options: Any) -> tuple[float, list[Tensor]]:

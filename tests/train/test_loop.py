@@ -24,18 +24,18 @@ from roadseg.data.shards.index import Shards
 from roadseg.errors import Interrupted, NonFiniteLoss, RoadsegError
 from roadseg.files import read_json_lines
 from roadseg.metrics.iou import scores
-from roadseg.model.deeplab import Architecture, DeepLabV3Plus, build
+from roadseg.model.deeplab import DeepLabV3Plus, build
 from roadseg.model.surgery import freeze
 from roadseg.train import checkpoint, loop
 from roadseg.train.distributed.launch import launch
 from roadseg.train.distributed.process_group import ALONE, Ranks, joined
 from roadseg.train.gradients import Gradients
 from roadseg.train.loop import LoopSettings, TrainingPhase, train
-from roadseg.train.losses.criterion import Criterion, Terms
 from roadseg.train.losses.objective import Objective
 from roadseg.train.optimizer import make_optimizer
 from roadseg.train.validation import validate
 from tests.conftest import THREE
+from tests.train.small import plain_criterion, small_architecture
 
 SETTINGS = LoopSettings(
     steps=6, optimizer="adamw", learning_rate=0.003, backbone_lr_factor=1.0, weight_decay=0.01, momentum=0.9,
@@ -47,19 +47,7 @@ Source = Callable[..., Generator[Batch, None, None]]
 
 
 def network() -> DeepLabV3Plus:
-    a = Architecture(
-        num_classes=3,
-        backbone="mobilenetv2_035",
-        output_stride=16,
-        fusion="skfusion",
-        head="separable",
-        channels=8,
-        atrous_rates=(1, 2, 3),
-        low_levels=(8, 4),
-        auxiliary=True,
-        dropout=0.1,
-    )
-    return build(a, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3)
+    return build(small_architecture(backbone="mobilenetv2_035"), seed=0, mean=(120.0,) * 3, std=(60.0,) * 3)
 
 
 def source(shards: Shards, steps: int = SETTINGS.steps, workers: int = 0) -> Source:
@@ -71,19 +59,7 @@ def source(shards: Shards, steps: int = SETTINGS.steps, workers: int = 0) -> Sou
 
 
 def criterion() -> Objective:
-    return Objective(
-        Criterion(
-            main=Terms(),
-            auxiliary=Terms(),
-            auxiliary_weight=0.4,
-            class_weights_K=None,
-            label_smoothing=0.0,
-            ohem_threshold=0.7,
-            ohem_keep=0.0625,
-            focal_gamma=2.0,
-            boundary_px=3,
-        )
-    )
+    return Objective(plain_criterion())
 
 
 def run(
@@ -123,20 +99,7 @@ def unlike_ranks(ranks: Ranks, data: str, folder: str) -> None:
     settings = replace(SETTINGS, learning_rate=0.02)
     with joined(ranks, CPU):
         (work := Path(folder) / str(ranks.rank)).mkdir()
-        objective = Objective(
-            Criterion(
-                main=Terms(),
-                auxiliary=Terms(),
-                auxiliary_weight=0.4,
-                class_weights_K=None,
-                label_smoothing=0.0,
-                ohem_threshold=0.7,
-                ohem_keep=0.0625,
-                focal_gamma=2.0,
-                boundary_px=3,
-                ranks=ranks,
-            )
-        )
+        objective = Objective(plain_criterion(ranks=ranks))
         average, _ = train(
             network(), stretches, {"val": shards.split("val")}, THREE, objective, settings, CPU, work, ranks=ranks
         )

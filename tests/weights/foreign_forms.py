@@ -5,8 +5,30 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from roadseg.model import Architecture
+
 RATES = (2, 3, 4)
 WIDTH = 64  # a low level of 48 channels beside it: what comes first shows
+RESNET = Architecture(
+    num_classes=5,
+    backbone="resnet18",
+    output_stride=32,
+    fusion="concat",
+    head="dense",
+    channels=WIDTH,
+    atrous_rates=RATES,
+    low_levels=(4,),
+)
+MOBILENET = Architecture(
+    num_classes=5,
+    backbone="mobilenetv2_100",
+    output_stride=32,
+    fusion="concat",
+    head="separable",
+    channels=WIDTH,
+    atrous_rates=RATES,
+    low_levels=(4,),
+)
 
 
 def conv_bn(i: int, o: int, k: int = 1, rate: int = 1, groups: int = 1) -> list[nn.Module]:

@@ -13,28 +13,7 @@ from torch import Tensor, nn
 from roadseg.errors import ConfigError
 from roadseg.model import Architecture, DeepLabV3Plus, build
 from roadseg.weights.foreign import LoadedWeights, load_foreign
-from tests.weights.foreign_forms import RATES, SMP, WIDTH, ForeignASPP, VainF, conv_bn
-
-RESNET = Architecture(
-    num_classes=5,
-    backbone="resnet18",
-    output_stride=32,
-    fusion="concat",
-    head="dense",
-    channels=WIDTH,
-    atrous_rates=RATES,
-    low_levels=(4,),
-)
-MOBILENET = Architecture(
-    num_classes=5,
-    backbone="mobilenetv2_100",
-    output_stride=32,
-    fusion="concat",
-    head="separable",
-    channels=WIDTH,
-    atrous_rates=RATES,
-    low_levels=(4,),
-)
+from tests.weights.foreign_forms import MOBILENET, RATES, RESNET, SMP, WIDTH, ForeignASPP, VainF, conv_bn
 
 
 def lived_in(net: nn.Module, seed: int = 0) -> nn.Module:

@@ -12,18 +12,7 @@ from roadseg.errors import ConfigError
 from roadseg.model import Architecture, build
 from roadseg.weights.foreign import load_foreign
 from roadseg.weights.foreign_names import _torchvision_backbone
-from tests.weights.foreign_forms import RATES, SMP, WIDTH, VainF
-
-RESNET = Architecture(
-    num_classes=5,
-    backbone="resnet18",
-    output_stride=32,
-    fusion="concat",
-    head="dense",
-    channels=WIDTH,
-    atrous_rates=RATES,
-    low_levels=(4,),
-)
+from tests.weights.foreign_forms import RESNET, SMP, WIDTH, VainF
 
 
 def refused(state: dict[str, Tensor], a: Architecture, folder: Path) -> ConfigError:

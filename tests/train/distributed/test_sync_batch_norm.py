@@ -16,12 +16,13 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from roadseg.errors import ConfigError, PeerLost
-from roadseg.model.deeplab import Architecture, build
+from roadseg.model.deeplab import build
 from roadseg.model.surgery import checkpoint_activations
 from roadseg.train.distributed import sync_batch_norm as synced_norm
 from roadseg.train.distributed.launch import launch
 from roadseg.train.distributed.process_group import Ranks, joined
 from roadseg.train.distributed.sync_batch_norm import ON_CPU, ON_CUDA, plain_batch_norm, sync_batch_norm
+from tests.train.small import small_architecture
 
 CPU = torch.device("cpu")
 TWO = Ranks(0, 2)
@@ -231,19 +232,7 @@ def captured(ranks: Ranks, device: torch.device, compiler: str | None, last: boo
 
 def network_of(compiled: bool, ranks: Ranks) -> dict[str, Tensor]:
     """Three steps of a small network whose blocks are computed again for the gradient: its buffers and gradients."""
-    a = Architecture(
-        num_classes=3,
-        backbone="test_efficientnet",
-        output_stride=16,
-        fusion="skfusion",
-        head="separable",
-        channels=8,
-        atrous_rates=(1, 2, 3),
-        low_levels=(8, 4),
-        auxiliary=True,
-        dropout=0.0,
-    )
-    network = build(a, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3).train()
+    network = build(small_architecture(dropout=0.0), seed=0, mean=(120.0,) * 3, std=(60.0,) * 3).train()
     assert checkpoint_activations(network.backbone)
     sync_batch_norm(network, ranks)
     run = torch.compile(network, dynamic=False, backend="aot_eager") if compiled else network
@@ -422,19 +411,7 @@ def test_against_double_precision_far_from_zero(results: Path) -> None:
 @pytest.mark.parametrize("kinds", [ON_CPU, ON_CUDA], ids=["gloo", "nccl"])
 def test_conversion_keeps_parameters_and_keys_and_goes_back(monkeypatch: pytest.MonkeyPatch, kinds: dict) -> None:
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl" if kinds is ON_CUDA else "gloo")
-    a = Architecture(
-        num_classes=3,
-        backbone="test_efficientnet",
-        output_stride=16,
-        fusion="skfusion",
-        head="separable",
-        channels=8,
-        atrous_rates=(1, 2, 3),
-        low_levels=(8, 4),
-        auxiliary=True,
-        dropout=0.1,
-    )
-    network = build(a, seed=0, mean=(120.0,) * 3, std=(60.0,) * 3)
+    network = build(small_architecture(), seed=0, mean=(120.0,) * 3, std=(60.0,) * 3)
     plain = [type(m) for m in network.modules()]
     assert nn.BatchNorm2d in plain and BatchNormAct2d in plain  # else the test shows nothing
     tensors, keys = [id(t) for t in (*network.parameters(), *network.buffers())], list(network.state_dict())
