@@ -35,12 +35,12 @@ def imports(name: str, known: dict[str, Path]) -> set[str]:
 
 def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
     """Groups of modules that reach one another."""
-    reach = {name: _reachable(name, graph) for name in graph}
+    reach = {name: reachable(name, graph) for name in graph}
     groups = {frozenset({name} | {other for other in reach[name] if name in reach[other]}) for name in graph}
     return [set(group) for group in groups if len(group) > 1]
 
 
-def _reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
+def reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
     seen: set[str] = set()
     left = list(graph[start])
     while left:

@@ -9,6 +9,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.structure import cycles, imports, modules, reachable
+
 PACKAGE = Path(__file__).parents[1] / "roadseg"
 STAGES = ("ingest", "transform", "train", "evaluate", "push")
 # Who may read the config: the command line, the pipeline and what runs whole pipelines, each stage's entry point,
@@ -34,14 +36,7 @@ CONFIG_READERS = (
 )
 
 
-def modules() -> dict[str, Path]:
-    return {
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in PACKAGE.rglob("*.py")
-    }
-
-
-MODULES = modules()
+MODULES = modules(PACKAGE.parent)
 
 
 def imported(name: str, *, at_run_time: bool = False) -> Iterator[str]:
@@ -57,29 +52,7 @@ def imported(name: str, *, at_run_time: bool = False) -> Iterator[str]:
                 yield whole if whole in MODULES else node.module
 
 
-def ours(name: str) -> set[str]:
-    return {found for found in imported(name) if found in MODULES and found != name}
-
-
-GRAPH = {name: ours(name) for name in MODULES}
-
-
-def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Sets of modules that reach one another."""
-    reach = {name: reachable(name, graph) for name in graph}
-    together = {frozenset({name} | {other for other in reach[name] if name in reach[other]}) for name in graph}
-    return sorted((set(group) for group in together if len(group) > 1), key=sorted)
-
-
-def reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
-    seen: set[str] = set()
-    left = list(graph[start])
-    while left:
-        name = left.pop()
-        if name not in seen:
-            seen.add(name)
-            left.extend(graph[name])
-    return seen
+GRAPH = {name: imports(name, MODULES) for name in MODULES}
 
 
 def test_cycles_are_found():
