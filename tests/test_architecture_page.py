@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- files: made by `make docs` -->\n", "<!-- end of files -->\n"
-LONGEST = 120
+LONGEST = 120  # characters of a line of the list
 ROOMS = (
     "", "cli", "config", "pipeline", "ingest", "transform", "train", "evaluate", "push", "deploy", "inference", "serve",
     "data", "model", "metrics", "release", "report", "town", "sweep", "profile", "review", "weights", "images",
@@ -29,12 +29,17 @@ def files() -> dict[str, str]:
     return {p.relative_to(ROOT / "roadseg").as_posix(): first_line(p) for p in paths if p.read_text().strip()}
 
 
+def rows(room: str) -> list[str]:
+    """One line a file, its path below the room."""
+    found = {f: line for f, line in files().items() if (f.split("/")[0] if "/" in f else "") == room}
+    return [f"- `{f.removeprefix(f'{room}/')}`: {line}" for f, line in found.items()]
+
+
 def listing() -> str:
     parts = []
     for room in ROOMS:
-        rows = {f: line for f, line in files().items() if (f.split("/")[0] if "/" in f else "") == room}
         title = f"### `roadseg/{room}/`" if room else "### `roadseg/`"
-        parts.append("\n".join([title, "", *(f"- `{f}`: {line}" for f, line in rows.items()), ""]))
+        parts.append("\n".join([title, "", *rows(room), ""]))
     return "\n".join(parts)
 
 
@@ -43,7 +48,8 @@ def test_every_room_is_known():
 
 
 def test_every_file_says_what_it_is_in_one_short_line():
-    assert [f for f, line in files().items() if not line or len(line) > LONGEST] == []
+    assert [f for f, line in files().items() if not line] == []
+    assert [row for room in ROOMS for row in rows(room) if len(row) > LONGEST] == []
 
 
 def test_the_page_lists_the_files_as_they_are():

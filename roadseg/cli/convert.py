@@ -1,4 +1,4 @@
-"""`roadseg convert-checkpoint`: a torch checkpoint of another project as .safetensors, without running its pickle."""
+"""`roadseg convert-checkpoint`: a torch checkpoint as .safetensors, without running its pickle."""
 
 from __future__ import annotations
 

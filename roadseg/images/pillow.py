@@ -1,4 +1,4 @@
-"""Open WebP, BMP, TIFF and unusual PNG and JPEG files with Pillow: quietly, and with ImageError as the only error."""
+"""Open WebP, BMP, TIFF and unusual PNG and JPEG files with Pillow; ImageError is the only error."""
 
 from __future__ import annotations
 

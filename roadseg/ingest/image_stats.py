@@ -1,4 +1,4 @@
-"""Statistics of one image in 1.2 kB: exposure, sharpness, color, and a thumbnail descriptor for comparisons."""
+"""Statistics of one image in 1.2 kB: exposure, sharpness, color, and a thumbnail descriptor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A profile of a data set, small enough to be stored in a release; `roadseg data diff` compares two of them.
+"""A data set's profile, small enough for a release; `roadseg data diff` compares two of them.
 
 Frames are first reduced to at most WIDTH_PX columns, so that camera resolution alone makes no difference.
 """

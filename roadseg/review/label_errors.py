@@ -1,4 +1,4 @@
-"""`roadseg data errors`: find likely label errors with a trained model by confident learning (cleanlab).
+"""`roadseg data errors`: find likely label errors by a model and confident learning (cleanlab).
 
 Northcutt et al., "Confident Learning" (JAIR 2021): a pixel is suspect if the model is more confident of another
 class than it is on average for that class. Use a split that the model was not trained on.

@@ -1,4 +1,4 @@
-"""ClassMix (Olsson et al., WACV 2021) for labeled crops: paste half the classes of one crop into another.
+"""ClassMix (Olsson et al., 2021) for labeled crops: paste half a crop's classes into others.
 
 Shapes: B crops, H x W pixels.
 """

@@ -1,4 +1,4 @@
-"""Keep a whole split in GPU memory: the host draws crop parameters, the device cuts the crops out."""
+"""Keep a whole split in GPU memory: the host draws crop parameters, the device cuts the crops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose how batches reach the device: as finished crops, as boxes that the GPU augments, or from GPU memory."""
+"""Choose how batches reach the device: finished crops, boxes to augment there, or from GPU memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Order of the training samples: a function of (seed, position) alone, so a resumed run continues exactly.
+"""Order of the samples: a function of (seed, position), so a resumed run continues exactly.
 
 A position counts samples of an endless stream. Each sample belongs to one part of the data set (a single part unless
 sources are mixed) and is either the part's next frame or its next crop around a class.

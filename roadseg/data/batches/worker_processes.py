@@ -1,4 +1,4 @@
-"""Iterate over a PyTorch DataLoader so that it can be stopped, and so that dead workers are reported."""
+"""Iterate over a PyTorch DataLoader that can be stopped and reports dead workers."""
 
 from __future__ import annotations
 

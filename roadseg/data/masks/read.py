@@ -1,4 +1,4 @@
-"""Read masks as data sets write them (ids, colors, polygons) and map them to class ids and to train ids.
+"""Read masks as data sets write them (ids, colors, polygons); map them to class ids and train ids.
 
 Ids are those of the form's label set; UNKNOWN marks pixels whose color or name is not in it. H, W: size of the mask.
 """

@@ -1,4 +1,4 @@
-"""Shard files: frames stored so that a box is read without the rest of its frame, and damage is detected.
+"""Shard files: a box is read without the rest of its frame, and damage is detected.
 
 A shard file holds the records of several frames. A record consists of
 

@@ -1,4 +1,4 @@
-"""Detect wrong values in labels from their counts: at most one cause per label, the most specific one.
+"""Detect wrong values in labels from their counts: one cause a label, the most specific.
 
 Plausible but wrong values, such as classes off by one, cannot be detected without a model.
 """

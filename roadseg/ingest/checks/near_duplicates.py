@@ -1,4 +1,4 @@
-"""Find equal and nearly equal images, within a split and across splits, where they inflate scores."""
+"""Find equal and nearly equal images, within a split and across splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find images that differ strongly from the others of their split, and splits whose class distribution differs."""
+"""Find images unlike the others of their split, and splits of unlike class distribution."""
 
 from __future__ import annotations
 

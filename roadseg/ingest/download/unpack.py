@@ -1,4 +1,4 @@
-"""Unpack an untrusted zip below a folder: no paths outside, no links, no zip bombs, every file verified."""
+"""Unpack an untrusted zip below a folder: no paths outside, no links, no zip bombs, all verified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thumbnails of images and labels that may be broken: the image, the colored label, or the reason for neither.
+"""Thumbnails of images and labels that may be broken: a picture, or the reason for none.
 
 Shapes: H W the image. Void is drawn with dark stripes. Unknown ids and colors are drawn with yellow and black
 stripes and widened, so that a single pixel is visible.

@@ -1,4 +1,4 @@
-"""BDD100K's 10,000 images with semantic masks: train 7,000, val 1,000, test 2,000 without public labels.
+"""BDD100K's 10,000 images with masks: train 7,000, val 1,000, test 2,000 without public labels.
 
 Masks hold the 19 Cityscapes train ids, 255 void. Trees (the toolkit's doc/source/download.rst):
 images/10k/<split>/*.jpg with labels/sem_seg/masks/<split>/*.png; or the layout of 2018, seg/images/<split>/

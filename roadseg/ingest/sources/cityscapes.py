@@ -1,4 +1,4 @@
-"""The official Cityscapes tree with fine or coarse labels; the rendered town writes the same tree.
+"""The official Cityscapes tree, fine or coarse labels; the rendered town writes the same tree.
 
 Ids, names and tree: the data set's own scripts (mcordts/cityscapesScripts). Fine: train 2,975, val 500,
 test 1,525 images whose public labels are placeholders. Coarse: train 2,975, val 500 and train_extra

@@ -1,4 +1,4 @@
-"""Parse the classes of a folder's YAML: names, ids, colors, and the values that stand for them in the masks."""
+"""Parse the classes of a folder's YAML: names, ids, colors, and their values in the masks."""
 
 from __future__ import annotations
 

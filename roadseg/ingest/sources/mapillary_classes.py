@@ -1,4 +1,4 @@
-"""The class tables of Mapillary Vistas 1.2 and 2.0: a label's pixel value is a position in the table.
+"""The classes of Mapillary Vistas 1.2 and 2.0: a pixel value is a position in the table.
 
 Source: config_v1.2.json and config_v2.0.json as repeated by public loaders, which agree in order and colors (except
 one that sorts v2.0's six traffic lights alphabetically). Classes that the owners do not evaluate are not learned:
