@@ -38,7 +38,7 @@ NOT_OPTIONS = frozenset(
 )  # fmt: skip
 
 
-# As timm's models are: the stem halves the image, and so does the first stage or the pooling before it.
+# timm's default: the stem halves the image, and so does the first stage or the pooling before it.
 EARLY_STRIDES = (2, 2)
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
@@ -51,12 +51,12 @@ def create_backbone(
 ) -> nn.Module:
     """timm's `name` without its classifier: image [B, 3, H, W] to a list of maps, fine to coarse.
 
-    arguments: further ones of timm's model, such as widths and depths of its stages. early_strides: of the two layers
-    (or groups of layers side by side) that first halve the image; 1 leaves that halving out, so that every later
-    map is twice as fine, for the same weights. `feature_info.reduction()` and `.channels()` tell the maps' strides
-    and widths. Randomly initialised from torch's generator. Raises ConfigError if timm has no such model, or it
-    offers no feature maps, or not at this output stride or with these early strides, or only for images of one
-    size, or takes no such arguments.
+    arguments: further arguments of the timm model, such as widths and depths of its stages. early_strides: strides of
+    the two layers (or groups of parallel layers) that halve the image first; 1 skips a halving, so that every later
+    map is twice as fine with the same weights. `feature_info.reduction()` and `.channels()` are the maps' strides
+    and widths. Initialized from torch's generator. Raises ConfigError if timm has no such model, if it has no feature
+    maps, does not support this output stride, these early strides or these arguments, or takes images of one size
+    only.
     """
     if refused := sorted(NOT_OPTIONS & set(arguments or {})):
         raise ConfigError(
@@ -121,7 +121,7 @@ def _create(name: str, output_stride: int, arguments: Mapping[str, Any], early_s
 def _leave_out_halvings(backbone: nn.Module, name: str, early_strides: tuple[int, int]) -> None:
     """Set the stride of the first or second halving layer to 1, in place, where early_strides says so.
 
-    They are found by their input's size. Raises ConfigError where none does, or the maps don't become finer by it.
+    They are found by their input's size. Raises ConfigError if there are none, or if the maps do not become finer.
     """
     strides = backbone.feature_info.reduction()  # type: ignore[union-attr,operator]
     side_px = 2 * math.lcm(*strides)
@@ -144,7 +144,7 @@ def _leave_out_halvings(backbone: nn.Module, name: str, early_strides: tuple[int
                 layer.stride = (1, 1) if isinstance(layer.stride, tuple) else 1
         try:
             sizes_px = [m.shape[-1] for m in trial(image)]
-        except RuntimeError:  # branches that don't meet again
+        except RuntimeError:  # branches whose sizes differ
             sizes_px = []
     ours = [s // math.prod(2 // early for early in early_strides[: s.bit_length() - 1]) for s in strides]
     if sizes_px != [side_px // stride for stride in ours]:
@@ -160,13 +160,13 @@ def _leave_out_halvings(backbone: nn.Module, name: str, early_strides: tuple[int
 
 @cache
 def _takes_any_size(name: str, output_stride: int, arguments: str, early_strides: tuple[int, int]) -> bool:
-    """Tried without computing anything: branches of some models round sizes differently and don't meet again."""
+    """Whether images of any size work. Shapes only are computed: branches of some models round sizes differently."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
         backbone = _create(name, output_stride, json.loads(arguments), early_strides).eval()
         side = max(backbone.feature_info.reduction()) + 1  # type: ignore[union-attr,operator]
         try:
             backbone(torch.empty(1, 3, side, side))
-        except NotImplementedError:  # an operation that can't be tried in this way
+        except NotImplementedError:  # an operation without a shape-only form
             return True
         except RuntimeError:
             return False
@@ -182,7 +182,7 @@ def _describe(arguments: Mapping[str, Any]) -> str:
 
 
 def _other_strides(name: str, output_stride: int, early_strides: tuple[int, int]) -> str:
-    """How a backbone that timm makes at stride 32 alone may stand at this one; "" for another."""
+    """Advice for a backbone that timm builds at stride 32 only; "" for others."""
     if output_stride == 32 or early_strides != EARLY_STRIDES:
         return ""
     early = {16: "1 2 or 2 1", 8: "1 1"}[output_stride]
@@ -203,7 +203,7 @@ def _unfit(name: str, output_stride: int, why: str, todo: str = "") -> ConfigErr
 
 
 def level(backbone: nn.Module, stride: int, name: str) -> int:
-    """Index of the backbone's map at `stride`: the last before the next coarser or the dilated ones.
+    """Index of the backbone's last map at `stride`, before the next coarser one or the dilated ones.
 
     Raises ConfigError if there is none.
     """
@@ -223,9 +223,9 @@ def load_backbone_weights(backbone: nn.Module, weights: str | Path) -> None:
     """Fill `backbone` (made by create_backbone) in place.
 
     weights: "none" (leave as it is), "imagenet" (the file that timm names for this model, from the
-    Hugging Face hub or its cache) or the path of a local .safetensors in timm's naming; the layers
-    of the classifier in it are left out. Raises ConfigError if the file can't be had or its tensors
-    are not those of the backbone.
+    Hugging Face hub or its cache) or the path of a local .safetensors file with timm's names; the
+    classifier's layers are ignored. Raises ConfigError if the file can't be read or its tensors do not
+    fit the backbone.
     """
     if str(weights) == "none":
         return

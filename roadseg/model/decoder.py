@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from roadseg.model.resize import upsample_bilinear
 from roadseg.model.sk_fusion import UNPROJECTED, conv3x3, conv_bn_relu, make_fusion
 
-# What DeepLabv3+ gives the low level where maps are concatenated, so that it does not outweigh the
-# high one. SKFusion and the mean weigh maps of equal width and take the decoder's own.
+# Width of the low level in DeepLabv3+ where maps are concatenated, so that it does not outweigh the high
+# one. SKFusion and the mean need maps of equal width and use the decoder's.
 CONCAT_LOW_CHANNELS = 48
 
 

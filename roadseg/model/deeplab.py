@@ -34,10 +34,10 @@ AUXILIARY_STRIDE = 8
 class Architecture:
     """Everything that decides the network's layers; stored in archives.
 
-    low_levels: strides of the backbone's maps that the decoder takes up, coarse to fine; the last
-    one is the stride of the logits. atrous_rates: in pixels of the map at output_stride.
+    low_levels: strides of the backbone maps that the decoder fuses, coarse to fine; the last one is the
+    stride of the logits. atrous_rates: in pixels of the map at output_stride.
     auxiliary: two more heads, for training only. backbone_options: arguments of timm's model.
-    early_strides: 1 for what halves the image first or second leaves that out, see create_backbone.
+    early_strides: see create_backbone.
     All strides are in pixels of the image, whatever early_strides is. Raises ConfigError on invalid values; what
     depends on the backbone is checked when it is built.
     """
@@ -105,7 +105,7 @@ class Architecture:
 
     @property
     def auxiliary_strides(self) -> tuple[int, int]:
-        """Of the auxiliary heads' logits."""
+        """Strides of the auxiliary heads' logits."""
         return AUXILIARY_STRIDE * math.prod(self.early_strides) // math.prod(EARLY_STRIDES), self.output_stride
 
     def to_json(self) -> dict[str, Any]:
@@ -142,8 +142,8 @@ class DeepLabV3Plus(nn.Module):
     """Image [B, 3, H, W], RGB, uint8 or float in 0..255, to logits [B, K, h, w].
 
     h, w = ceil(H / s), ceil(W / s) for s = Architecture.logit_stride; any H, W >= 1. The caller
-    upsamples: bilinear, align_corners=False. Normalising happens in here, so that everything
-    outside handles uint8; mean and std are for each channel in 0..255.
+    upsamples: bilinear, align_corners=False. Normalization happens here, so that everything outside
+    handles uint8; mean and std are per channel, in 0..255.
     """
 
     mean: Tensor
@@ -164,7 +164,7 @@ class DeepLabV3Plus(nn.Module):
         widths = self.backbone.feature_info.channels()  # type: ignore[union-attr,operator]
         self.low_indices = [level(self.backbone, stride, a.backbone) for stride in a.low_levels]
         self.aspp = ASPP(widths[-1], a.channels, a.atrous_rates, a.fusion, a.head)
-        # On the coarse map: at the logits' stride it would cost a pass over the largest map there is.
+        # On the coarse map: at the logits' stride it would cost a pass over the largest map.
         self.dropout = Dropout(a.dropout)
         self.decoder = Decoder([widths[i] for i in self.low_indices], a.channels, a.num_classes, a.fusion, a.head)
         self.auxiliary_indices = [level(self.backbone, a.auxiliary_strides[0], a.backbone), -1] if a.auxiliary else []
@@ -227,7 +227,7 @@ def build(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> DeepLabV3Plus:
-    """The network on the CPU, its random weights a function of `seed` alone, the backbone's from `weights`.
+    """Build the network on the CPU; random weights depend on `seed` only, the backbone's come from `weights`.
 
     weights: see load_backbone_weights. torch's own generator is left as it was.
     """

@@ -7,12 +7,12 @@ from torch.nn import functional as F
 
 
 class DilatedDepthwise(nn.Conv2d):
-    """nn.Conv2d; where it is depthwise, dilated and keeps H x W, CUDA gets it as a plain one over sub-grids.
+    """nn.Conv2d that CUDA computes as a plain convolution over sub-grids if it is depthwise, dilated and keeps H x W.
 
-    Pixels d apart never meet in a convolution of dilation d: it is d x d ordinary convolutions, each
-    over every d-th row and column, which are stacked along the batch. cuDNN has fast kernels for
-    those alone: on an H100 the three dilated layers of MobileNetV2 at stride 16 took about 9 of a step's
-    65 ms (768x768, batch 16, bf16). Exported graphs and CPUs see the ordinary form.
+    A convolution of dilation d equals d x d ordinary convolutions, each over every d-th row and column, which are
+    stacked along the batch. cuDNN has fast kernels for ordinary ones only: on an H100 the three dilated layers of
+    MobileNetV2 at stride 16 took about 9 of a step's 65 ms (768x768, batch 16, bf16). Exported graphs and CPUs use the
+    ordinary form.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class DilatedDepthwise(nn.Conv2d):
         return super().forward(input)
 
     def splits(self) -> bool:
-        """Is it depthwise, dilated alike in both directions, and does it keep H x W?"""
+        """Whether it is depthwise, equally dilated in both directions, and keeps H x W."""
         (kernel, wide), (d, across) = self.kernel_size, self.dilation
         return (
             d == across > 1
@@ -35,7 +35,7 @@ class DilatedDepthwise(nn.Conv2d):
 
 
 def over_sub_grids(map_BCHW: Tensor, conv: nn.Conv2d) -> Tensor:
-    """What `conv` makes of a map, [B, C, H, W] and channels last like it, for a conv that splits."""
+    """The output of a `conv` that `splits` accepts, [B, C, H, W] and channels last like the input."""
     d = conv.dilation[0]
     batch, channels, height, width = map_BCHW.shape
     padded = F.pad(map_BCHW.permute(0, 2, 3, 1), (0, 0, 0, -width % d, 0, -height % d))

@@ -1,7 +1,7 @@
 """Dropout and drop path whose masks cover the whole batch, so that several ranks draw what one would.
 
-All processes draw from one seed the mask of `parts` times their images and take the `part`-th of it.
-Shapes: B images of this process; what follows B is any.
+All ranks draw the mask of the whole batch from one seed, and each uses its part of it.
+Shapes: B images of this rank, followed by any dimensions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from roadseg.errors import ConfigError
 
 
 class Dropout(nn.Module):
-    """nn.Dropout, drawn as a part of the whole batch."""
+    """nn.Dropout whose mask is a part of the whole batch's."""
 
     part, parts = 0, 1
 
@@ -31,7 +31,7 @@ class Dropout(nn.Module):
 
 
 class SharedDropPath(DropPath):
-    """timm's: an image's whole branch is dropped. Drawn as a part of the whole batch; made by `share_draws`."""
+    """timm's DropPath (drops an image's whole branch) with a mask that is a part of the whole batch's."""
 
     part, parts = 0, 1
     drop_prob: float
@@ -51,14 +51,14 @@ def _kept(x: Tensor, each: Sequence[int], share: float, part: int, parts: int) -
 
 
 def share_draws(module: nn.Module) -> None:
-    """Make every DropPath of timm in `module` a SharedDropPath, in place."""
+    """Replace every timm DropPath in `module` by a SharedDropPath, in place."""
     for m in module.modules():
         if type(m) is DropPath:
             m.__class__ = SharedDropPath
 
 
 def refuse_unshared_draws(network: nn.Module) -> None:
-    """Raises ConfigError for what draws for the images of one process alone, such as timm's DropBlock2d."""
+    """Raise ConfigError for layers that draw for one rank's images only, such as timm's DropBlock2d."""
     for name, m in network.named_modules():
         share = getattr(m, "p", 0) or getattr(m, "drop_prob", 0)
         if "drop" in type(m).__name__.lower() and share and not isinstance(m, (Dropout, SharedDropPath)):
@@ -71,7 +71,7 @@ def refuse_unshared_draws(network: nn.Module) -> None:
 
 
 def draw_part(module: nn.Module, part: int, parts: int) -> None:
-    """Let all dropout in `module` draw the `part`-th of `parts` equal parts of the batch's."""
+    """Set which of `parts` equal parts of the batch all dropout in `module` uses."""
     for m in module.modules():
         if isinstance(m, (Dropout, SharedDropPath)):
             m.part, m.parts = part, parts

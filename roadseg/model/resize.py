@@ -29,7 +29,7 @@ def as_products(map_BChw: Tensor, height: int, width: int) -> Tensor:
 
 
 def interpolation(size: int, to_size: int, device: torch.device) -> Tensor:
-    """float32 [to_size, size]: row i holds the weights with which the inputs make up output i."""
+    """float32 [to_size, size]: row i holds the weights of the inputs for output i."""
     centre = (torch.arange(to_size, device=device, dtype=torch.float64) + 0.5) * (size / to_size) - 0.5
     away = centre.clamp(0, size - 1)[:, None] - torch.arange(size, device=device, dtype=torch.float64)
     return (1 - away.abs()).clamp(min=0).float()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 FUSIONS = ("skfusion", "mean", "sknet", "dense", "concat")
-UNPROJECTED = ("skfusion", "mean")  # they weigh maps of one width against each other
+UNPROJECTED = ("skfusion", "mean")  # these fuse maps of equal width
 HEADS = ("separable", "dense")
 
 
@@ -36,8 +36,8 @@ def conv_bn_relu(
 def conv3x3(in_channels: int, out_channels: int, head: str, *, dilation: int = 1) -> nn.Sequential:
     """A 3x3 convolution of the head's kind, batch norm, ReLU.
 
-    "separable" is a depthwise 3x3 and a 1x1 with nothing between: a norm and a ReLU there cost two
-    more passes over memory and won nothing in DeepLabv3+ implementations that leave them out.
+    "separable" is a depthwise 3x3 and a 1x1 without norm and ReLU between them: these cost two more passes over
+    memory, and DeepLabv3+ implementations that omit them lose nothing.
     """
     if head == "dense":
         return conv_bn_relu(in_channels, out_channels, 3, dilation=dilation)
@@ -50,10 +50,9 @@ def conv3x3(in_channels: int, out_channels: int, head: str, *, dilation: int = 1
 class SelectionGate(nn.Module):
     """Weights [B, M, C, 1, 1] over M maps of C channels, summing to one over M for each channel.
 
-    Sum of the maps, global average, 1x1 to `hidden`, ReLU, 1x1 to C x M, softmax over M. No batch
-    norm between (SKNet has one): over a 1x1 map it can't train with one image, and its statistics
-    are those of B numbers. The average is a mean over dims, which exports with dynamic shapes where
-    adaptive pooling does not.
+    Sum of the maps, global average, 1x1 to `hidden`, ReLU, 1x1 to C x M, softmax over M. There is no batch
+    norm (SKNet has one): over a 1x1 map it can't train with one image, and its statistics come from B
+    numbers only. The average is a mean over dims, which exports with dynamic shapes; adaptive pooling does not.
     """
 
     def __init__(self, channels: int, maps: int, hidden: int) -> None:
@@ -81,7 +80,7 @@ def _weighted_sum(weights_BMC11: Tensor, features: Sequence[Tensor]) -> Tensor:
 
 
 class SKFusion(nn.Module):
-    """The gate over maps that exist already: hidden width max(C / 8, 4), no convolution of its own."""
+    """The gate applied to existing maps, without convolutions; hidden width max(C / 8, 4)."""
 
     def __init__(self, channels: int, maps: int) -> None:
         super().__init__()
@@ -92,7 +91,7 @@ class SKFusion(nn.Module):
 
 
 class Mean(nn.Module):
-    """Every map weighs the same: SKFusion without its gate, to see what the gate is worth."""
+    """The mean of the maps: SKFusion without its gate, for comparison."""
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         total = features[0]
@@ -132,10 +131,10 @@ class ConcatFusion(nn.Module):
 
 
 def make_fusion(fusion: str, widths: Sequence[int], channels: int, project: nn.Module) -> nn.Module:
-    """The module that makes one [B, `channels`, H, W] of maps with `widths` channels.
+    """The module that fuses maps of `widths` channels to [B, `channels`, H, W].
 
-    project: from the concatenated width to `channels`; "skfusion" and "mean" have no use for it, their
-    maps must have `channels` already. "sknet": 3x3 and dilated 3x3 in 32 groups (or the most that divide),
+    project: module from the concatenated width to `channels`; not used by "skfusion" and "mean", whose
+    maps must have `channels` channels. "sknet": 3x3 and dilated 3x3 in 32 groups (or the most that divide),
     gate max(C / 16, 32) wide. "dense": ordinary 3x3 and 5x5, gate C / 16 wide.
     """
     if fusion in UNPROJECTED:

@@ -1,7 +1,7 @@
 """Change a built network in place: freeze parts, set the output stride, checkpoint activations.
 
-All work in place on the same parameters, so that an optimizer, an average and a checkpoint of the
-network stay true; names in the state dict stay as they are.
+All functions keep the same parameter objects and names, so that an optimizer, an average and a checkpoint of the
+network stay valid.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LAYERS = (nn.Conv2d, nn.Linear)
 
 
 def freeze(network: DeepLabV3Plus, parts: Sequence[str]) -> None:
-    """Take the parameters of `parts` out of training; "batch_norm": its statistics, of the whole network.
+    """Freeze the parameters of `parts`; "batch_norm" freezes the statistics of the whole network.
 
-    A frozen part's parameters want no gradient; its batch norms still follow the data unless
-    "batch_norm" is given. With it they stay in eval mode whenever the network is put into training,
-    and their scale and shift keep learning. Raises ConfigError on unknown parts, and where nothing
-    that ships would be left to learn.
+    Frozen parameters get no gradient; a frozen part's batch norms still update their statistics unless
+    "batch_norm" is given. With it they stay in eval mode while the network trains, and their scale and
+    shift keep learning. Raises ConfigError for unknown parts, and if no parameter that ships would be
+    left to train.
     """
     if unknown := [part for part in parts if part not in (*PARTS, BATCH_NORM)]:
         raise ConfigError(
@@ -49,7 +49,7 @@ def freeze(network: DeepLabV3Plus, parts: Sequence[str]) -> None:
         )
     for part in parts:
         if part == BATCH_NORM:
-            # On the object, not the class: it follows a deep copy, and a network that is not frozen pays nothing.
+            # Set on the object, not the class: it survives a deep copy, and other networks are unaffected.
             network.train = MethodType(_train_but_statistics, network)  # type: ignore[method-assign]
             network.train(network.training)
         else:
@@ -64,7 +64,7 @@ def _train_but_statistics(network: DeepLabV3Plus, mode: bool = True) -> DeepLabV
 
 
 def _norms(module: nn.Module) -> Iterator[nn.Module]:
-    """Batch norms of whatever class: timm's carry an activation, and several processes use their own."""
+    """Batch norms of every class: timm's include an activation, and several ranks use their own."""
     return (m for m in module.modules() if "running_mean" in m._buffers)
 
 
@@ -72,14 +72,12 @@ def _norms(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def set_output_stride(network: DeepLabV3Plus, output_stride: int) -> None:
-    """Make `network` the function that a network built for `output_stride` with its weights is.
+    """Change `network` to `output_stride`, as if it had been built for it with these weights.
 
-    The backbone's strides and dilations become those of timm's model at that stride; the ASPP's rates
-    are scaled by old / new stride, so that they span the same pixels of the image (Chen et al., ECCV
-    2018, use 6/12/18 at 16 and twice that at 8). `network.architecture` says both. An average of the
-    weights is a network of its own and wants the same call. A graph captured or compiled before is of
-    the old function. Raises ConfigError, and changes nothing, if a rate would be no whole pixel, or
-    the decoder's levels or the backbone don't go with that stride.
+    The backbone's strides and dilations become those of timm's model at that stride; the ASPP's rates follow
+    (`Architecture.at_output_stride`). The averaged network needs the same call, and a graph that was captured or
+    compiled before still computes the old function. Raises ConfigError, and changes nothing, if a rate would not
+    be a whole number, or if the decoder's levels or the backbone do not support that stride.
     """
     a = network.architecture
     if output_stride == a.output_stride:
@@ -105,14 +103,14 @@ def _check_same_weights(network: DeepLabV3Plus, fresh: DeepLabV3Plus) -> None:
 
 
 def _take_form(module: nn.Module, fresh: nn.Module) -> None:
-    """Give `module` what of `fresh` is not weights: strides, dilations, paddings, poolings, skips."""
+    """Copy everything but weights from `fresh` to `module`: strides, dilations, paddings, poolings, skips."""
     for name, value in vars(fresh).items():
         plain = not name.startswith("_") and name != "training" and _is_plain(value)
         if plain and getattr(module, name, None) != value:
             setattr(module, name, value)
     for name, theirs in fresh.named_children():
         ours = getattr(module, name, None)
-        if ours is None:  # it has no weights: those were found to be the same
+        if ours is None:  # without weights, which were compared before
             setattr(module, name, theirs.train(module.training))
         elif not _has_state(theirs):
             # A pooling may stand where nothing stood, or have another stride. What prints alike is left:
@@ -120,7 +118,7 @@ def _take_form(module: nn.Module, fresh: nn.Module) -> None:
             if type(ours) is not type(theirs) or repr(ours) != repr(theirs):
                 setattr(module, name, theirs.train(ours.training))
         elif "running_mean" in theirs._buffers:
-            continue  # nothing of a norm depends on strides, and it may have been made one of several processes
+            continue  # norms don't depend on strides, and may have been converted to synchronized ones
         elif type(ours) is not type(theirs) and not theirs._modules:
             # "same" padding is a layer of its own class where the stride makes it depend on the size
             theirs._parameters, theirs._buffers = ours._parameters, ours._buffers
@@ -143,12 +141,12 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def checkpoint_activations(backbone: nn.Module) -> int:
-    """Let the backbone's blocks keep their inputs only, and be computed again for the gradient; how many blocks.
+    """Recompute the backbone's blocks in backward instead of keeping their activations; returns the number of blocks.
 
     Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016). Weights, gradients and batch
-    norm's statistics are as without, the statistics and step counters updated once a step. In eval
-    mode, without gradients and in deep copies nothing is changed. Raises ConfigError if no block is
-    found that repeats nothing but its own layers.
+    norm's statistics are the same as without it, and statistics are updated once a step. Eval mode, no_grad
+    and deep copies are not affected. Raises ConfigError if the backbone has no block that can be recomputed
+    on its own.
     """
     units = list(blocks(backbone))
     if not units:
@@ -165,12 +163,11 @@ def checkpoint_activations(backbone: nn.Module) -> int:
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """What checkpoint_activations computes again: modules below `module` with several layers, of which one or more
-    are their own and not a block's.
+    """Blocks that checkpoint_activations recomputes: modules with several layers, at least one of which is not part of
+    a smaller block.
 
-    In a MobileNetV2 that is the inverted residual: its input has few channels and what is in it many.
-    Forward hooks inside a block would be called twice, so that such a block is left as it is; a
-    backbone takes its features by them.
+    In a MobileNetV2 that is the inverted residual: its input has few channels and its inner maps many. Blocks with
+    forward hooks inside are left as they are, because the hooks would run twice; timm takes features by hooks.
     """
     for child in module.children():
         if _layers(child) < 2:
@@ -188,7 +185,7 @@ def _layers(module: nn.Module) -> int:
 
 
 class _Recomputed:
-    """Stands in a module's `forward`; nn.Module's own call, hooks and state dict know nothing of it."""
+    """Replaces a module's `forward`; hooks and state dict are unaffected."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -223,7 +220,7 @@ def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], Abstract
 
 @contextmanager
 def _on_copied_statistics(module: nn.Module) -> Iterator[None]:
-    """Around the second computation: batch norms update copies of their buffers, which are dropped."""
+    """Around the recomputation: batch norms update copies of their buffers, which are discarded."""
     kept = [(norm, dict(norm._buffers)) for norm in _norms(module)]
     for norm, buffers in kept:
         norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})

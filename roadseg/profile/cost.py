@@ -1,7 +1,7 @@
 """Count a network's parameters, multiply-adds and memory by part, without computing anything.
 
-Nothing is computed: the network runs on tensors that have shapes, types and storages but no data, so a
-2048x1024 batch of 64 is counted on a laptop, and the same for every machine that computes in that precision.
+The network runs on tensors with shapes, dtypes and storages but no data, so that a batch of 64 images of 2048x1024 can
+be counted on a laptop. The result is the same for every machine with that precision.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Cost:
 
 
 def three_digits(value: float) -> str:
-    """A number of 0 or more as text: three significant digits, all digits of what is larger, never an exponent."""
+    """A non-negative number as text with at least three significant digits and no exponent."""
     decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:,.{max(decimals, 0)}f}"
 
@@ -91,8 +91,8 @@ def cost(
 ) -> Cost:
     """Inference on a batch of images and a training step on a batch of crops. `network` stays as it is.
 
-    moments: numbers that the optimizer keeps for each weight (Adam 2, SGD with momentum 1). trained: what takes the
-    training step, where it is another form of `network` with the same weights.
+    moments: numbers that the optimizer keeps for each weight (Adam 2, SGD with momentum 1). trained: the form of
+    `network` that takes the training step, if it is another one.
     """
     macs = macs_by_part(network, image_BHW)
     saved = saved_by_part(trained or network, crops_BHW, bf16)
@@ -124,8 +124,8 @@ def macs_by_part(network: nn.Module, image_BHW: tuple[int, int, int]) -> dict[st
 def saved_by_part(network: nn.Module, crops_BHW: tuple[int, int, int], bf16: bool) -> dict[str, int]:
     """Bytes that a training step's forward pass keeps, by direct child, and for LOSS.
 
-    Parameters don't count; what two parts keep counts in the first. The loss is that of plain cross-entropy
-    over every head's logits, upsampled; other terms keep more, a fused kernel keeps less.
+    Parameters don't count; a tensor that two parts keep counts in the first. The loss is plain cross-entropy over
+    every head's upsampled logits; other terms keep more, the fused kernel keeps less.
     """
     network = copy.deepcopy(network).train()
     kept: dict[str, int] = {LOSS: 0}
@@ -142,7 +142,7 @@ def saved_by_part(network: nn.Module, crops_BHW: tuple[int, int, int], bf16: boo
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
-            seen[storage._cdata] = storage  # held, so that no other gets its address
+            seen[storage._cdata] = storage  # kept alive, so that its address is not reused
             kept[where] = kept.get(where, 0) + storage.nbytes()
         return tensor
 
@@ -161,7 +161,7 @@ def saved_by_part(network: nn.Module, crops_BHW: tuple[int, int, int], bf16: boo
 
 
 def peak_bytes(network: nn.Module, image_BHW: tuple[int, int, int], bf16: bool) -> int:
-    """The most bytes of tensors that live at the same time in one inference.
+    """Peak bytes of tensors during one inference.
 
     The image counts and, with bf16, the copies of weights in it; weights themselves don't.
     """
@@ -173,7 +173,7 @@ def peak_bytes(network: nn.Module, image_BHW: tuple[int, int, int], bf16: bool) 
 
 
 class _Live(TorchDispatchMode):
-    """Follows the storages that operations make until they are freed."""
+    """Tracks storages from their creation until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

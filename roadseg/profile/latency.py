@@ -88,9 +88,9 @@ def _images(image_BHW: tuple[int, int, int]) -> np.ndarray:
 
 
 def _times(once: Callable[[], Any], runs: int, warm_up: int, what: str) -> np.ndarray:
-    """Seconds of each of `runs` calls, after some that libraries use to choose their algorithms.
+    """Seconds of each of `runs` calls, after warm-up calls in which libraries choose their algorithms.
 
-    Of LEAST_RUNS at least, then no more once they took ENOUGH_S.
+    At least LEAST_RUNS calls; no more once they took ENOUGH_S.
     """
     for _ in range(warm_up):
         once()

@@ -44,7 +44,7 @@ class Point:
 class Plan:
     """base: the setting that the others are compared with. points: all settings with the first seed, then the next.
 
-    base_is_config: whether that is the config as it was given.
+    base_is_config: whether the base is the config itself.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Plan:
 
 
 def parse_vary(text: str) -> tuple[str, list[Any]]:
-    """`training.learning_rate=0.001,0.002` as key and values, each a YAML value. Raises UsageError."""
+    """Parse `training.learning_rate=0.001,0.002` into a key and YAML values. Raises UsageError."""
     key, equals, listed = text.partition("=")
     key, where = key.strip().replace("-", "_"), f"--vary {text}"
     if not equals or not all(key.split(".")):
@@ -100,7 +100,7 @@ def _format_value(value: Any) -> str:
 
 
 def plan_of(name: str, base: Config, vary: Sequence[str], seeds: str, one_factor: bool) -> Plan:
-    """The plan of the command's arguments. Raises ConfigError with all that is wrong with them, UsageError for none."""
+    """The plan for the command's arguments. Raises ConfigError with all errors, UsageError without arguments."""
     if not vary and not seeds:
         raise UsageError("nothing to vary", expected="--vary KEY=VALUE,VALUE... or --seeds N")
     varied: dict[str, list[Any]] = {}
@@ -118,7 +118,9 @@ def plan_of(name: str, base: Config, vary: Sequence[str], seeds: str, one_factor
         numbers = parse_seeds(seeds, base.training.seed) if seeds else numbers
     except UsageError as e:
         problems.append(f"  {e}")
-    for alone in settings_of(varied, one_factor=True):  # a check of a whole section waits until its values are right
+    for alone in settings_of(
+        varied, one_factor=True
+    ):  # sections are checked as a whole only once their values are valid
         problems += _wrong(base, alone)
     return plan(name, base, settings_of(varied, one_factor), numbers, problems)
 
@@ -135,7 +137,7 @@ def plan(
     for seed in seeds:
         problems += [f"  --seeds: {line.strip()}" for line in _wrong(base, Setting("", {SEED: seed}))]
     configs: dict[str, Config] = {}
-    taken: dict[str, str] = {}  # the config as text: by what label
+    taken: dict[str, str] = {}  # config as text: its label
     kept: list[Setting] = []
     for setting in settings:
         if wrong := _wrong(base, setting):

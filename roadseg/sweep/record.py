@@ -72,7 +72,7 @@ def _differing(there: Any, ours: Any, above: str = "") -> list[str]:
 
 
 def write_tables(plan: Plan, base: Config, results: Sequence[Result], by: str, until: Until, folder: Path) -> None:
-    """The three forms of the table, as far as the sweep is."""
+    """Write the three forms of the table for the runs so far."""
     table = rows(results, plan.base, by)
     left = len(plan.points) - len(results)
     note = f"{left} of {counted(len(plan.points), 'run')} are still to come." if left else ""

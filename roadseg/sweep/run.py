@@ -82,7 +82,7 @@ def _require_scored(result: Result, by: str) -> None:
 def run_point(point: Point, until: Until, workspace: Path, wait: bool, *, data_shared: bool = False) -> Result:
     """Execute one run. A RoadsegError is recorded in the result.
 
-    Raises Interrupted, Busy, and DataError when `data_shared`: every other run would end in it too.
+    Raises Interrupted, Busy, and with `data_shared` DataError, which every other run would raise too.
     """
     try:
         return _result(point, run(point.config, until, workspace=workspace, name=point.name, wait=wait))
@@ -98,7 +98,7 @@ def run_point(point: Point, until: Until, workspace: Path, wait: bool, *, data_s
 
 
 def forget() -> None:
-    """Free what the run before held. torch.compile would give up, unsaid, after eight networks of one class."""
+    """Free the memory of the run before. torch.compile would silently give up after eight networks of one class."""
     gc.collect()
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()
@@ -139,9 +139,9 @@ def _result_line(point: Point, result: Result, by: str) -> str:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Inside, SIGTERM ends what runs as Ctrl-C does; the yielded list then holds its number.
+    """Inside, SIGTERM acts like Ctrl-C; the yielded list then holds the signal's number.
 
-    Training handles both signals itself while it lasts. Python lets only the main thread handle signals.
+    Training handles both signals itself. Only the main thread can handle signals.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -161,5 +161,5 @@ def interruptible() -> Iterator[list[int]]:
 
 def _interrupted(plan: Plan, done: int, number: int, found: str) -> Interrupted:
     text = found.removesuffix("; run again to go on")
-    told = f"{text}; {done} of {len(plan.points)} runs are done, give the same command again to go on"
-    return Interrupted(told, signal_number=number)
+    message = f"{text}; {done} of {len(plan.points)} runs are done, give the same command again to go on"
+    return Interrupted(message, signal_number=number)

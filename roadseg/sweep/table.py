@@ -25,7 +25,7 @@ _TEMPLATE = Path(__file__).parents[1] / "report" / "sweep.html"
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of a setting with a seed gave, or `error`, why it gave nothing.
+    """Result of one run of a setting with a seed, or `error`, why it failed.
 
     train_key: names the training. miou: by split. class_iou: by split and class, None for an absent class; {} when
     nothing was evaluated. fingerprints: of the scored data, by split. train_seconds: making train's output, export
@@ -108,7 +108,7 @@ def paired(ours: Mapping[int, float], base: Mapping[int, float]) -> Difference |
 
 
 def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """The t within which Student's distribution holds `confidence` of its mass, both sides together."""
+    """Two-sided quantile of Student's distribution for `confidence`."""
     low, high = 0.0, 1.0
     while _mass_within(high, degrees) < confidence:
         high *= 2
@@ -131,7 +131,7 @@ def _mass_within(t: float, degrees: int) -> float:
 
 
 def verdict(difference: Difference) -> str:
-    """In a word: is the whole interval on one side of zero?"""
+    """One word for whether the whole interval is on one side of zero."""
     if difference.low is None or difference.high is None:
         return ONE_SEED
     return BETTER if difference.low > 0 else WORSE if difference.high < 0 else UNCLEAR
@@ -219,7 +219,7 @@ def _moved(ours: Mapping[str, Spread], base: Mapping[str, Spread]) -> list[tuple
 
 
 def spread_text(value: Spread | None) -> str:
-    """`44.52 ± 0.61 (43.9 to 45.1, n 3)`, in percent; of one value that alone."""
+    """`44.52 ± 0.61 (43.9 to 45.1, n 3)` in percent; a single value alone."""
     if value is None:
         return "–"
     if value.deviation is None:
@@ -263,7 +263,7 @@ def _heads(splits: Sequence[str], by: str, moved: bool) -> list[str]:
 
 
 def _any_moved(table: Sequence[Row]) -> bool:
-    """Scores of training alone are not by class."""
+    """Whether any row has class differences; scores of training alone have none."""
     return any(row.moved for row in table)
 
 

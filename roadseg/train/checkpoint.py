@@ -27,14 +27,14 @@ from roadseg.weights.foreign_names import WHERE
 
 log = logging.getLogger(__name__)
 KEPT = 2
-NETWORK, AVERAGE = "network.", "average."  # begin the names of tensors
-WITH_STATE = "optimizer.parameters"  # how many parameters the optimizer had state of
-NAMED = 5  # tensors that an error names
+NETWORK, AVERAGE = "network.", "average."  # prefixes of tensor names
+WITH_STATE = "optimizer.parameters"  # number of parameters with optimizer state
+NAMED = 5  # most tensors that an error lists
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a checkpoint's network is of. architecture: in its JSON form. terms: of all data behind its weights."""
+    """Origin of a checkpoint's network. architecture: as JSON. terms: of all data behind its weights."""
 
     classes: tuple[str, ...]
     architecture: dict[str, Any]
@@ -58,7 +58,7 @@ def save(
     path = folder / f"step-{step:08d}.safetensors"
     try:
         folder.mkdir(exist_ok=True)
-        _sweep(folder)  # what a kill left half-written may be what fills the disk
+        _sweep(folder)  # half-written files of a killed run may fill the disk
         _write(path, data)
         _write(path.with_suffix(".json"), json.dumps(about, indent=1, sort_keys=True).encode() + b"\n")
     except OSError as e:
@@ -71,14 +71,14 @@ def save(
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and what a kill left half-written."""
+    """Remove all but the `keep` newest checkpoints, and half-written files of a killed run."""
     for path in sorted(folder.glob("step-*.json"))[:-keep]:
-        _remove(path)  # first: without it the tensors are litter
+        _remove(path)  # the JSON first: without it the tensors do not count
     _sweep(folder)
 
 
 def newest(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """(step, tensors) of the newest checkpoint that is as it was saved, or None."""
+    """(step, tensors) of the newest intact checkpoint, or None."""
     found = sorted(folder.glob("step-*.json"), reverse=True)
     for path in found:
         try:
@@ -96,7 +96,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
 def averaged(path: Path) -> tuple[dict[str, Tensor], Origin] | None:
     """The averaged network's tensors of a checkpoint, by that network's names; None if `path` is no checkpoint.
 
-    path: its .safetensors, under any name, with the .json beside it. Raises ConfigError if it is not as it was saved.
+    path: its .safetensors, under any name, with the .json beside it. Raises ConfigError if it is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -125,9 +125,9 @@ def averaged(path: Path) -> tuple[dict[str, Tensor], Origin] | None:
 
 
 def restore(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, optimizer: Optimizer) -> None:
-    """Put a checkpoint's tensors where they came from, bit for bit, in each parameter's memory layout.
+    """Restore a checkpoint's tensors bit for bit, in each parameter's memory layout.
 
-    Raises RoadsegError, with nothing changed, when they are not all of this network's and optimizer's.
+    Raises RoadsegError, and changes nothing, if they do not fit this network and optimizer.
     """
     if wrong := _misfits(tensors, network, average, optimizer):
         more = f" and {len(wrong) - NAMED} more" * (len(wrong) > NAMED)
@@ -150,7 +150,7 @@ def restore(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, 
 
 
 def not_saved(error: OSError, path: Path, size_bytes: int, folder: Path) -> RoadsegError:
-    """What a failed write means to the user, and what to do about it. folder: where checkpoints lie."""
+    """The error for a failed write, with what to do. folder: of the checkpoints."""
     megabytes = f"{max(size_bytes / 1e6, 0.1):.1f} MB"
     saved = sorted(p.stem for p in folder.glob("step-*.json"))
     stands = f"it goes on after step {int(saved[-1].removeprefix('step-'))}" if saved else "it starts again"
@@ -178,7 +178,7 @@ def _state(network: nn.Module, average: nn.Module, optimizer: Optimizer) -> dict
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Raises OSError also when the rename, or bytes, were lost without a word."""
+    """Raises OSError also if the rename or bytes were lost silently."""
     write_atomic(path, data)
     try:
         same = path.read_bytes() == data
@@ -225,7 +225,7 @@ def _optimizer_state(tensors: Mapping[str, Tensor]) -> list[tuple[int, str, Tens
 
 
 def _misfits(tensors: dict[str, Tensor], network: nn.Module, average: nn.Module, optimizer: Optimizer) -> list[str]:
-    """What is missing, unknown or of another shape, in words."""
+    """A description of missing, unknown or differently shaped tensors."""
     expected = {f"{NETWORK}{k}": v for k, v in network.state_dict().items()}
     expected |= {f"{AVERAGE}{k}": v for k, v in average.state_dict().items()}
     wrong = [f"{key} is missing" for key in expected if key not in tensors]

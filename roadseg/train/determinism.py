@@ -6,15 +6,15 @@ What differs on CUDA between two runs of a training step, and how it is avoided:
 |---|---|---|
 | convolutions | cuDNN may add by atomics; its benchmark picks by timing | deterministic algorithms, no benchmark |
 | matrix products | cuBLAS splits sums by the workspace that is free | a fixed CUBLAS_WORKSPACE_CONFIG |
-| gradient of F.interpolate | adds by atomics | matrix products (enlarge.py, losses.py) |
-| nll_loss, reduced | adds by atomics | summed outside (losses.py) |
+| gradient of F.interpolate | adds by atomics | matrix products (model/resize.py, losses/pixel.py) |
+| nll_loss, reduced | adds by atomics | summed outside (losses/pixel.py) |
 | scatter_add, index_put, index_add, gather's gradient, cumsum | atomics, scans in any order | PyTorch's slower forms |
 | torch.compile | picks kernels by timing | PyTorch makes Inductor choose without it; the stage compiles only if asked |
 | bincount, argmax, max_pool2d of labels | whole numbers, or no gradient | are deterministic |
-| kernels of our own | | add nothing atomically (loss_kernel.py, gpu_kernel.py) |
+| kernels of our own | | no atomic additions (pixel_kernel.py, gpu_kernel.py) |
 
-What has no deterministic form raises: see the documentation of torch.use_deterministic_algorithms. All
-of one machine: another GPU, driver or PyTorch may round otherwise. Between GPUs, NCCL sums in the
+Operations without a deterministic form raise: see the documentation of torch.use_deterministic_algorithms. This
+holds for one machine: another GPU, driver or PyTorch may round differently. Between GPUs, NCCL sums in the
 same order as long as their number and links are the same.
 """
 
@@ -35,10 +35,10 @@ WORKSPACE = ":4096:8"  # as PyTorch's notes on reproducibility have it: 24 MiB
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Inside, what PyTorch computes on CUDA is the same in every run; nothing changes if not `enabled`.
+    """Inside, PyTorch computes the same bits on CUDA in every run; no effect if not `enabled`.
 
-    Must be entered before the first matrix product on CUDA of this process: PyTorch looks once at what
-    the environment says of cuBLAS. Raises ConfigError where an operation has no such form.
+    Enter it before the first matrix product on CUDA of this process: PyTorch reads cuBLAS's environment variable only
+    once. Raises ConfigError if an operation has no deterministic form.
     """
     if not enabled:
         yield

@@ -27,7 +27,7 @@ class EMA(Generic[N]):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the network's weights after 0-based `step`."""
+        """Update the average with the network's weights after 0-based `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         mine, theirs = self._pairs
         torch._foreach_lerp_(mine, theirs, 1 - decay)

@@ -1,8 +1,8 @@
 """Forward and backward of one step: micro-batches, compilation, CUDA graph.
 
-Run eagerly, a step is bound by the CPU that launches its many small kernels (docs/experiments.md); a
-graph launches them at once. Clipping, the optimizer and the average stay outside: they are few
-kernels, launched while the device is busy with the graph.
+An eager step is bound by the CPU, which launches many small kernels (docs/experiments.md); a CUDA graph launches
+them at once. Clipping, the optimizer and the average stay outside: they are few kernels, launched while the device
+is busy with the graph.
 
 Shapes: B samples of this process, H W the crop.
 """
@@ -21,16 +21,16 @@ from roadseg.train.distributed.process_group import ALONE, Ranks
 from roadseg.train.losses.objective import Objective
 
 log = logging.getLogger(__name__)
-EAGER_STEPS = 11  # before capture: libraries choose algorithms, allocators settle
+EAGER_STEPS = 11  # eager steps before capture: libraries choose algorithms, allocators settle
 NOT_COMPILED = (RuntimeError, ImportError, OSError)  # no compiler, a full disk, or a layer that can't be compiled
 
 
 class Gradients:
-    """Calling it leaves the whole batch's gradients in the parameters and returns the loss, detached.
+    """A call leaves the whole batch's gradients in the parameters and returns the detached loss.
 
     The batch is `accumulate` micro-batches of every rank. With `graph`, every batch must have the
-    shape of the first; where compilation or capture fails, a warning is logged and steps stay plain. Of several
-    ranks all compile or none, as a compiled network sends other messages.
+    shape of the first; if compilation or capture fails, a warning is logged and steps stay eager. Either all ranks
+    compile or none, because a compiled network uses other collectives.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Gradients:
         return self._compute(image, label, counts)
 
     def _compute(self, image_BHWC: Tensor, label_BHW: Tensor, counts: Tensor | None) -> Tensor:
-        """Plainly, if compilation fails: the first time it compiles, the backward too."""
+        """Run forward and backward; the first time this compiles both, and falls back to eager if that fails."""
         if self._trusted:
             return self._forward_and_backward(image_BHWC, label_BHW, counts)
-        # A forward that compiled has updated running statistics and drawn before the backward fails.
+        # If the backward fails, the compiled forward has already updated running statistics and drawn numbers.
         buffers, draws = [(b, b.clone()) for b in self._network.buffers()], _generator(self._device)
         state = draws.get_state()
         try:
@@ -146,7 +146,7 @@ class Gradients:
         draws = _generator(self._device)
         before = draws.clone_state()
         try:
-            # The loader pins memory in a thread of its own meanwhile; it must not spoil the capture.
+            # The loader's thread pins memory meanwhile, which must not break the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss = self._compute(self._image, self._label, self._counts)
         except (RuntimeError, PeerLost) as e:  # a collective that can't be captured raises PeerLost
@@ -161,24 +161,24 @@ class Gradients:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """What dropout draws from."""
+    """The generator that dropout uses."""
     if device.type != "cuda":
         return torch.default_generator
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _all_compile(ranks: Ranks, device: torch.device) -> bool:
-    """Whether every rank can compile anything: one may lack a compiler, or room for what it writes."""
-    said = None
+    """Whether every rank can compile: one may lack a compiler or disk space."""
+    failure = None
     try:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(_trial, dynamic=False)(x).backward()
     except NOT_COMPILED as e:
-        said = _first_line(e)
-    told = [(rank, words) for rank, words in enumerate(ranks.gathered(said)) if words is not None]
-    if told and ranks.main:
-        log.warning("the network is not compiled (rank %d: %s)", *told[0])
-    return not told
+        failure = _first_line(e)
+    failures = [(rank, words) for rank, words in enumerate(ranks.gathered(failure)) if words is not None]
+    if failures and ranks.main:
+        log.warning("the network is not compiled (rank %d: %s)", *failures[0])
+    return not failures
 
 
 def _trial(x: Tensor) -> Tensor:

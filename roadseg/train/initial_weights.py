@@ -1,4 +1,4 @@
-"""Initial weights of a training: random, a backbone's, a release's, a checkpoint's or another project's."""
+"""Initial weights: random, a backbone's, a release's, a checkpoint's or another project's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from roadseg.weights.foreign import load_foreign
 from roadseg.weights.foreign_names import WHERE
 
 CLASSIFIER, AUXILIARY = "decoder.classifier", "auxiliary_heads"
-# of the model section, what tensors depend on
+# keys of the model section that determine the tensors
 _SHAPING = ("backbone", "fusion", "head", "channels", "low_levels", "early_strides")
 _ADVISED = (*_SHAPING, "atrous_rates", "output_stride")
 log = logging.getLogger(__name__)
@@ -33,11 +33,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """words: what it started from, for model.json. made_anew: the parts that are not from there.
+    """words: origin of the weights, for model.json. made_anew: parts without loaded weights.
 
-    identity: of these, the ones that hand on their input; the others start at random.
-    random: those of a network that started from no whole network's weights. terms: of the data behind those
-    weights, None where none were given.
+    identity: those of them that pass on their input; the others are random. random: the random parts of a network that
+    started without a whole network's weights. terms: of the data behind the weights, None without loaded weights.
     """
 
     network: DeepLabV3Plus
@@ -50,7 +49,7 @@ class Start:
 
 @dataclass(frozen=True)
 class _Learned:
-    """A whole network of ours that was learned before. kind: release or checkpoint. where: the config's key."""
+    """A network that roadseg trained before. kind: release or checkpoint. where: the config's key."""
 
     kind: str
     name: str
@@ -70,14 +69,13 @@ def starting_network(
     weights_from: str,
     classes: tuple[str, ...],
 ) -> Start:
-    """The network on the CPU, a function of `seed` where nothing else fills it.
+    """Build the network on the CPU and fill it; what is not loaded depends on `seed` only.
 
-    weights: of the backbone, see load_backbone_weights; mean and std go with them. In their place
-    `init`, a release whose normalisation is taken too, or `weights_from`, a checkpoint of a training, whose
-    averaged network is taken as a release's is, or a file of another project (see load_foreign).
-    Classes that are not the learned network's, by name and order, get a new classifier: none of its rows is kept,
-    for none is known to mean the same. Raises ConfigError where the weights are of another architecture,
-    ArchiveError if the release's can't be read.
+    weights: of the backbone, see load_backbone_weights; mean and std belong to them. Instead of them `init`, a release
+    (with its normalization), or `weights_from`, a checkpoint (its averaged network) or a file of another project (see
+    load_foreign). If the classes differ from the loaded network's in name or order, the classifier is new, as no row is
+    known to mean the same. Raises ConfigError if the weights belong to another architecture, ArchiveError if the
+    release's weights can't be read.
     """
     if init is None and not weights_from:
         network = build(architecture, seed=seed, weights=weights, mean=mean, std=std)
@@ -101,7 +99,7 @@ def starting_network(
 
 
 def refuse_frozen_at_random(start: Start, frozen: Sequence[str]) -> None:
-    """Raises ConfigError where a part that a release or file did not fill would never learn; warns from scratch."""
+    """Raise ConfigError if a part without loaded weights is frozen; warn about random frozen parts of a new network."""
     random = [part for part in start.made_anew if part not in start.identity]
     if new := [part for part in random if part.split(".")[0] in frozen]:
         raise ConfigError(
@@ -128,7 +126,7 @@ def _of_release(init: Release) -> _Learned:
 
 
 def _take(network: DeepLabV3Plus, other: _Learned, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Fill `network` in place; the parts that are not from the other."""
+    """Fill `network` in place; returns the parts that were not loaded."""
     own = network.state_dict()
     other_classes = other.classes != classes
     heads = [key for key in own if _within(key, AUXILIARY)]
@@ -169,7 +167,7 @@ def _warn_of_other_rates(ours: Architecture, other: _Learned) -> None:
 
 
 def _advice(ours: Mapping[str, Any], theirs: Any, kind: str = "release") -> str:
-    """The flags that make this network the other's, as far as they change its tensors. kind: what it is of."""
+    """The flags that give this network the other's tensors. kind: release or checkpoint."""
     theirs = theirs if isinstance(theirs, Mapping) else {}
 
     def differing(keys: Sequence[str]) -> list[str]:

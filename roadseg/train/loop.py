@@ -110,15 +110,13 @@ def train(
 ) -> tuple[DeepLabV3Plus, int]:
     """Train `network` in place; return its average (EMA) on `device`, and the number of steps.
 
-    validation: splits scored every `s.validate_every` steps. trackers(step): opens what shows losses and scores besides
-    history.jsonl, for a run that continues after `step`. draw(average, step): called after each validation, for
-    pictures. terms: of the data behind the weights, stored in checkpoints. name_of: the name of a frame by its index,
-    for errors. Checkpoints and history.jsonl lie in `work`, written by the main rank; a run continues from them. The
-    average has the output stride of the last phase that was reached.
+    validation: splits scored every `s.validate_every` steps. trackers(step): opens the trackers of a run that continues
+    after `step`. draw(average, step): called after each validation. terms: of the data behind the weights. name_of: the
+    name of a frame by its index, for errors. The main rank writes checkpoints and history.jsonl into `work`, and a run
+    continues from them. The average has the output stride of the last phase that was reached.
 
-    Raises NonFiniteLoss at most one step after the loss that would spoil the weights, with nothing of it saved;
-    Interrupted after a signal to any rank, with a checkpoint saved. A validation cut short by a signal runs first when
-    the run continues.
+    Raises NonFiniteLoss at most one step after the loss, with nothing of it saved; Interrupted after a signal to any
+    rank, with a checkpoint saved. A validation cut short by a signal runs first when the run continues.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # crops are all of one size
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -128,12 +126,11 @@ def train(
     optimizer = make_optimizer(network, s.optimizer, s.learning_rate, s.backbone_lr_factor, s.weight_decay, s.momentum)
     alone = ranks.world == 1  # several ranks stop after the same step: none may leave the others waiting
 
-    start = _restore(work / "checkpoints", network, average.network, optimizer, ranks, s.steps)
+    folder = work / "checkpoints"
+    start = _restore(folder, network, average.network, optimizer, ranks, s.steps)
     history = History(work / "history.jsonl" if ranks.main else None, start)
     timing = Timing(work / "log" if ranks.main else work / "log" / "ranks" / str(ranks.rank), device)
-    run = _Run(
-        network, average.network, optimizer, history, timing, ranks, work / "checkpoints", label_set, terms, name_of
-    )
+    run = _Run(network, average.network, optimizer, history, timing, ranks, folder, label_set, terms, name_of)
     validator = _Validator(average.network, validation, label_set, device, s.bf16, ranks, history, draw)
 
     done, last_save_s, ended = start, time.monotonic(), False
@@ -207,12 +204,11 @@ def train(
         raise _interrupted(stopped(), done)
     run.set_output_stride(_stride_after(phases, done) if ended else phases[-1].output_stride)
     if ended:
-        validations = f"{s.patience} validation{'s' * (s.patience > 1)}"
-        log.info("ended after step %d: val mIoU did not rise for %s", done, validations)
+        log.info("ended after step %d: val mIoU did not rise within training.patience = %d", done, s.patience)
     timing.verdict()
     history.flush()
     if ranks.main:
-        checkpoint.prune(work / "checkpoints", 1)
+        checkpoint.prune(folder, 1)
     return average.network, done
 
 

@@ -6,7 +6,7 @@ import math
 
 
 def lr_factor(step: int, steps: int, scheduler: str, warmup_steps: int, poly_power: float) -> float:
-    """What the peak learning rate is multiplied with at 0-based `step` of `steps`.
+    """Factor of the peak learning rate at 0-based `step` of `steps`.
 
     Linear warm-up over min(warmup_steps, steps // 2) steps, then poly (1 - t) ** power, cosine or
     constant, t in 0..1 over the whole run.

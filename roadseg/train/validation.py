@@ -43,10 +43,10 @@ def validate(
 ) -> Tensor | None:
     """int64 [K, K] confusion (rows truth) of a split's frames, on the CPU; the ranks share the frames.
 
-    None if it was cut short because some rank was `stopped`.
+    None if a rank was `stopped` before the end.
     """
     size = num_classes * num_classes
-    matrix = torch.zeros(size + 1, dtype=torch.int64, device=device)  # the last: how many ranks were stopped
+    matrix = torch.zeros(size + 1, dtype=torch.int64, device=device)  # the last element counts stopped ranks
     for index in range(ranks.rank, len(split), ranks.world):
         if stopped():
             matrix[size] = 1

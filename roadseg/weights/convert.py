@@ -1,7 +1,7 @@
 """Convert a torch checkpoint's tensors to .safetensors without running its pickle.
 
-The one place that reads a pickle, and by a reader that makes tensors, containers and numbers only:
-torch.load(weights_only=True). Nothing that a file names is imported or called.
+This is the only place that reads a pickle, with torch.load(weights_only=True), which makes tensors, containers and
+numbers only. Nothing that a file names is imported or called.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Converted:
-    """tensors, parameters: how many. left_out: names of entries beside the network's tensors, sorted."""
+    """tensors, parameters: their number. left_out: names of the other entries, sorted."""
 
     path: Path
     tensors: int
@@ -72,7 +72,7 @@ class Converted:
 
 
 class _Nothing:
-    """Stands for an object that is not wanted; takes whatever the file would have made it of."""
+    """Replaces an object that is not needed; accepts any arguments from the file."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -84,10 +84,10 @@ class _Nothing:
 def convert_checkpoint(source: Path, out: Path) -> Converted:
     """Write the network's tensors of the torch checkpoint `source` to the new file `out`, names unchanged.
 
-    Of a dictionary with optimizer, epoch and so on only the network's entry is taken, and "module."
-    of DataParallel is dropped from all names. The metadata say from which bytes it was made; the same
-    bytes give the same file. Raises UsageError if a path won't do, ArchiveError if the file is too
-    large, is no checkpoint, or holds what is not tensors and could run code.
+    From a dictionary with optimizer, epoch and so on only the network's entry is used, and DataParallel's
+    "module." is removed from names. The metadata name the source's SHA-256; equal bytes give equal files.
+    Raises UsageError for an unusable path, ArchiveError if the file is too large, is not a checkpoint, or
+    contains objects that could run code.
     """
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}", expected="a path that ends with .safetensors")
@@ -166,7 +166,7 @@ def _network_of(content: Any, source: Path) -> tuple[dict[Any, Tensor], tuple[st
 
 
 def _path_to_tensors(content: Any, depth: int) -> tuple[str, ...] | None:
-    """Names of the entries one in another. A trainer's may have tensors beside it, such as its best score."""
+    """Keys that lead to the network's entry. There may be tensors beside it, such as a best score."""
     if not isinstance(content, dict):
         return None
     for name in STATES if depth else ():
@@ -177,7 +177,7 @@ def _path_to_tensors(content: Any, depth: int) -> tuple[str, ...] | None:
 
 
 def _printable(name: object) -> str:
-    """A name from the file as it may be printed: no control codes, no lone surrogates, of a bounded length."""
+    """A name from the file in printable form: without control codes and lone surrogates, of limited length."""
     if not isinstance(name, str | int | float):
         return f"a {type(name).__name__}"
     text = str(name)
@@ -185,7 +185,7 @@ def _printable(name: object) -> str:
 
 
 def _plain(state: dict[Any, Tensor], source: Path) -> dict[str, Tensor]:
-    """Contiguous copies, none sharing memory; a view may claim more than its storage has."""
+    """Contiguous copies that share no memory; a view may claim more than its storage has."""
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_quantized:
             found = f"tensor {_printable(name)} is {tensor.dtype}, {tensor.layout}"

@@ -45,13 +45,13 @@ class LoadedWeights:
 
 
 def load_foreign(network: DeepLabV3Plus, path: Path) -> LoadedWeights:
-    """Fill `network` in place with what of the file computes the same here; mean and std are ImageNet's.
+    """Fill `network` in place with those tensors of the file that compute the same here; mean and std are ImageNet's.
 
-    The backbone must fit as a whole. Parts that the other project has in another form, and a
-    classifier of another number of classes, keep their values; one of the same number is taken, though
-    the file does not say what its classes are. Rates are not in a file either: set those it was trained
-    with. One log line says it all. Raises ConfigError if nothing in the file is known, or if the model
-    section is not that of the file, naming what to set; nothing is changed then.
+    The whole backbone must fit. Parts with another form there, and a classifier for another number of
+    classes, keep their initial weights; a classifier for the same number is loaded, although the file does
+    not name its classes. Atrous rates are not in the file either: set those it was trained with. One log
+    line reports everything. Raises ConfigError, and changes nothing, if nothing in the file is known, or if
+    the model section does not match it; the error names what to set.
     """
     found = _translated(_read(path), path)
     unlike = _unlike(network, found, path)
@@ -65,23 +65,23 @@ def load_foreign(network: DeepLabV3Plus, path: Path) -> LoadedWeights:
         "weights of %s from %s: loaded %s; not loaded %s; %s",
         *(found.project, path.name, ", ".join(parts)),
         ", ".join(f"{part} ({unlike[part]})" for part in made_anew) or "nothing",
-        "; ".join((*found.remarks, *_untold(network.architecture, parts))),
+        "; ".join((*found.remarks, *_remarks(network.architecture, parts))),
     )
     return LoadedWeights(found.project, parts, made_anew, tuple(sorted({part_of(key) for key in identity})))
 
 
-def _untold(a: Architecture, parts: Sequence[str]) -> list[str]:
+def _remarks(a: Architecture, parts: Sequence[str]) -> list[str]:
     """Remarks on what such files don't contain. parts: those that are loaded."""
-    told = ["set model.atrous_rates to those it was trained with"]
+    remarks = ["set model.atrous_rates to those it was trained with"]
     if CLASSIFIER in parts:
-        told.append(
+        remarks.append(
             f"the file does not say which {a.num_classes} classes its classifier tells apart: "
             "taken to be the data's, in the same order"
         )
     if a.early_strides != EARLY_STRIDES:
         early, usual = (" ".join(map(str, strides)) for strides in (a.early_strides, EARLY_STRIDES))
-        told.append(f"with model.early_strides {early} its layers see finer maps than they were trained on ({usual})")
-    return told
+        remarks.append(f"with model.early_strides {early} its layers see finer maps than in their training ({usual})")
+    return remarks
 
 
 def _unlike(network: DeepLabV3Plus, found: Translation, path: Path) -> dict[str, str]:
@@ -157,7 +157,7 @@ def _translated(state: dict[str, Tensor], path: Path) -> Translation:
         )
     if found is None and any(key.startswith(MMSEGMENTATION) for key in state):
         raise ConfigError(
-            f"{path} holds weights of mmsegmentation, whose decode head can't be transferred exactly",
+            f"{path} holds a decode_head, as of mmsegmentation or Hugging Face, which can't be transferred exactly",
             expected=KNOWN,
             where=WHERE,
             todo="give its backbone, under timm's names, as model.backbone_weights",
@@ -177,7 +177,7 @@ def _translated(state: dict[str, Tensor], path: Path) -> Translation:
 
 
 def _misfits(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, list[str]]:
-    """By part, the names that only one side has or that differ in shape; parts that are not given don't count."""
+    """By part, tensor names that only one side has or whose shapes differ; parts that the file lacks don't count."""
     parts = {part_of(key) for key in given} | {"backbone"}
     names = [k for k in own if part_of(k) in parts and k not in given and not k.endswith("num_batches_tracked")]
     names += [k for k, v in given.items() if k not in own or own[k].shape != v.shape]
@@ -188,7 +188,7 @@ def _misfits(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, list
 
 
 def _to_set(found: Translation, a: Architecture, misfits: dict[str, list[str]]) -> list[str]:
-    """What of the model section is not as the file has it."""
+    """Keys of the model section that do not match the file, with the values to set."""
     first, last = found.tensors.get("aspp.branches.0.0.weight"), found.tensors.get(f"{CLASSIFIER}.weight")
     width = len(first) if first is not None else last.shape[1] if last is not None else a.channels
     wanted = {

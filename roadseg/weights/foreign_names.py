@@ -22,7 +22,7 @@ SMP, VAINF = "segmentation_models.pytorch", "VainF/DeepLabV3Plus-Pytorch"
 MMSEGMENTATION = "decode_head."  # how names of its tensors begin
 WRAPPERS = ("model", "net", "module", "_orig_mod")  # a Lightning module's name for its network, and torch's own
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-EPSILON = 1e-5  # of all batch norms here and there
+EPSILON = 1e-5  # of all batch norms, theirs and ours
 ASPP_BRANCHES = 5  # 1x1, three rates, image pooling
 MOBILENET_STAGES = (1, 2, 3, 4, 3, 3, 1)  # inverted residuals a stage, Sandler et al. (CVPR 2018), table 2
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,11 +38,11 @@ RESNET_BLOCK = re.compile(r"layer\d\.\d+\.(conv\d\.weight|bn\d\.\w+|downsample\.
 
 @dataclass(frozen=True)
 class Translation:
-    """tensors: by names of DeepLabV3Plus. unlike: parts of ours that the file has no equal of, and why.
+    """tensors: under DeepLabV3Plus's names. unlike: our parts without an equivalent in the file, and why.
 
     backbone: timm's name, "" where the file does not show it, None where timm has no equal. head: "" where
     either kind would do.
-    identity: of the decoder's second 3x3, which they have not, so that it hands on what the first made.
+    identity: weights that make the decoder's second 3x3, which they lack, the identity.
     remarks: where loaded weights compute something else than in their project.
     """
 
@@ -58,8 +58,8 @@ class Translation:
 def translate(state: State) -> Translation | None:
     """None if the names are of no DeepLabv3+ known here.
 
-    Raises KeyError on a tensor that should be there, ConfigError on one of another rank or length, of
-    no floating numbers, or with values that no training leaves.
+    Raises KeyError for a missing tensor, ConfigError for a wrong shape, a dtype that is not floating point, or
+    values that no training produces.
     """
     for inner in (state, *(_below(state, wrapper) for wrapper in WRAPPERS)):
         for mark, read in (
@@ -73,7 +73,7 @@ def translate(state: State) -> Translation | None:
 
 
 def check_values(state: State) -> None:
-    """Raises ConfigError naming a tensor of no floating, or not all finite numbers, or a variance below 0."""
+    """Raise ConfigError that names a tensor with a wrong dtype, non-finite values or a negative variance."""
     for key, tensor in state.items():
         if key.endswith("num_batches_tracked"):
             continue
@@ -97,8 +97,8 @@ def _refused(key: str, how: str, expected: str) -> ConfigError:
 def _segmentation_models(state: State) -> Translation:
     """DeepLabV3Plus with encoders of timm ("tu-..."), torchvision's MobileNetV2 and ResNets.
 
-    Between its ASPP and its decoder stands one separable convolution more; its decoder joins the maps
-    in the other order, and lacks our second 3x3.
+    It has one more separable convolution between ASPP and decoder; its decoder concatenates the maps in the other
+    order and lacks our second 3x3.
     """
     encoder = _below(state, "encoder")
     unlike = {"decoder.refinements.0": "they have none: it starts as the identity"}
@@ -194,7 +194,7 @@ def _resnet_name(state: State) -> str | None:
 
 
 def _aspp(state: State, theirs: str) -> tuple[dict[str, Tensor], str]:
-    """The form that torchvision's, segmentation_models' and VainF's ASPP share; and the head's kind."""
+    """The ASPP of torchvision, segmentation_models and VainF, which have the same form; and the head's kind."""
     tensors = _conv_norm(state, f"{theirs}.convs.0.0", f"{theirs}.convs.0.1", "aspp.branches.0")
     for i in range(1, ASPP_BRANCHES - 1):
         tensors |= _conv3x3(state, f"{theirs}.convs.{i}.0", f"{theirs}.convs.{i}.1", f"aspp.branches.{i}")
@@ -210,7 +210,7 @@ def _conv_norm(state: State, conv: str, norm: str, ours: str) -> dict[str, Tenso
 
 
 def _conv3x3(state: State, conv: str, norm: str, ours: str) -> dict[str, Tensor]:
-    """Dense, or depthwise and 1x1 one after the other, as the file has it."""
+    """A dense 3x3, or a depthwise 3x3 and a 1x1, whichever the file has."""
     for depthwise, pointwise in ((f"{conv}.0", f"{conv}.1"), (f"{conv}.body.0", f"{conv}.body.1")):
         if f"{depthwise}.weight" in state:
             tensors = _renamed(state, depthwise, f"{ours}.0", ("weight",))
@@ -240,18 +240,18 @@ def _low_first(tensor: Tensor, low: int) -> Tensor:
 
 
 def _dense(tensors: State, ours: str) -> dict[str, Tensor]:
-    """A depthwise 3x3 and its 1x1 as the one 3x3 that they are together."""
+    """A depthwise 3x3 and its 1x1 multiplied to one dense 3x3."""
     depthwise, pointwise = tensors[f"{ours}.0.weight"], tensors[f"{ours}.1.weight"]
     norm = {key.replace(f"{ours}.2.", f"{ours}.1."): value for key, value in tensors.items() if f"{ours}.2." in key}
     return {f"{ours}.0.weight": pointwise * depthwise.transpose(0, 1)} | norm
 
 
 def _identity(before: State, theirs: str, ours: str) -> dict[str, Tensor]:
-    """A 3x3 convolution, norm and ReLU that hand on what the layer `theirs` with the tensors `before` made.
+    """A 3x3 convolution, norm and ReLU that pass on the output of layer `theirs` with tensors `before`.
 
-    In eval mode exactly. In training the norm takes the statistics of the batch: its scale and shift
-    are the spread and mean that the map has if what went into the ReLU before is normal with the scale
-    and shift of that layer's norm, so that it still hands on nearly what came.
+    In eval mode exactly. In training the norm uses batch statistics: its scale and shift are the deviation and mean
+    that the map has if the input of the ReLU before is normal with the scale and shift of that layer's norm, so that
+    it is still nearly the identity.
     """
     separable = f"{theirs}.2.weight" in before
     norm = f"{theirs}.{2 if separable else 1}"
@@ -271,7 +271,7 @@ def _identity(before: State, theirs: str, ours: str) -> dict[str, Tensor]:
 
 
 def _renamed(state: State, theirs: str, ours: str, names: Iterable[str]) -> dict[str, Tensor]:
-    """Batch norm's step counter may be absent: old files have none, and it changes nothing."""
+    """Rename tensors. Batch norm's step counter is optional: old files lack it, and it has no effect."""
     optional = "num_batches_tracked"
     weight, rank = state[f"{theirs}.weight"], 1 if optional in names else 4
     if weight.dim() != rank:

@@ -1,13 +1,13 @@
 """Fit an offset for each class's logit that maximizes mIoU, after training.
 
-A network's likeliest class gives the best pixel accuracy. Mean IoU counts a rare class as much as road, so its best
-decision is another one: the largest of the logits after an offset for each class (Koyejo et al., "Consistent Binary
+The most likely class gives the best pixel accuracy. Mean IoU counts a rare class as much as road, so its best decision
+is another one: the largest logit after adding an offset for each class (Koyejo et al., "Consistent Binary
 Classification with Generalized Performance Metrics", 2014, for two classes; Narasimhan et al., "Consistent Multiclass
 Algorithms for Complex Performance Measures", 2015). A loss that follows IoU is no exception: trained with
 Lovász-softmax, CamVid's network left out four poles of five on val (docs/experiments.md).
 
-The offsets go into the classifier's bias, so that the network, its graph and its label maps are as any others. Whoever
-makes probabilities of its logits takes them off again (Release.class_offsets): they would be falsely sure.
+The offsets are added to the classifier's bias, so that network and graph need nothing new. Code that needs
+probabilities subtracts them again (Release.class_offsets), because they make probabilities wrong.
 
 Shapes: N pixels, K classes.
 """
@@ -38,10 +38,10 @@ from roadseg.train.validation import validate
 
 FRAMES, PIXELS_A_FRAME = 200, 8000
 MOST_LOGITS = 50_000_000  # N x K: 200 MB
-CANDIDATES = 255  # offsets tried for a class in a round
+CANDIDATES = 255  # offsets tried per class and round
 ROUNDS = 6
 NEGLIGIBLE = 1e-5  # of mIoU, which is in 0..1
-LEAST_GAIN = 1e-4  # what offsets must be worth on frames that they were not fitted to
+LEAST_GAIN = 1e-4  # least gain of mIoU on frames that the offsets were not fitted to
 log = logging.getLogger(__name__)
 
 
@@ -55,10 +55,10 @@ def add_class_offsets(
 ) -> dict[str, float]:
     """Fit offsets on `frames` and add them to `network`, in place. Returns {class: offset} for offsets other than 0.
 
-    network: for inference, on the device that it is to be run on, in bf16 if asked. frames: those trained on, of
-    which at most FRAMES are looked at: offsets are fitted to every second one, and kept only if mIoU on the others
-    (trained on as well, and maybe of the same drives) gains by LEAST_GAIN. Writes to `path` what they did: mIoU before
-    and after on those others, and after on each split of `validation`, which has no say in them.
+    network: for inference, on the device that runs it, in bf16 if asked. frames: of train, of which at most FRAMES are
+    used: offsets are fitted to every second one, and kept only if mIoU on the others rises by LEAST_GAIN. Writes to
+    `path` the mIoU before and after on those others, and after on each split of `validation`, which does not affect
+    the fit.
     """
     if len(frames) < 2 or label_set.num_classes < 2:
         log.warning("class offsets: none, which takes two classes, and two frames of train: to fit to and to judge by")
@@ -66,7 +66,7 @@ def add_class_offsets(
     run, device = network, network.mean.device
     try:
         offsets_K, before, after = _fitted(run, frames, label_set, device, bf16)
-    except (RuntimeError, MemoryError) as e:  # a training that is done must not end with this
+    except (RuntimeError, MemoryError) as e:  # a finished training must not fail because of this
         if not is_out_of_memory(e):
             raise
         log.warning("no memory on %s for class offsets: they are fitted on the CPU", device)
@@ -91,8 +91,8 @@ def add_class_offsets(
     offsets = {name: round(float(x), 4) for name, x in zip(label_set.names, offsets_K, strict=True) if x}
     found: dict[str, Any] = {"offsets": offsets, "train": {"before": before, "after": after}, "miou": {}}
     if offsets:
-        told = ", ".join(f"{name} {x:+.2f}" for name, x in sorted(offsets.items(), key=lambda item: -abs(item[1])))
-        log.info("class offsets: %s", told)
+        listing = ", ".join(f"{name} {x:+.2f}" for name, x in sorted(offsets.items(), key=lambda item: -abs(item[1])))
+        log.info("class offsets: %s", listing)
         log.info("... mIoU of frames of train that they were not fitted to: %.4f, was %.4f", after, before)
         for name, split in validation.items():
             matrix = validate(run, split, label_set.num_classes, device, bf16, int, ALONE)
@@ -104,7 +104,7 @@ def add_class_offsets(
 
 
 def add_to_logits(network: DeepLabV3Plus, offsets_K: np.ndarray) -> None:
-    """In place, by the classifier's bias."""
+    """Add offsets to the classifier's bias, in place."""
     bias = network.decoder.classifier.bias
     assert bias is not None
     bias.data += torch.from_numpy(offsets_K).to(bias)
@@ -117,28 +117,28 @@ def _fitted(
     chosen = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).astype(int)
     pixels = max(1, min(PIXELS_A_FRAME, MOST_LOGITS // (label_set.num_classes * len(chosen))))
 
-    def drawn(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def pixels_of(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits_NK, labels_N = sampled_pixels(network, frames, some, pixels, device, bf16, bar.update)
         return logits_NK.numpy(), labels_N.numpy()
 
     with progress(len(chosen), "class offsets", "frame") as bar:
-        offsets_K = fit_offsets(*drawn(chosen[::2]), label_set)
-        logits_NK, labels_N = drawn(chosen[1::2])
+        offsets_K = fit_offsets(*pixels_of(chosen[::2]), label_set)
+        logits_NK, labels_N = pixels_of(chosen[1::2])
     before, after = (_miou(logits_NK + offset_K, labels_N, label_set) for offset_K in (0 * offsets_K, offsets_K))
     return offsets_K, before, after
 
 
 def fit_offsets(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet) -> np.ndarray:
-    """float32 [K]: offsets that raise the mIoU of argmax(logits + offsets), one class after the other until none does.
+    """float32 [K]: offsets that raise the mIoU of argmax(logits + offsets), found class by class until none helps.
 
-    Each change is the smallest that its best allows. 0 for classes that no label holds, and where there is no pixel.
+    Each change is the smallest that reaches the best score. 0 for classes without a pixel.
     """
     offsets_K = np.zeros(label_set.num_classes, np.float32)
     reached = _miou(logits_NK, labels_N, label_set)
     held, pixels = np.unique(labels_N, return_counts=True)
     for _ in range(ROUNDS):
         before = reached
-        for k in held[np.argsort(pixels, kind="stable")]:  # the rarest first, as it is they that want to move
+        for k in held[np.argsort(pixels, kind="stable")]:  # the rarest class first, as it needs the largest change
             changed_K = offsets_K.copy()
             changed_K[k] += _rise(logits_NK + offsets_K, labels_N, int(k))
             # Count again: candidates are compared by pixel counts, and two logits may be equal.
@@ -150,11 +150,11 @@ def fit_offsets(logits_NK: np.ndarray, labels_N: np.ndarray, label_set: LabelSet
 
 
 def _rise(logits_NK: np.ndarray, labels_N: np.ndarray, k: int) -> float:
-    """What to add to class k's logit alone for the best mIoU over the classes that labels hold; 0 if nothing helps.
+    """The change of class k's offset that gives the best mIoU over the classes in the labels; 0 if none helps.
 
-    Labels hold k. Tried are CANDIDATES by k's own pixels and as many by all: every one of them where there are few.
-    A pixel becomes k by a rise above its gap: the largest other logit less its own. So all candidates are scored
-    from counts of pixels by their gap.
+    Class k occurs in the labels. Candidates are CANDIDATES gaps of k's own pixels and as many of all pixels; with few
+    pixels, all of them. A pixel becomes k if the change exceeds its gap, the largest other logit minus k's. So all
+    candidates are scored from counts of pixels by their gap.
     """
     classes = logits_NK.shape[1]
     others_NK = logits_NK.copy()

@@ -1,4 +1,4 @@
-"""Sample logits and labels of pixels from whole frames, for what is fitted after training."""
+"""Sample logits and labels of pixels of whole frames, for fits after training."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def sampled_pixels(
     bf16: bool = False,
     done: Callable[[], object] = int,
 ) -> tuple[Tensor, Tensor]:
-    """(logits, float32 [N, K]; labels, int64 [N]) on the CPU: at most so many valid pixels of each frame, the same ones
-    in every run, their logits bilinearly upsampled.
+    """(logits, float32 [N, K]; labels, int64 [N]) on the CPU, of a limited number of valid pixels of each frame; the
+    same pixels in every run, with bilinearly upsampled logits.
 
     network: in eval mode on `device`, the CPU if None. frames: at least one. bf16: run it in that precision. done:
     called after each frame. N is 0 where the frames hold no valid pixel.
@@ -37,9 +37,9 @@ def sampled_pixels(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits_1Khw = network(torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None])
         valid = np.flatnonzero(label.ravel() != IGNORE)
-        drawn = generator(0, 4, int(index)).choice(valid, min(pixels_a_frame, len(valid)), replace=False)
-        row_column_2N = np.stack(np.divmod(drawn, label.shape[1]))
-        # Where F.interpolate would sample for these pixels: the whole map enlarged may be gigabytes.
+        chosen = generator(0, 4, int(index)).choice(valid, min(pixels_a_frame, len(valid)), replace=False)
+        row_column_2N = np.stack(np.divmod(chosen, label.shape[1]))
+        # Sample where F.interpolate would: the whole upsampled map may take gigabytes.
         places = 2 * (row_column_2N + 0.5) / np.array(label.shape)[:, None] - 1
         grid_11N2 = torch.from_numpy(places[::-1].T.astype(np.float32).copy())[None, None]
         # On the CPU: Apple's MPS has no "border" before PyTorch 2.13.
@@ -47,6 +47,6 @@ def sampled_pixels(
             logits_1Khw.float().cpu(), grid_11N2, mode="bilinear", padding_mode="border", align_corners=False
         )
         logits_NK.append(found_1K1N[0, :, 0].T)
-        labels_N.append(torch.from_numpy(label.ravel()[drawn].astype(np.int64)))
+        labels_N.append(torch.from_numpy(label.ravel()[chosen].astype(np.int64)))
         done()
     return torch.cat(logits_NK), torch.cat(labels_N)

@@ -1,4 +1,4 @@
-"""Read this process's rank from torchrun's variables, and the hosts of a SageMaker cluster.
+"""Read this process's rank from torchrun's variables, and a SageMaker cluster's hosts.
 
 Needs no torch.
 """

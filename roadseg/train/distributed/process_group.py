@@ -1,6 +1,6 @@
 """The ranks of a training and their collectives: sums, broadcasts, gathers.
 
-Every message goes through `answered`, so that a peer that died is one kind of error everywhere.
+Every collective runs inside `answered`, so that a dead peer is the same error everywhere.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Ranks:
     def gather_rows(self, own_KN: Tensor) -> Tensor:
         """[ceil(K / ranks), ranks x N]: some of the rows for this rank, with all ranks' columns in their order.
 
-        Every rank gives as many rows, padded with zeros to a multiple of the ranks, and as many columns.
+        Every rank passes the same number of rows (padded with zeros to a multiple of the ranks) and of columns.
         """
         if self.world == 1:
             return own_KN
@@ -88,7 +88,7 @@ class Ranks:
         return self._exchanged(padded.unflatten(0, (self.world, -1))).transpose(0, 1).flatten(1)
 
     def scatter_columns(self, whole_SM: Tensor, rows: int) -> Tensor:
-        """[rows, N]: the way back from `gather_rows`."""
+        """[rows, N]: the inverse of `gather_rows`."""
         if self.world == 1:
             return whole_SM
         return self._exchanged(whole_SM.unflatten(1, (self.world, -1)).transpose(0, 1)).flatten(0, 1)[:rows]
@@ -112,19 +112,19 @@ class Ranks:
         flat = self.sum_(torch.cat([g.float().reshape(-1) for g in (*gradients, loss)]))
         *parts, total = flat.split([*(g.numel() for g in gradients), 1])
         torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
-        return total.view(()).clone()  # a view would keep all of the message
+        return total.view(()).clone()  # a view would keep the whole flat tensor alive
 
     def same_weights(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0, in place."""
         if self.world > 1:
             with answered(), torch.no_grad():
                 for tensor in (*module.parameters(), *module.buffers()):
-                    whole = tensor.contiguous()  # of channels-last memory a message holds the order of dimensions
+                    whole = tensor.contiguous()  # collectives need contiguous memory; channels-last tensors are copied
                     dist.broadcast(whole, 0)
                     tensor.copy_(whole)
 
     def from_main(self, value: T) -> T:
-        """What rank 0 gave, on every rank."""
+        """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
         box = [value]
@@ -133,7 +133,7 @@ class Ranks:
         return box[0]
 
     def gathered(self, value: T) -> list[T]:
-        """What every rank gave, in their order, on every rank."""
+        """Every rank's value, in the order of ranks, on every rank."""
         if self.world == 1:
             return [value]
         box: list[Any] = [None] * self.world
@@ -205,7 +205,7 @@ def _connect(store: RunStore, device: torch.device) -> None:
 
 
 def _abort(device: torch.device) -> None:
-    """Leave without asking the others, which may be gone: NCCL would wait for them."""
+    """Leave the group without waiting for the others, which may be gone: NCCL would wait for them."""
     abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
     if dist.is_initialized() and device.type == "cuda" and abort:
         abort()

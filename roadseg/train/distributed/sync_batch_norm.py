@@ -1,9 +1,9 @@
 """Batch norm over the whole batch where several ranks hold parts of it.
 
-Conversion changes a module's class and nothing else: its parameters, buffers, mode and place stay, so
-that optimizer, average, checkpoints and frozen parts know no difference. The same arithmetic has three forms: on
-the CPU; on CUDA by the kernels of nn.SyncBatchNorm, without the count that it sends along and casts for ranks of unlike
-batches; and in a compiled network, on either, as plain operations around one message.
+Conversion changes only a module's class: parameters, buffers and mode stay, so that optimizer, average, checkpoints and
+frozen parts are unaffected. There are three forms of the same arithmetic: on the CPU; on CUDA by the kernels of
+nn.SyncBatchNorm, without the counts that it sends for ranks with unequal batches; and in a compiled network plain
+operations around one collective.
 
 Shapes: B samples of this rank, C channels, H W the map; R ranks.
 """
@@ -30,7 +30,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class _Normalised(torch.autograd.Function):
-    """Ioffe and Szegedy, "Batch Normalization" (2015), with the sums of section 3 over all ranks."""
+    """Batch normalization (Ioffe and Szegedy, 2015) with sums over all ranks."""
 
     @staticmethod
     def forward(
@@ -70,10 +70,8 @@ def _wide(value_C: Tensor) -> Tensor:
 def batch_statistics(x_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
     """(mean, biased variance: [C], float32, or float64 of that; values a channel) over all ranks.
 
-    Each may hold another number of samples.
-
-    A rank's mean and squared deviations are combined with the others' as by Chan et al. (1979), in double precision
-    and in the order of ranks, so that all get the same bits.
+    Ranks may hold different numbers of samples. Means and squared deviations are combined as by Chan et al. (1979), in
+    double precision and in the order of ranks, so that all ranks get the same bits.
     """
     x = at_least_float32(x_BCHW)
     channels, values = x.shape[1], x.numel() // x.shape[1]
@@ -93,9 +91,9 @@ def batch_statistics(x_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class _NormalisedOnCuda(torch.autograd.Function):
-    """`_Normalised` by PyTorch's kernels, statistics and running ones included; as many values on every rank.
+    """`_Normalised` by PyTorch's kernels, running statistics included; every rank has the same number of values.
 
-    A training has 60 norms of two messages each and small kernels around them, which is what several GPUs cost.
+    A network has about 60 norms with two collectives each; they are the cost of several GPUs.
     """
 
     @staticmethod
@@ -139,7 +137,7 @@ class _NormalisedOnCuda(torch.autograd.Function):
 
 
 def _packed(x_BCHW: Tensor) -> Tensor:
-    """Channels last, as the network's maps are: the kernels for others round bfloat16's sums as they go."""
+    """Make it channels last: the kernels for other layouts round bfloat16 sums at every addition."""
     return x_BCHW.contiguous(memory_format=torch.channels_last)
 
 
@@ -147,7 +145,7 @@ _COUNTS: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
 
 def _counts(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[R]. Kept, unless it is made while a CUDA graph is captured, whose memory goes with it."""
+    """[R]. Cached, except during a CUDA graph capture, whose memory is freed with the graph."""
     key = (dist.get_world_size(), values, dtype, device)
     if (kept := _COUNTS.get(key)) is not None:
         return kept
@@ -158,7 +156,7 @@ def _counts(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _all_rows(own_N: Tensor, ranks: int) -> Tensor:
-    """[R, N]: what every rank gave, in their order."""
+    """[R, N]: every rank's row, in the order of ranks."""
     all_RN = own_N.new_empty(ranks, len(own_N))
     with answered():
         dist.all_gather_into_tensor(all_RN.view(-1), own_N.contiguous())
@@ -167,16 +165,16 @@ def _all_rows(own_N: Tensor, ranks: int) -> Tensor:
 
 @torch.library.custom_op("roadseg::gathered", mutates_args=())
 def _gathered(own_N: Tensor, ranks: int) -> Tensor:
-    """`_all_rows` with a gradient, as a message that a compiler does not look into.
+    """`_all_rows` with a gradient, opaque to the compiler.
 
-    The number of ranks is given, so that what was compiled for another is not taken for it.
+    The number of ranks is an argument, so that code compiled for another number is not reused.
     """
     return _all_rows(own_N, ranks)
 
 
 @torch.library.custom_op("roadseg::own_of_sum", mutates_args=())
 def _own_share(parts_RN: Tensor) -> Tensor:
-    """[N]: this rank's row of the sum over all ranks, as the gradient of `_gathered` is."""
+    """[N]: this rank's row of the sum over all ranks: the gradient of `_gathered`."""
     sum_RN = parts_RN.clone(memory_format=torch.contiguous_format)
     with answered():
         dist.all_reduce(sum_RN)
@@ -189,7 +187,7 @@ _gathered.register_autograd(lambda _, grad_RN: (_own_share(grad_RN), None))
 
 
 class _OverRanks(nn.BatchNorm2d):
-    """nn.BatchNorm2d over the batches of all ranks. In eval mode ranks don't meet."""
+    """nn.BatchNorm2d over the batches of all ranks. Eval mode needs no collective."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
@@ -201,9 +199,9 @@ class _OverRanks(nn.BatchNorm2d):
         raise NotImplementedError
 
     def _traced(self, x_BCHW: Tensor) -> Tensor:
-        """In operations that a compiler knows and joins with those around, but for the message; as many values on each.
+        """Batch norm in operations that the compiler can fuse, around one collective; ranks have equal batches.
 
-        A function with messages of its own would cut the network in pieces at every norm, most of which stay eager.
+        An autograd function with collectives would break the graph at every norm, and most pieces would stay eager.
         """
         x = at_least_float32(x_BCHW)
         own_2C = torch.cat(torch.var_mean(x, (0, 2, 3), correction=0))
@@ -227,7 +225,7 @@ class _OverRanks(nn.BatchNorm2d):
 
 
 class _Activated(nn.Module):
-    """In front of a batch norm: timm's form of it, with drop and activation; the attributes are BatchNormAct2d's."""
+    """Mixin for timm's BatchNormAct2d: batch norm followed by drop and activation."""
 
     drop: nn.Module
     act: nn.Module
@@ -237,7 +235,7 @@ class _Activated(nn.Module):
 
 
 class NcclBatchNorm2d(_OverRanks):
-    """On CUDA; as many samples on each rank."""
+    """On CUDA; every rank has the same number of samples."""
 
     def _normalised(self, x_BCHW: Tensor) -> Tensor:
         share = self.momentum
@@ -255,7 +253,7 @@ class NcclBatchNormAct2d(_Activated, NcclBatchNorm2d):
 
 
 class GlooBatchNorm2d(_OverRanks):
-    """On the CPU; not compiled, each rank may hold another number of samples."""
+    """On the CPU; unless compiled, ranks may have different numbers of samples."""
 
     def _normalised(self, x_BCHW: Tensor) -> Tensor:
         mean_C, var_C, count = batch_statistics(x_BCHW.detach())
@@ -281,10 +279,10 @@ PLAIN = {synced: plain for kinds in (ON_CPU, ON_CUDA) for plain, synced in kinds
 
 
 def sync_batch_norm(network: Network, ranks: Ranks) -> Network:
-    """Make every batch norm of `network`, in place, one over the batches of all ranks; `network` again.
+    """Convert every batch norm of `network`, in place, to one over the batches of all ranks; returns `network`.
 
-    The ranks must be connected: by NCCL they train on CUDA. Nothing changes if this process is alone.
-    Raises as `refuse_unknown_norms`.
+    The ranks must be connected, on CUDA by NCCL. Does nothing if this process is alone. Raises as
+    `refuse_unknown_norms`.
     """
     if ranks.world == 1:
         return network
@@ -297,7 +295,7 @@ def sync_batch_norm(network: Network, ranks: Ranks) -> Network:
 
 
 def refuse_unknown_norms(network: nn.Module) -> None:
-    """Raises ConfigError for a kind of batch norm that `sync_batch_norm` does not know."""
+    """Raise ConfigError for a class of batch norm that `sync_batch_norm` can't convert."""
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in (*ON_CPU, *PLAIN):
             raise ConfigError(
@@ -309,7 +307,7 @@ def refuse_unknown_norms(network: nn.Module) -> None:
 
 
 def plain_batch_norm(network: Network) -> Network:
-    """Undo `sync_batch_norm`, in place: for a network that one process runs and exports; `network` again."""
+    """Undo `sync_batch_norm`, in place, for a network that one process runs and exports; returns `network`."""
     for module in network.modules():
         if plain := PLAIN.get(type(module)):
             module.__class__ = plain  # type: ignore[assignment]

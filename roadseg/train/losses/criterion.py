@@ -32,12 +32,12 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Criterion:
-    """The main head's terms, plus auxiliary_weight x those of every auxiliary head.
+    """Loss of the main head plus auxiliary_weight x the loss of every auxiliary head.
 
     class_weights_K: float32 on the logits' device; they weigh the pixels of cross_entropy, focal, ohem
     and boundary. label_smoothing: of cross_entropy, ohem and boundary, which share one pass over the
-    upsampled logits. ohem_threshold, ohem_keep: see pixel_choice.hardest. boundary_px: see
-    near_another_class. ranks: those that compute the batch together.
+    upsampled logits. ohem_threshold, ohem_keep: see hard_pixels.hardest. boundary_px: see
+    near_another_class. ranks: that compute the batch together.
     """
 
     main: Terms
@@ -98,7 +98,7 @@ class Criterion:
     def _cross_entropies(
         self, logits: Tensor, label: Tensor, boundary: Tensor | None, counts: Tensor, parts: int, terms: Terms
     ) -> Tensor:
-        """cross_entropy, ohem and boundary as one weight a pixel, hence one pass."""
+        """cross_entropy, ohem and boundary combined to one weight per pixel, so that one pass is enough."""
         every = terms.cross_entropy / counts[0]
         if not (terms.ohem or terms.boundary):
             return every * cross_entropy_sum(logits, label, self.class_weights_K, self.label_smoothing)

@@ -15,8 +15,8 @@ from roadseg.train.losses.pixel import at_least_float32, upsample
 class Distillation:
     """weight x temperature^2 x KL(teacher || student) of the softmax of logits / temperature.
 
-    teacher: image [B, 3, H, W] to logits [B, K, h', w'], on the student's device; it is put into eval
-    mode and its parameters out of gradients, here.
+    teacher: image [B, 3, H, W] to logits [B, K, h', w'], on the student's device; it is set to eval mode
+    and its parameters are frozen here.
     """
 
     def __init__(self, teacher: nn.Module, weight: float, temperature: float) -> None:

@@ -1,6 +1,6 @@
 """Select pixels for a loss term: the hardest ones (OHEM), or those near another class.
 
-No gradient comes from here, shapes never depend on values, and nothing waits for the device.
+Results have no gradient, shapes never depend on values, and nothing waits for the device.
 
 Shapes: B images of this rank, K classes, H W the label, h w the logits.
 """
@@ -23,14 +23,14 @@ from roadseg.train.losses.pixel import true_class_losses
 def hardest(logits_BKhw: Tensor, label_BHW: Tensor, threshold: float, keep: float, ranks: Ranks = ALONE) -> Tensor:
     """float32 [B, H, W], 1 for the pixels that OHEM (Shrivastava et al. 2016) keeps, 0 for the others.
 
-    Kept: valid pixels whose true class has a probability below `threshold`; where these are fewer than
-    k = ceil(keep x valid pixels), the k of the lowest probability, of all ranks' pixels. The k-th loss is found
-    exactly, bit by bit; pixels that tie with it share what is left of k, so the kept weights add up to k. Class
-    weights and label smoothing have no part in the choice.
+    Kept are valid pixels whose true class has a probability below `threshold`; if these are fewer than
+    k = ceil(keep x valid pixels), the k pixels of all ranks with the lowest probability. The k-th loss is exact;
+    pixels that tie with it share the rest of k, so that the weights add up to k. Class weights and label smoothing do
+    not affect the selection.
     """
     valid = label_BHW != IGNORE
     loss = true_class_losses(logits_BKhw, label_BHW)
-    # Floats of one sign are ordered as their bits are, once -0 and rounding below it are gone; -1 lies below them all.
+    # Non-negative floats are ordered as their bits; -1 is below all of them.
     bits = torch.where(valid, loss.abs().view(torch.int32), -1)
     k = torch.ceil(ranks.sum_(valid.sum()).float() * keep).long()
     kth = _kth_largest(bits, k, ranks)
@@ -44,8 +44,8 @@ def hardest(logits_BKhw: Tensor, label_BHW: Tensor, threshold: float, keep: floa
 def _kth_largest(bits: Tensor, k: Tensor, ranks: Ranks) -> Tensor:
     """The k-th largest of all ranks' int32 `bits`, negative ones left out; int32's largest for k = 0.
 
-    A radix select of one bit a pass: the number is known only on the device, and 31 passes over the
-    map take less time there than sorting it. A pass is a message of one number.
+    A radix select of one bit per pass: k is known only on the device, and 31 passes over the map take less time there
+    than sorting it. Each pass needs one all-reduce of one number.
     """
     found = torch.zeros((), dtype=torch.int32, device=bits.device)
     for bit in range(30, -1, -1):
@@ -58,9 +58,9 @@ def _kth_largest(bits: Tensor, k: Tensor, ranks: Ranks) -> Tensor:
 def near_another_class(label_BHW: Tensor, reach_px: int) -> Tensor:
     """float32 [B, H, W]: 1 for valid pixels with another class in the square of +-reach_px around them.
 
-    Void is no class: a border between a class and void is not counted.
+    Void is not a class: a border between a class and void does not count.
     """
-    label = label_BHW.to(torch.uint8)  # void, 255, is no class's lowest; as 0 it is no class's highest
+    label = label_BHW.to(torch.uint8)  # void (255) is never the lowest class, and never the highest when written as 0
     valid = label != IGNORE
     highest = _over_windows(torch.where(valid, label, 0), reach_px, torch.maximum, 0)
     lowest = _over_windows(label, reach_px, torch.minimum, IGNORE)

@@ -17,7 +17,7 @@ from roadseg.train.losses.distillation import Distillation
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """Computed in parts (micro-batches of every rank) whose sum is the loss of the whole batch.
+    """The loss in parts (micro-batches of every rank), whose sum is the loss of the whole batch.
 
     bf16: whether the teacher runs under autocast, as the network does.
     """
@@ -27,7 +27,7 @@ class Objective:
     bf16: bool = False
 
     def counts(self, label_BHW: Tensor) -> Tensor:
-        """float32 [n]: what means over pixels divide by, to be summed over all parts before the first is computed."""
+        """float32 [n]: divisors of the means over pixels; sum them over all parts before computing the first one."""
         return self.criterion.counts(label_BHW)
 
     def __call__(self, image_BCHW: Tensor, output: Any, label_BHW: Tensor, counts: Tensor, parts: int) -> Tensor:

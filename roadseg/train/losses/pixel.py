@@ -1,7 +1,7 @@
 """Per-pixel losses over logits that are coarser than the labels, and class weights.
 
-Sums, not means: what they are divided by is counted over a whole batch (criterion.py). All compute in
-float32 or finer, in a fixed order, without a look from the CPU, so that a CUDA graph can hold them.
+Sums, not means: the divisor is counted over the whole batch (criterion.py). All compute in float32 or finer, in a
+fixed order and without synchronizing with the CPU, so that a CUDA graph can contain them.
 
 Shapes: B images, K classes, H W the label, h w the logits.
 """
@@ -86,7 +86,7 @@ def cross_entropy_sum(
 
 
 def by_kernel(logits_BKhw: Tensor) -> bool:
-    """Whether loss_kernel.py takes them: it compiles for each number of classes, for minutes if they are many."""
+    """Whether pixel_kernel.py is used: it compiles for each number of classes, which takes minutes for many classes."""
     return logits_BKhw.is_cuda and logits_BKhw.shape[1] <= MOST_CLASSES and kernels_run()
 
 

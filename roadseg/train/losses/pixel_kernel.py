@@ -203,7 +203,7 @@ class _Columns:
 
 
 def _positions(size: int, to_size: int) -> tuple[Tensor, Tensor]:
-    """Of losses.upsample: the first pixel of each cell, int64 [cells + 1], and each pixel's share, float32."""
+    """Of pixel.upsample: the first pixel of each cell, int64 [cells + 1], and each pixel's share, float32."""
     centre = ((torch.arange(to_size, dtype=torch.float64) + 0.5) * size / to_size - 0.5).clamp(0, size - 1)
     left = centre.floor().long().clamp(max=max(size - 2, 0))
     return torch.searchsorted(left, torch.arange(max(size - 1, 1) + 1)), (centre - left).float()
@@ -303,7 +303,7 @@ def upsampled_cross_entropy(
     label_smoothing: float = 0.0,
     pixel_weights_BHW: Tensor | None = None,
 ) -> Tensor:
-    """losses.cross_entropy before its division, float32 scalar: the sum over valid pixels of weight x cross-entropy.
+    """pixel.cross_entropy before its division, float32 scalar: the sum over valid pixels of weight x cross-entropy.
 
     logits: bf16, fp16 or float32 on a CUDA device, any strides; gradient to them alone, in their dtype and memory
     format. label: uint8 or int64 of train ids, IGNORE counts nowhere; any other id that is no class makes the sum

@@ -1,12 +1,11 @@
 """Region losses: Lovasz-softmax, soft Dice, region mutual information.
 
-All three look at softmax probabilities on the logits' own grid (at stride 4 a sixteenth of the pixels),
-with the label of the pixel that lies at each cell's centre: sorted or unfolded, full-resolution maps
-of all classes would take gigabytes. A random crop moves the grid, so that every pixel has its turn.
-None waits for the device, and shapes never depend on values.
+All three use softmax probabilities on the logits' own grid (at stride 4 a sixteenth of the pixels) with the label of
+the pixel at each cell's center: sorted or unfolded, full-resolution maps of all classes would take gigabytes. Random
+crops move the grid, so that every pixel is used. None waits for the device, and shapes never depend on values.
 
-Lovasz-softmax and Dice are those of the images of all ranks; each rank returns its share, of which the gradients add up
-to the gradient of the whole.
+Lovasz-softmax and Dice are computed over the images of all ranks; each rank returns its share, and the gradients add
+up to the gradient of the whole.
 
 Shapes: B images of this rank, K classes, H W the label, h w the logits, N cells.
 """
@@ -29,7 +28,7 @@ REGION_VALUES_AT_ONCE = 1 << 25  # 256 MiB in float64
 
 
 def truth_on_grid(label_BHW: Tensor, rows: int, columns: int, num_classes: int) -> Tensor:
-    """float32 one-hot [B, K, rows, columns] of the pixels at the cells' centres; void is 0 for every class."""
+    """float32 one-hot [B, K, rows, columns] of the pixels at the cells' centers; void is 0 for every class."""
     for dim, cells in ((1, rows), (2, columns)):
         centres = (2 * torch.arange(cells, device=label_BHW.device) + 1) * label_BHW.shape[dim] // (2 * cells)
         label_BHW = label_BHW.index_select(dim, centres)
@@ -40,8 +39,8 @@ def truth_on_grid(label_BHW: Tensor, rows: int, columns: int, num_classes: int) 
 def lovasz_softmax(p_BKhw: Tensor, truth_BKhw: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Lovasz extension of 1 - Jaccard index (Berman et al. 2018), over all images at once.
 
-    The mean over the classes that occur in truth; void cells count nowhere; 0 where all is void. Of several ranks each
-    sorts some classes' cells of all of them.
+    The mean over the classes that occur in truth; void cells count nowhere; 0 where all is void. Each rank
+    sorts the cells of some classes for all ranks.
     """
     valid = truth_BKhw.sum(dim=1, keepdim=True)
     errors_KN = ((truth_BKhw - p_BKhw).abs() * valid).transpose(0, 1).flatten(1)
@@ -54,9 +53,9 @@ def lovasz_softmax(p_BKhw: Tensor, truth_BKhw: Tensor, ranks: Ranks = ALONE) -> 
 
 
 def _jaccard_slopes(errors_KN: Tensor, truth_KN: Tensor) -> Tensor:
-    """What each cell adds to 1 - Jaccard index when cells turn wrong in the order of falling errors.
+    """Increase of 1 - Jaccard index by each cell when cells become wrong in the order of decreasing error.
 
-    In closed form from integer counts: differences of two Jaccard indices would lose most digits.
+    Computed in closed form from integer counts: differences of two Jaccard indices would lose most digits.
     """
     order = errors_KN.argsort(dim=1, descending=True, stable=True)
     hits = truth_KN.gather(1, order).int()
@@ -85,7 +84,7 @@ def soft_dice(p_BKhw: Tensor, truth_BKhw: Tensor, ranks: Ranks = ALONE) -> Tenso
 
 
 def region_mutual_information(logits_BKhw: Tensor, truth_BKhw: Tensor, stride: float) -> Tensor:
-    """What regions of the truth keep hidden from the prediction (Zhao et al. 2019), 0 or more.
+    """Region mutual information loss (Zhao et al. 2019), 0 or more.
 
     Maps are averaged over cells of about CELL_PX pixels (stride: pixels between logits); the 3x3 cells
     around a point, of prediction P and of truth Y, are one sample of 2 x 9 numbers. With M = cov(Y) -

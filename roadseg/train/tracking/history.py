@@ -1,4 +1,4 @@
-"""history.jsonl: one row a step and one a validation; without times, so that every run writes the same."""
+"""history.jsonl: one row a step and one a validation; no times, so every run writes the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from roadseg.train.checkpoint import not_saved
 
 
 class History:
-    """Rows of later steps, written by a run that was killed, are dropped; with no path nothing is written."""
+    """Writes history.jsonl. Drops rows of later steps that a killed run wrote; writes nothing without a path."""
 
     def __init__(self, path: Path | None, step: int) -> None:
         self._path, self._new = path, ""
@@ -44,7 +44,7 @@ class History:
         return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
     def flush(self) -> None:
-        """Must come before a checkpoint is saved: its step's rows are never written again."""
+        """Write the rows. Must come before a checkpoint is saved: the rows of its step are never written again."""
         if self._path is None:
             return
         try:

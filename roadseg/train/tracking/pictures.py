@@ -32,7 +32,7 @@ def evenly(length: int, most: int) -> list[int]:
 
 
 class Pictures:
-    """log/pictures/step-00001200.jpg: a row a frame with frame, truth and prediction.
+    """log/pictures/step-00001200.jpg: one row per frame with image, truth and prediction.
 
     chosen: indexes into `split`, such as evenly(len(split), 4). folder: where the pictures go.
     """
@@ -44,7 +44,7 @@ class Pictures:
     def draw(self, network: nn.Module, step: int, device: torch.device, bf16: bool) -> Path | None:
         """The picture after `step`; None without frames. `network`: in eval mode, uint8 [1, 3, H, W] to logits.
 
-        The same weights give the same picture. Pictures of later steps, left by a run that was killed, go.
+        The same weights give the same picture. Pictures of later steps, left by a killed run, are removed.
         """
         assert not network.training, "its batch norm would learn from frames that are only drawn"
         if not self._chosen:
@@ -86,9 +86,9 @@ def panels(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette
 
 
 def thinned(steps: Sequence[int], most: int = KEPT) -> list[int]:
-    """At most `most` of `steps`: first, last, and what leaves the smallest gaps out.
+    """At most `most` of `steps`: the first, the last, and others such that the smallest gaps are removed.
 
-    Called after every picture it keeps the gaps between pictures within a factor of three of each other.
+    Called after every picture, it keeps the gaps between pictures within a factor of three.
     """
     kept = sorted(steps)
     while len(kept) > most:

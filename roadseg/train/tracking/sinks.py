@@ -21,7 +21,7 @@ _PARAMETERS_AT_ONCE, _METRICS_AT_ONCE, _PARAMETER_CHARACTERS = 100, 1000, 500  #
 _NEEDS = "; the page needs the whole mlflow, not mlflow-skinny: pip install mlflow, in an environment of its own"
 # Set unless the user has set them, before the package is imported:
 _MLFLOW_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # it would report its use to its makers
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # it would send usage data to its developers
     "MLFLOW_ALLOW_FILE_STORE": "true",  # since 3.x a folder without a database must be enabled
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # s; 120 and 7 retries would lose minutes of rows to a server that is gone
@@ -40,7 +40,7 @@ class Row:
 
 
 class Sink(Protocol):
-    """Where rows go; any exception means that it did not take them."""
+    """A destination of rows; any exception means that they were not written."""
 
     def write(self, rows: Sequence[Row]) -> None: ...
 
@@ -104,7 +104,7 @@ def mlflow(folder: Path, run_name: str, fields: Mapping[str, str]) -> Callable[[
 def open_command(name: str, folder: Path, until_done: Path) -> str:
     """The command, or the server's address without its password.
 
-    folder: the run's log folder when its stage is done; until_done: the one that it has before.
+    folder: the run's log folder once its stage is finished; until_done: its folder before.
     """
     address = os.environ.get("MLFLOW_TRACKING_URI") if name == "mlflow" else None
     if address and address.startswith(("http://", "https://")):
@@ -121,7 +121,7 @@ def open_command(name: str, folder: Path, until_done: Path) -> str:
 
 
 def without_password(text: str) -> str:
-    """Without the names and passwords of URLs: up to the last @, as a password may hold some."""
+    """Remove user names and passwords from URLs: up to the last @, as a password may contain one."""
     return re.sub(r"//[^/\s]*@", "//", text)
 
 

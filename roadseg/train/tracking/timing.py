@@ -18,8 +18,8 @@ from roadseg.files import write_json
 
 log = logging.getLogger(__name__)
 EVERY_S = 10.0
-SHOWN_EVERY_S = 2.0  # a short run has a loss to show too
-DATA_BOUND = 0.1  # share of the time spent waiting from which data is what to work on
+SHOWN_EVERY_S = 2.0  # so that short runs show a loss too
+DATA_BOUND = 0.1  # share of waiting time from which data counts as the bottleneck
 
 
 class Timing:
@@ -43,10 +43,10 @@ class Timing:
     def step(
         self, step: int, waited_s: float, images: int, bar: Any, loss: float | None = None
     ) -> dict[str, float] | None:
-        """After a step: for how long of the time since the last one its batch kept the device waiting.
+        """Record a step. waited_s: how long the device waited for its batch since the last step.
 
         Returns the row {step, loss (mean of its steps), images_per_s, waiting_share, memory_gb} when one was due.
-        `bar` shows what there is of it every two seconds.
+        `bar` shows the current values every two seconds.
         """
         now_s = time.monotonic()
         took, self._since_s = now_s - self._since_s, now_s
@@ -70,14 +70,14 @@ class Timing:
         return row
 
     def verdict(self) -> str:
-        """What held up this run's steps; logged, and in log/bottleneck.json. "" for a run of one step or none."""
+        """Whether data or compute was the bottleneck; logged and written to log/bottleneck.json; "" without steps."""
         if not self._all.steps:
             return ""
         rates = self._all.rates()
         share, data = rates["waiting_share"], rates["waiting_share"] >= DATA_BOUND
-        said = {"bottleneck": "data" if data else "compute", "steps": self._all.steps, **rates}
+        verdict = {"bottleneck": "data" if data else "compute", "steps": self._all.steps, **rates}
         with warn_if_disk_full("log/bottleneck.json"):
-            write_json(self._folder / "bottleneck.json", said)
+            write_json(self._folder / "bottleneck.json", verdict)
         text = f"{'data' if data else 'compute'} was the bottleneck: {share:.0%} of the time was spent waiting for data"
         if data:
             text += "; a larger training.batch_size, more training.workers or training.frames_on_gpu may help"

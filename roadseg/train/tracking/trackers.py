@@ -26,7 +26,7 @@ EVERY_STEPS = 20  # window of the values that are sent as a mean
 WAITING_ROWS = 1000  # rows that may wait for a slow tracker; more are dropped
 ROWS_AT_ONCE = 100
 RETRY_S = 30.0
-CLOSE_S = 10.0  # what a run waits at its end, over all trackers: a signal leaves it 30 s in all
+CLOSE_S = 10.0  # longest wait for all trackers at the end: after a signal the run has 30 s in all
 
 
 class Trackers:
@@ -68,10 +68,10 @@ class Trackers:
 
 
 class _TrackerThread(threading.Thread):
-    """Hands rows to a sink that it opens itself, as opening may take as long as writing."""
+    """Writes rows to a sink that it opens itself, because opening may take as long as writing."""
 
     def __init__(self, name: str, opens: Callable[[], Sink]) -> None:
-        super().__init__(name=f"tracker {name}", daemon=True)  # one that hangs must not keep the process
+        super().__init__(name=f"tracker {name}", daemon=True)  # a hanging thread must not keep the process alive
         self.tracker, self._opens = name, opens
         self._rows: queue.Queue[Row] = queue.Queue(WAITING_ROWS)
         self._status = ""  # set when no row follows
@@ -130,7 +130,7 @@ class _TrackerThread(threading.Thread):
 
 
 def _plain(e: Exception) -> str:
-    """Its first line without what a URL may hold of names and passwords."""
+    """The first line of an error, without user names and passwords of URLs."""
     text = sinks.without_password(str(e).strip().split("\n")[0])
     return f"{type(e).__name__}: {text}"[:300]
 
@@ -180,7 +180,7 @@ def _finished(folder: Path) -> Path:
 
 
 def _opener(name: str, folder: Path, run_name: str, fields: dict[str, str], start: int) -> Callable[[], Sink]:
-    """What opens the sink, after its package was imported: later would be in the middle of a run."""
+    """A function that opens the sink. The package is imported now, not in the middle of the run."""
     try:
         if name == "tensorboard":
             return sinks.tensorboard(folder / "tensorboard", start)
